@@ -1,0 +1,180 @@
+"""Class-balanced accuracies from a confusion matrix, and their history over a run (specification A.3)."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HEADLINE = ("top1", "bacc", "gm")
+MEAN_WINDOW = 20
+
+
+def confusion_matrix(targets: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
+    """Count (true class, predicted class) pairs on the device of the inputs, without host synchronization on a GPU.
+
+    Args:
+        targets: integer tensor [N], true classes in 0..num_classes-1.
+        predictions: integer tensor [N], predicted classes in 0..num_classes-1.
+        num_classes: K.
+
+    Returns:
+        int64 [K, K]; entry (i, j) counts the images of class i that were predicted as j.
+
+    Raises:
+        TypeError: if an input does not hold integers.
+        ValueError: if the shapes differ, or (on a CPU) a value lies outside 0..K-1. On a GPU such a value fails a
+            device-side assertion instead, because a check by the host would have to wait for the device.
+    """
+    for name, value in (("targets", targets), ("predictions", predictions)):
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name} must hold integers, got {value.dtype}")
+        if value.dim() != 1:
+            raise ValueError(f"{name} must have shape [N], got {list(value.shape)}")
+    if targets.shape != predictions.shape:
+        raise ValueError(f"targets and predictions must have one length, got {len(targets)} and {len(predictions)}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+
+    rows, columns = targets.long(), predictions.long()
+    valid = (rows >= 0) & (rows < num_classes) & (columns >= 0) & (columns < num_classes)
+    if valid.device.type == "cpu" and not valid.all():
+        bad = int(torch.argmin(valid.int()))
+        raise ValueError(
+            f"targets and predictions must lie in 0..{num_classes - 1}, "
+            f"got target {int(rows[bad])} and prediction {int(columns[bad])} at position {bad}"
+        )
+    # Row-major cell of each pair; an invalid pair must not land in a neighboring cell, so it gets an index that fails.
+    cell = torch.where(valid, rows * num_classes + columns, -1)
+    counts = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=cell.device)
+    # Not torch.bincount: on a GPU it reads the largest value back to the host to size its result.
+    return counts.scatter_add_(0, cell, torch.ones_like(cell)).view(num_classes, num_classes)
+
+
+def compute_metrics(confusion: Tensor, labeled_counts: Sequence[int] | Tensor | None = None) -> dict[str, Any]:
+    """All accuracies of one evaluation, as plain numbers in 0..1 that JSON can hold.
+
+    Classes without a test image have no recall: they are left out of every mean and listed under ``absent_classes``.
+
+    Args:
+        confusion: [K, K] counts, rows = true class (tensor, array or nested list).
+        labeled_counts: labeled training images per class [K]. They order the classes for many / medium / few (most
+            labeled first, ties by class index). Without them the class index is taken to be that order.
+
+    Returns:
+        ``top1``; ``bacc``, the mean recall; ``gm``, the geometric mean of the recalls where a recall of 0 counts as
+        1/(100K); ``macro_precision`` and ``macro_f1`` (a class that is never predicted has precision 0);
+        ``per_class``, the K recalls, None for an absent class; ``many``, ``medium``, ``few``, mean recall of the
+        first floor(K/3) classes, the rest, and the last floor(K/3); ``many_count``, ``medium_count``, ``few_count``,
+        mean recall of the classes with more than 100, 20 to 100, and fewer than 20 labeled images (None when
+        ``labeled_counts`` is None); ``absent_classes``; ``num_images``. A group without a test image is None.
+
+    Raises:
+        ValueError: if the matrix is not square, has a negative entry or no image, or ``labeled_counts`` is not of
+            length K.
+    """
+    matrix = np.asarray(confusion.cpu() if isinstance(confusion, Tensor) else confusion, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
+        raise ValueError(f"confusion must have shape [K, K], got {list(matrix.shape)}")
+    if not (matrix >= 0).all():
+        raise ValueError("confusion must hold counts >= 0")
+    if not matrix.sum():
+        raise ValueError("confusion holds no test image")
+    num_classes = len(matrix)
+    counts = None
+    if labeled_counts is not None:
+        counts = np.asarray(labeled_counts.cpu() if isinstance(labeled_counts, Tensor) else labeled_counts)
+        if counts.shape != (num_classes,):
+            raise ValueError(f"labeled_counts must have shape [{num_classes}], got {list(counts.shape)}")
+
+    correct, true_total, predicted_total = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
+    present = true_total > 0
+    recall = np.divide(correct, true_total, out=np.zeros(num_classes), where=present)
+    precision = np.divide(correct, predicted_total, out=np.zeros(num_classes), where=predicted_total > 0)
+    f1 = np.divide(2 * correct, true_total + predicted_total, out=np.zeros(num_classes), where=present)
+    floored = np.where(recall > 0, recall, 1 / (100 * num_classes))
+
+    def mean_recall(classes: np.ndarray) -> float | None:
+        classes = classes[present[classes]]
+        return float(recall[classes].mean()) if classes.size else None
+
+    order = np.arange(num_classes) if counts is None else np.argsort(-counts, kind="stable")
+    third = num_classes // 3
+    groups = {
+        "many": mean_recall(order[:third]),
+        "medium": mean_recall(order[third : num_classes - third]),
+        "few": mean_recall(order[num_classes - third :]),
+    }
+    for name, low, high in (("many_count", 101, np.inf), ("medium_count", 20, 100), ("few_count", 0, 19)):
+        inside = None if counts is None else np.flatnonzero((counts >= low) & (counts <= high))
+        groups[name] = None if inside is None else mean_recall(inside)
+    return {
+        "top1": float(correct.sum() / matrix.sum()),
+        "bacc": float(recall[present].mean()),
+        "gm": float(np.exp(np.log(floored[present]).mean())),
+        "macro_precision": float(precision[present].mean()),
+        "macro_f1": float(f1[present].mean()),
+        **groups,
+        "per_class": [float(value) if there else None for value, there in zip(recall, present)],
+        "absent_classes": np.flatnonzero(~present).tolist(),
+        "num_images": int(matrix.sum()),
+    }
+
+
+class History:
+    """The evaluations of a run, in order of their steps.
+
+    ``rows`` is a list of JSON-serializable dicts, ``{"step": int, **compute_metrics(...)}``, the lines of
+    metrics.jsonl; ``History(rows)`` restores one.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
+        self.rows: list[dict[str, Any]] = []
+        for row in rows:
+            if "step" not in row:
+                raise ValueError(f"a row of the history needs the key 'step', found {sorted(row)}")
+            self.append(row["step"], {key: value for key, value in row.items() if key != "step"})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def append(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Add the evaluation after ``step`` completed steps.
+
+        Raises:
+            ValueError: if top1, bacc or gm is missing, or the step does not come after the last one.
+        """
+        missing = [key for key in HEADLINE if key not in metrics]
+        if missing:
+            raise ValueError(f"metrics must hold {', '.join(HEADLINE)}; missing: {', '.join(missing)}")
+        if self.rows and step <= self.rows[-1]["step"]:
+            raise ValueError(f"step must be greater than the last one, {self.rows[-1]['step']}, got {step}")
+        self.rows.append({"step": int(step), **metrics})
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """The three accuracies that papers report, never to be mixed, each with ``top1``, ``bacc`` and ``gm``.
+
+        Returns:
+            ``last``: the last evaluation (with its ``step``); ``mean_last_20``: the mean of the last 20, or of all
+            when there are fewer (``evaluations`` says how many); ``best_on_test``: the maximum of each metric on its
+            own (``steps`` says where). The last is optimistic, because the test set chose it.
+
+        Raises:
+            ValueError: if there is no evaluation.
+        """
+        if not self.rows:
+            raise ValueError("the history holds no evaluation")
+        last, tail = self.rows[-1], self.rows[-MEAN_WINDOW:]
+        best = {key: max(self.rows, key=lambda row, key=key: row[key]) for key in HEADLINE}
+        return {
+            "last": {**{key: last[key] for key in HEADLINE}, "step": last["step"]},
+            "mean_last_20": {
+                **{key: sum(row[key] for row in tail) / len(tail) for key in HEADLINE},
+                "evaluations": len(tail),
+            },
+            "best_on_test": {
+                **{key: best[key][key] for key in HEADLINE},
+                "steps": {key: best[key]["step"] for key in HEADLINE},
+            },
+        }
