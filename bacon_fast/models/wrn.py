@@ -1,0 +1,73 @@
+"""Wide residual network, the backbone of the CIFAR, SVHN and STL-10 experiments (Zagoruyko and Komodakis, arXiv 1605.07146)."""
+
+import torch
+from torch import Tensor, nn
+
+# The normalization constants of the semi-supervised literature: slow running statistics, a larger epsilon at the end.
+BN_MOMENTUM = 0.001
+BN_EPS_BLOCK = 1e-5
+BN_EPS_LAST = 1e-3
+NEGATIVE_SLOPE = 0.1
+
+
+class BasicBlock(nn.Module):
+    """Pre-activation block: BN, LeakyReLU, 3x3 convolution, twice, added to the input.
+
+    Where the width changes, the 1x1 shortcut convolution reads the activated input, elsewhere the raw input passes.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels, eps=BN_EPS_BLOCK, momentum=BN_MOMENTUM)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels, eps=BN_EPS_BLOCK, momentum=BN_MOMENTUM)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.activation = nn.LeakyReLU(NEGATIVE_SLOPE)
+        self.shortcut = None
+        if in_channels != out_channels or stride != 1:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.activation(self.bn1(x))
+        residual = self.conv2(self.activation(self.bn2(self.conv1(activated))))
+        return residual + (x if self.shortcut is None else self.shortcut(activated))
+
+
+class WideResNet(nn.Module):
+    """Backbone that maps images [N,C,H,W] to globally averaged features [N, num_features] (num_features = 64·width).
+
+    Three groups of (depth-4)/6 blocks at 16·width, 32·width and 64·width channels with strides 1, 2, 2. Any input size
+    of at least 4 pixels works. There is no classifier: heads live outside (models.heads).
+    """
+
+    def __init__(self, depth: int, width: int, in_channels: int = 3):
+        super().__init__()
+        if depth < 10 or (depth - 4) % 6:
+            raise ValueError(f"depth: expected 6n+4 with n >= 1 (10, 16, 22, 28, ...), found {depth}")
+        if width < 1:
+            raise ValueError(f"width: expected a positive integer, found {width}")
+        blocks = (depth - 4) // 6
+        self.num_features = 64 * width
+        self.stem = nn.Conv2d(in_channels, 16, 3, padding=1)
+        groups, channels = [], 16
+        for out_channels, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
+            layers = [BasicBlock(channels, out_channels, stride)]
+            layers += [BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)]
+            groups.append(nn.Sequential(*layers))
+            channels = out_channels
+        self.groups = nn.Sequential(*groups)
+        self.bn = nn.BatchNorm2d(channels, eps=BN_EPS_LAST, momentum=BN_MOMENTUM)
+        self.activation = nn.LeakyReLU(NEGATIVE_SLOPE)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # The slope argument stays at its default of 0: a gain of sqrt(2), as the published runs were initialized.
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.activation(self.bn(self.groups(self.stem(images))))
+        return torch.mean(features, dim=(2, 3))
+
+
+def wrn(depth: int, width: int, in_channels: int = 3) -> WideResNet:
+    """Wide residual network backbone; ``wrn(28, 2)`` is WRN-28-2. See `WideResNet` for the contract."""
+    return WideResNet(depth, width, in_channels)
