@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 HEADLINE = ("top1", "bacc", "gm")
+GROUPS = ("many", "medium", "few")
 MEAN_WINDOW = 20
 
 
@@ -50,6 +51,18 @@ def confusion_matrix(targets: Tensor, predictions: Tensor, num_classes: int) -> 
     counts = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=cell.device)
     # Not torch.bincount: on a GPU it reads the largest value back to the host to size its result.
     return counts.scatter_add_(0, cell, torch.ones_like(cell)).view(num_classes, num_classes)
+
+
+def class_groups(num_classes: int, labeled_counts: Sequence[int] | np.ndarray | None = None) -> list[str]:
+    """Group of each class by thirds: "many" for the first floor(K/3), "few" for the last floor(K/3), else "medium".
+
+    The order is by labeled count, most first and ties by class index; without counts it is the class index.
+    """
+    order = np.arange(num_classes) if labeled_counts is None else np.argsort(-np.asarray(labeled_counts), kind="stable")
+    third = num_classes // 3
+    groups = np.full(num_classes, "medium")
+    groups[order[:third]], groups[order[num_classes - third :]] = "many", "few"
+    return groups.tolist()
 
 
 def compute_metrics(confusion: Tensor, labeled_counts: Sequence[int] | Tensor | None = None) -> dict[str, Any]:
@@ -99,13 +112,8 @@ def compute_metrics(confusion: Tensor, labeled_counts: Sequence[int] | Tensor | 
         classes = classes[present[classes]]
         return float(recall[classes].mean()) if classes.size else None
 
-    order = np.arange(num_classes) if counts is None else np.argsort(-counts, kind="stable")
-    third = num_classes // 3
-    groups = {
-        "many": mean_recall(order[:third]),
-        "medium": mean_recall(order[third : num_classes - third]),
-        "few": mean_recall(order[num_classes - third :]),
-    }
+    group = np.array(class_groups(num_classes, counts))
+    groups = {name: mean_recall(np.flatnonzero(group == name)) for name in GROUPS}
     for name, low, high in (("many_count", 101, np.inf), ("medium_count", 20, 100), ("few_count", 0, 19)):
         inside = None if counts is None else np.flatnonzero((counts >= low) & (counts <= high))
         groups[name] = None if inside is None else mean_recall(inside)

@@ -1,0 +1,342 @@
+"""report.html: everything a run showed, on one self-contained page, and its pictures as PNG files."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+
+from bacon_fast.engine import figures, report_page
+from bacon_fast.engine.figures import Line, Panel
+from bacon_fast.engine.metrics import MEAN_WINDOW, History, class_groups, compute_metrics
+from bacon_fast.engine.report_page import Picture, percent
+
+MAX_POINTS = 2000
+MIN_TSNE_POINTS = 30
+MAX_VIEWS = 10
+
+
+@dataclass
+class ReportData:
+    """What a report shows: K classes, N test images, n sample images of shape [H, W, 3]. Absent parts are None.
+
+    Raises:
+        ValueError: if an array's shape does not fit the others, or the history is empty.
+    """
+
+    title: str
+    config: Mapping[str, Any]
+    """The resolved configuration."""
+    dataset: Mapping[str, Any]
+    """Facts about the data: name, protocol, sizes, hash of the split, ..."""
+    class_names: Sequence[str]
+    labeled_counts: Sequence[int]
+    """Labeled training images per class [K]."""
+    history: Sequence[Mapping[str, Any]]
+    """Evaluations in order, the rows of `metrics.History`."""
+    confusion: np.ndarray
+    """int64 [K, K] of the last evaluation, rows = true class."""
+    unlabeled_counts: Sequence[int] | None = None
+    """True counts of the unlabeled images per class [K], when they are known."""
+    train_history: Sequence[Mapping[str, Any]] = ()
+    """Log rows: "step", "loss/<name>", "stats/<name>" (fractions), "lr", "steps_per_second". Rows may lack keys."""
+    temperatures: Sequence[float] | None = None
+    """BaCon's temperature of the positive logit per class [K] (E.3)."""
+    temperature_history: Sequence[Mapping[str, Any]] | None = None
+    """Rows {"step": int, "temperatures": [K floats]}."""
+    features: np.ndarray | None = None
+    """Backbone features of the test images, float32 [N, F]."""
+    projections: np.ndarray | None = None
+    """The same images in the contrastive space, float32 [N, D]."""
+    feature_labels: np.ndarray | None = None
+    """Their true classes, int64 [N]."""
+    original_samples: np.ndarray | None = None
+    """Unlabeled images before augmentation, uint8 [n, H, W, 3]."""
+    weak_samples: np.ndarray | None = None
+    strong_samples: np.ndarray | None = None
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    """summary.json; its single values are shown under Run."""
+
+    def __post_init__(self) -> None:
+        self.confusion = np.asarray(self.confusion)
+        num_classes = len(self.class_names)
+        if self.confusion.shape != (num_classes, num_classes):
+            expected = [num_classes, num_classes]
+            raise ValueError(f"confusion must have shape {expected}, got {list(self.confusion.shape)}")
+        for name in ("labeled_counts", "unlabeled_counts", "temperatures"):
+            value = getattr(self, name)
+            if value is not None and len(value) != num_classes:
+                raise ValueError(f"{name} must have one value for each of the {num_classes} classes, got {len(value)}")
+        if not self.history:
+            raise ValueError("history must hold at least one evaluation")
+        for name in ("features", "projections"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if self.feature_labels is None or np.ndim(value) != 2 or len(value) != len(self.feature_labels):
+                raise ValueError(f"{name} must have shape [N, dimensions] with feature_labels of shape [N]")
+        for name in ("original_samples", "weak_samples", "strong_samples"):
+            value = getattr(self, name)
+            if value is not None and (value.ndim != 4 or value.shape[3] != 3 or value.dtype != np.uint8):
+                raise ValueError(f"{name} must be uint8 [n, H, W, 3], got {value.dtype} {list(value.shape)}")
+
+
+def write_report(run_dir: Path, data: ReportData) -> Path:
+    """Write ``report.html`` and ``figures/*.png`` into the run directory, each file atomically.
+
+    Returns:
+        The path of report.html.
+    """
+    run_dir = Path(run_dir)
+    folder = run_dir / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def picture(name: str, draw: Callable[..., Figure], alt: str, caption: str, width: int = 1040) -> Picture:
+        light, dark = (figures.to_png(draw(theme=theme)) for theme in (figures.LIGHT, figures.DARK))
+        _write_atomically(folder / f"{name}.png", light)
+        return Picture(light, dark, alt, caption, width)
+
+    order = np.argsort(-np.asarray(data.labeled_counts), kind="stable")
+    body = "\n".join(
+        [
+            report_page.header(data.title, _facts(data)),
+            _cards(data),
+            report_page.section("Training", report_page.group("stack", _training_pictures(data, picture))),
+            report_page.section(
+                "Classes", report_page.group("stack", _class_pictures(data, order, picture)), _class_table(data, order)
+            ),
+            report_page.section(
+                "Test images in feature space", report_page.group("pair", _embedding_pictures(data, order, picture))
+            ),
+            report_page.section("Augmentation", report_page.group("stack", _view_pictures(data, picture))),
+            report_page.section("Data", report_page.settings(data.dataset)),
+            report_page.section("Run", report_page.settings(_scalars(data.summary))),
+            report_page.section("Configuration", report_page.settings(data.config)),
+            "<footer>Accuracies are those of the averaged (EMA) model on the test set. "
+            "The pictures are also in the folder figures.</footer>",
+        ]
+    )
+    path = run_dir / "report.html"
+    _write_atomically(path, report_page.page(data.title, body).encode("utf-8"))
+    return path
+
+
+def embed(values: np.ndarray, *, normalize: bool = False, seed: int = 0) -> tuple[np.ndarray, str]:
+    """Two coordinates for each row of [N, D]: t-SNE, or PCA when there are too few rows for neighborhoods.
+
+    Args:
+        values: float [N, D].
+        normalize: scale rows to unit length first, so that neighborhoods are those of the cosine.
+        seed: of the optimization.
+
+    Returns:
+        ([N, 2], "t-SNE" or "PCA").
+    """
+    values = np.asarray(values, dtype=np.float32)
+    if normalize:
+        values = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
+    components = min(50, *values.shape)
+    if components and values.shape[1] > components:
+        values = PCA(components, random_state=seed).fit_transform(values)
+    # Fewer distinct rows than neighbors (a collapsed or tiny test set) make the neighborhoods meaningless.
+    if len(np.unique(values, axis=0)) >= MIN_TSNE_POINTS and values.shape[1] >= 2:
+        perplexity = min(30.0, (len(values) - 1) / 3)
+        return TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(values), "t-SNE"
+    coordinates = np.zeros((len(values), 2), dtype=np.float32)
+    centered = values - values.mean(axis=0) if len(values) else values
+    if components:
+        left, scale, _ = np.linalg.svd(centered, full_matrices=False)
+        count = min(2, len(scale))
+        coordinates[:, :count] = left[:, :count] * scale[:count]
+    return coordinates, "PCA"
+
+
+def _facts(data: ReportData) -> dict[str, Any]:
+    facts = {
+        "dataset": data.summary.get("dataset", data.config.get("dataset")),
+        "method": data.summary.get("method", data.config.get("method")),
+        "steps": data.history[-1]["step"],
+        "classes": len(data.class_names),
+        "labeled": int(np.sum(data.labeled_counts)),
+    }
+    if data.unlabeled_counts is not None:
+        facts["unlabeled"] = int(np.sum(data.unlabeled_counts))
+    facts["test"] = int(data.confusion.sum())
+    facts["steps/s"] = data.summary.get("steps_per_second")
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _cards(data: ReportData) -> str:
+    summary = History(data.history).summary()
+    named = {"balanced": "bacc", "top-1": "top1", "geometric mean": "gm"}
+    last, mean, best = ({label: row[key] for label, key in named.items()} for row in summary.values())
+    groups = compute_metrics(data.confusion, data.labeled_counts)
+    evaluations = summary["mean_last_20"]["evaluations"]
+    cards = [
+        report_page.card("Last evaluation", f"after step {summary['last']['step']:,}", last),
+        report_page.card(
+            f"Mean of the last {MEAN_WINDOW} evaluations",
+            f"over the {evaluations} there are" if evaluations < MEAN_WINDOW else "steadier than the last one alone",
+            mean,
+        ),
+        report_page.card("Best evaluation", "chosen on the test set: optimistic", best, optimistic=True),
+        report_page.card(
+            "Few-shot classes",
+            "thirds of the classes by labeled images, last evaluation",
+            {"few": groups["few"], "medium": groups["medium"], "many": groups["many"]},
+        ),
+    ]
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _lines(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[Line]:
+    """A line for each key of `names` that occurs, labeled with its value."""
+    lines = []
+    for key, label in names.items():
+        found = [row for row in rows if row.get(key) is not None]
+        if found:
+            lines.append(Line(label, [row["step"] for row in found], [row[key] for row in found]))
+    return lines
+
+
+def _training_pictures(data: ReportData, picture: Callable[..., Picture]) -> list[Picture]:
+    accuracy = [
+        Panel("accuracy", _lines(data.history, {"top1": "top-1", "bacc": "balanced", "gm": "geometric mean"}), True),
+        Panel("mean recall", _lines(data.history, {"many": "many", "medium": "medium", "few": "few"}), True),
+    ]
+    keys = dict.fromkeys(key for row in data.train_history for key in row)
+    prefixed = {prefix: [key for key in keys if key.startswith(prefix)] for prefix in ("loss/", "stats/")}
+    losses = {key: key.removeprefix("loss/") for key in prefixed["loss/"]}
+    stats = {key: key.removeprefix("stats/").replace("_", " ") for key in prefixed["stats/"]}
+    pseudo = {key: label for key, label in stats.items() if "pseudo" in label}
+    memory = {key: label for key, label in stats.items() if "reliable" in label or "bank" in label}
+    rest = {key: label for key, label in stats.items() if key not in pseudo and key not in memory}
+    plan = [
+        ("accuracy", accuracy, "Accuracy on the test set after each evaluation (left), and the mean recall of the "
+         "classes with many, medium and few labeled images (right)."),
+        ("losses", [
+            Panel("loss", _lines(data.train_history, losses)),
+            Panel("learning rate", _lines(data.train_history, {"lr": "learning rate"})),
+         ], "Training losses and learning rate; long curves are drawn pale, with their moving mean on top."),
+        ("statistics", [
+            Panel("share of the unlabeled batch", _lines(data.train_history, pseudo), True),
+            Panel("share", _lines(data.train_history, memory), True),
+         ], "Left: pseudo-labels, how many pass the confidence threshold and how many of those are right. Right: "
+         "samples reliable enough for the memory bank, and how full the bank is."),
+        ("other_statistics", [
+            Panel("value", _lines(data.train_history, rest)),
+            Panel("steps per second", _lines(data.train_history, {"steps_per_second": "steps per second"})),
+         ], "Other logged quantities, and the training speed."),
+    ]  # fmt: skip
+    pictures = []
+    for name, panels, caption in plan:
+        panels = [panel for panel in panels if panel.lines]
+        if panels:
+            alt = "Curves over training steps: " + ", ".join(line.label for panel in panels for line in panel.lines)
+            pictures.append(picture(name, partial(figures.curves, panels), alt, caption, 520 * len(panels)))
+    return pictures
+
+
+def _class_pictures(data: ReportData, order: np.ndarray, picture: Callable[..., Picture]) -> list[Picture]:
+    metrics = compute_metrics(data.confusion, data.labeled_counts)
+    groups = class_groups(len(data.class_names), data.labeled_counts)
+    names = data.class_names
+    draw = partial(
+        figures.per_class, metrics["per_class"], data.labeled_counts, data.unlabeled_counts, groups, names, order
+    )
+    known = "" if data.unlabeled_counts is None else " and unlabeled"
+    pictures = [
+        picture(
+            "per_class",
+            draw,
+            "Bars: recall of each class above the number of its training images",
+            f"Recall of each class above its number of labeled{known} training images (logarithmic). A method that "
+            "ignores the imbalance falls off to the right.",
+        ),
+        picture(
+            "confusion",
+            partial(figures.confusion, data.confusion, names),
+            "Confusion matrix in percent of the true class",
+            "Each row shows where the test images of one class went, in percent; the color scale is stretched toward "
+            "small shares so that rare errors stay visible. Columns that collect errors are favored classes.",
+            780,
+        ),
+    ]
+    if data.temperatures is not None:
+        base = data.config.get("temperature")
+        pictures.append(
+            picture(
+                "temperature",
+                partial(figures.temperature, data.temperatures, base, data.temperature_history, names, order),
+                "Temperature of each class's positive logit",
+                "BaCon's balanced temperature adjustment: classes with many selected images get a lower temperature "
+                "for their positive logit; the difference fades toward the end of training.",
+                1040 if data.temperature_history is not None and len(data.temperature_history) > 1 else 780,
+            )
+        )
+    return pictures
+
+
+def _class_table(data: ReportData, order: np.ndarray) -> str:
+    columns = ["class", "labeled", *(["unlabeled"] if data.unlabeled_counts is not None else []), "test"]
+    columns += ["recall %", "precision %", "most often taken for"]
+    recall = compute_metrics(data.confusion, data.labeled_counts)["per_class"]
+    rows = []
+    for c in order:
+        row, predicted = data.confusion[c], data.confusion[:, c].sum()
+        errors = np.where(np.arange(len(row)) == c, 0, row)
+        worst = int(errors.argmax())
+        taken_for = f"{data.class_names[worst]} ({100 * errors[worst] / row.sum():.0f} %)" if errors.any() else "–"
+        unlabeled = [f"{int(data.unlabeled_counts[c]):,}"] if data.unlabeled_counts is not None else []
+        precision = percent(row[c] / predicted) if predicted else "–"
+        counts = [f"{int(data.labeled_counts[c]):,}", *unlabeled, f"{int(row.sum()):,}"]
+        rows.append([data.class_names[c], *counts, percent(recall[c]), precision, taken_for])
+    return report_page.details("All classes as a table", report_page.table(columns, rows))
+
+
+def _embedding_pictures(data: ReportData, order: np.ndarray, picture: Callable[..., Picture]) -> list[Picture]:
+    pictures = []
+    for name, values, what, normalize in (
+        ("features", data.features, "Backbone features", False),
+        ("projections", data.projections, "Projections into the contrastive space (compared by cosine)", True),
+    ):
+        if values is None or not len(values):
+            continue
+        chosen = np.sort(np.random.default_rng(0).permutation(len(values))[:MAX_POINTS])
+        points, kind = embed(values[chosen], normalize=normalize)
+        labels = np.asarray(data.feature_labels)[chosen]
+        draw = partial(figures.embedding, points, labels, data.class_names, order, kind)
+        caption = f"{what} of {len(chosen):,} test images, {kind}, colored by true class."
+        pictures.append(picture(f"embedding_{name}", draw, f"Scatter plot of {name} by class", caption, 560))
+    return pictures
+
+
+def _view_pictures(data: ReportData, picture: Callable[..., Picture]) -> list[Picture]:
+    named = (("original", data.original_samples), ("weak", data.weak_samples), ("strong", data.strong_samples))
+    rows = [(name, images[:MAX_VIEWS]) for name, images in named if images is not None and len(images)]
+    if not rows:
+        return []
+    caption = "Unlabeled images and the views the network sees: the weak one gives the pseudo-label, the strong one learns it."
+    alt = "Sample images in rows: " + ", ".join(name for name, _ in rows)
+    width = 70 + 98 * max(len(images) for _, images in rows)
+    return [picture("views", partial(figures.views, rows), alt, caption, width)]
+
+
+def _scalars(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that fit on a line; accuracies per class and per evaluation have their own places."""
+    return {key: value for key, value in values.items() if isinstance(value, (str, bool, int, float))}
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

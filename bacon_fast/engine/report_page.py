@@ -1,0 +1,163 @@
+"""The HTML of a run's report: one page without scripts, network resources or files beside it."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+STYLE = """
+:root { color-scheme: light dark; --page: #f4f6f8; --panel: #ffffff; --ink: #1c2530; --muted: #5b6675;
+  --line: #e3e8ee; --accent: #0b66b0; --warn: #a04a00; }
+@media (prefers-color-scheme: dark) { :root { --page: #0f1318; --panel: #171c23; --ink: #e6eaf0; --muted: #9aa5b3;
+  --line: #2b333d; --accent: #6db6f2; --warn: #f0a35e; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 48px 24px 72px; }
+h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 8px; letter-spacing: -0.02em; }
+h2 { font-size: 1.2rem; margin: 52px 0 14px; letter-spacing: -0.01em; }
+p { margin: 0 0 12px; }
+.facts { color: var(--muted); }
+.facts b { color: var(--ink); font-weight: 600; }
+.facts span { display: inline-block; margin-right: 22px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 16px; margin-top: 26px; }
+.card, figure, .table { background: var(--panel); border: 1px solid var(--line); border-radius: 12px; }
+.card { padding: 18px 20px 16px; }
+.card h3 { margin: 0; font-size: 0.95rem; font-weight: 600; }
+.card .note { color: var(--muted); font-size: 0.82rem; margin: 0; }
+.card .optimistic { color: var(--warn); }
+.card .big { font-size: 2.5rem; font-weight: 650; line-height: 1.15; margin: 12px 0 0; letter-spacing: -0.03em;
+  font-variant-numeric: tabular-nums; }
+.card .big small { font-size: 1.1rem; font-weight: 500; color: var(--muted); letter-spacing: 0; }
+.card dl { display: grid; grid-template-columns: 1fr auto; margin: 12px 0 0; font-size: 0.9rem; row-gap: 2px; }
+.card dt { color: var(--muted); }
+.card dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 16px; }
+.stack { display: grid; gap: 16px; }
+figure { margin: 0; padding: 16px 18px 14px; min-width: 0; }
+figure img { display: block; width: 100%; height: auto; margin: 0 auto; }
+figcaption { color: var(--muted); font-size: 0.88rem; margin-top: 10px; }
+.table { overflow-x: auto; padding: 4px 0; }
+table { border-collapse: collapse; width: 100%; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 6px 18px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+tr:last-child td { border-bottom: 0; }
+th { color: var(--muted); font-weight: 600; }
+th:first-child, td:first-child, .left { text-align: left; }
+.settings { columns: 3 300px; column-gap: 32px; padding: 14px 20px; }
+.settings div { display: flex; justify-content: space-between; gap: 16px; break-inside: avoid; font-size: 0.86rem;
+  border-bottom: 1px solid var(--line); padding: 4px 0; }
+.settings span { color: var(--muted); }
+.settings code { font: 0.84rem ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; text-align: right;
+  overflow-wrap: anywhere; }
+details summary { cursor: pointer; color: var(--accent); margin: 16px 0 12px; font-weight: 600; }
+footer { color: var(--muted); font-size: 0.82rem; margin-top: 56px; }
+"""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture in its two appearances, with what one sees on it."""
+
+    light: bytes
+    dark: bytes
+    alt: str
+    caption: str
+    width: int
+    """Largest width in CSS pixels."""
+
+
+def page(title: str, body: str) -> str:
+    """A complete document."""
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def header(title: str, facts: Mapping[str, Any]) -> str:
+    """The page's title and a line of facts."""
+    items = "".join(f"<span>{escape(name)} <b>{escape(show(value))}</b></span>" for name, value in facts.items())
+    return f'<header><h1>{escape(title)}</h1><p class="facts">{items}</p></header>'
+
+
+def card(title: str, note: str, accuracies: Mapping[str, float | None], *, optimistic: bool = False) -> str:
+    """One headline: the first accuracy large, the others below it. All are fractions, shown in percent."""
+    (name, value), *others = accuracies.items()
+    rows = "".join(f"<dt>{escape(key)}</dt><dd>{percent(other)}</dd>" for key, other in others)
+    mark = " optimistic" if optimistic else ""
+    return (
+        f'<div class="card"><h3>{escape(title)}</h3><p class="note{mark}">{escape(note)}</p>'
+        f'<p class="big">{percent(value)}<small> % {escape(name)}</small></p><dl>{rows}</dl></div>'
+    )
+
+
+def figure(picture: Picture) -> str:
+    """A picture that follows the reader's light or dark setting."""
+    light, dark = (base64.b64encode(data).decode("ascii") for data in (picture.light, picture.dark))
+    return (
+        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
+        f'<img src="data:image/png;base64,{light}" alt="{escape(picture.alt)}" style="max-width:{picture.width}px">'
+        f"</picture><figcaption>{escape(picture.caption)}</figcaption></figure>"
+    )
+
+
+def section(title: str, *parts: str) -> str:
+    """A titled section; nothing when it has no content."""
+    content = "".join(parts)
+    return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
+
+
+def group(kind: str, pictures: Sequence[Picture]) -> str:
+    """Pictures beside ("pair") or below ("stack") each other."""
+    return f'<div class="{kind}">{"".join(map(figure, pictures))}</div>' if pictures else ""
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def details(summary: str, content: str) -> str:
+    """Content that opens on a click."""
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def settings(values: Mapping[str, Any]) -> str:
+    """Names and values in columns; nested mappings are written as name.name."""
+    rows = "".join(
+        f"<div><span>{escape(name)}</span><code>{escape(show(value))}</code></div>" for name, value in flatten(values)
+    )
+    return f'<div class="table settings">{rows}</div>' if rows else ""
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted name, value) pairs of nested mappings."""
+    pairs = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        pairs += flatten(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
+    return pairs
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage without its sign, or a dash."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def show(value: Any) -> str:
+    """A value as a reader would write it."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(show, value))
+    return str(value)
