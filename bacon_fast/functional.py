@@ -1,53 +1,18 @@
 """The public, stateless operations of bacon_fast.
 
-Every function validates its arguments, then hands them to a backend: "reference" is plain PyTorch (bacon_fast.reference),
-"cpp" the native CPU code, "triton" the GPU kernels. ``backend=None`` takes the best one usable for the tensors at hand;
-asking by name for one that is not usable raises RuntimeError with the reason.
+Every function validates its arguments, then hands them to a backend: "reference" is plain PyTorch, "cpp" the native CPU
+code, "triton" and "cuda" the GPU code. ``backend=None`` takes the best one usable for the tensors at hand; asking by
+name for one that is not usable raises RuntimeError with the reason.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import ops, reference
 
 NEG_MODES = ("authors", "paper")
-
-
-class Backend(NamedTuple):
-    """One implementation of an operation. ``why_not(tensor)`` is None, or the reason why it cannot serve this tensor."""
-
-    run: Callable[..., Tensor]
-    why_not: Callable[[Tensor], str | None]
-
-
-def _always(tensor: Tensor) -> str | None:
-    return None
-
-
-# Operation -> backends, the preferred one first.
-BACKENDS: dict[str, dict[str, Backend]] = {
-    "bacon_loss": {
-        "reference": Backend(reference.bacon_loss, _always),
-    },
-}
-_BACKEND_NAMES = ("reference", "cpp", "triton")
-
-
-def _choose_backend(operation: str, name: str | None, tensor: Tensor) -> Callable[..., Tensor]:
-    table = BACKENDS[operation]
-    if name is None:
-        return next(backend.run for backend in table.values() if backend.why_not(tensor) is None)
-    if name not in _BACKEND_NAMES:
-        raise ValueError(f"backend: expected None or one of {', '.join(_BACKEND_NAMES)}, found {name!r}")
-    if name not in table:
-        raise RuntimeError(f"backend {name!r} does not implement {operation}; it has {', '.join(table)}")
-    if (reason := table[name].why_not(tensor)) is not None:
-        raise RuntimeError(f"backend {name!r} cannot run {operation} here: {reason}")
-    return table[name].run
 
 
 def _check_shape(name: str, tensor: Tensor, *expected: int | str) -> None:
@@ -82,6 +47,24 @@ def _check_number(name: str, value: float, *, low: float, low_allowed: bool = Fa
         raise ValueError(f"{name}: expected a number {'>=' if low_allowed else '>'} {low}, found {value}")
 
 
+def balanced_temperatures(
+    class_counts: Tensor,
+    *,
+    progress: float | Tensor,
+    temperature: float = 0.1,
+    bta: float = 0.005,
+    min_temperature: float = 0.0,
+) -> Tensor:
+    """BaCon's temperature of each class's positive logit, [K] float32 (float64 where the counts are).
+
+    tau_c = temperature · (1 - bta · (1 - progress)² · sqrt(class_counts_c / max class_counts)), at least
+    ``min_temperature``. Arguments as in `bacon_loss`.
+    """
+    _check_shape("class_counts", class_counts, "K")
+    _check_kind("class_counts", class_counts, "number")
+    return reference.balanced_temperatures(class_counts, progress, temperature, bta, min_temperature)
+
+
 def bacon_loss(
     features: Tensor,
     labels: Tensor,
@@ -104,7 +87,7 @@ def bacon_loss(
 
     Each selected row is pulled to the center of its class, at a temperature that depends on how often the class was
     selected (balanced temperature adjusting), and pushed from the rows of the batch that surely are of another class
-    (reliable negative selection). Only ``features`` receives a gradient. The formula is in `reference.bacon.bacon_loss`.
+    (reliable negative selection). Only ``features`` receives a gradient. Formula: `reference.bacon.bacon_loss`.
 
     Args:
         features: [R,D] float, projections, the B labeled rows first, then R-B weakly augmented unlabeled rows. Need not
@@ -126,7 +109,7 @@ def bacon_loss(
         has_center: [K] bool, False for classes without a center; None means that all have one. Rows of classes without
             a center, and of classes without a negative in the batch, have no term.
         min_temperature: lower bound of the positives' temperatures.
-        backend: None, "reference", "cpp" or "triton".
+        backend: None for the best one, "reference", "cpp" or "triton".
 
     Returns:
         Mean over the selected rows; exactly 0 with zero gradient where no row has a term.
@@ -179,20 +162,146 @@ def bacon_loss(
         raise ValueError(f"top_k: expected a positive integer, found {top_k!r}")
     if neg_mode not in NEG_MODES:
         raise ValueError(f"neg_mode: expected one of {', '.join(NEG_MODES)}, found {neg_mode!r}")
-    run = _choose_backend("bacon_loss", backend, features)
-    return run(
-        features,
-        labels,
-        logits,
-        centers,
-        selected,
-        class_counts,
-        progress=progress,
-        temperature=temperature,
-        bta=bta,
-        negative_weight=negative_weight,
-        top_k=top_k,
-        neg_mode=neg_mode,
-        has_center=has_center,
-        min_temperature=min_temperature,
+    run = ops.choose_backend("bacon_loss", backend, features)
+    # Under autocast the similarities would be rounded to half precision.
+    with torch.autocast(features.device.type, enabled=False):
+        return run(
+            features,
+            labels,
+            logits,
+            centers,
+            selected,
+            class_counts,
+            progress=progress,
+            temperature=temperature,
+            bta=bta,
+            negative_weight=negative_weight,
+            top_k=top_k,
+            neg_mode=neg_mode,
+            has_center=has_center,
+            min_temperature=min_temperature,
+        )
+
+
+def bank_select_(
+    selected_label: Tensor,
+    class_counts: Tensor,
+    class_sums: Tensor,
+    class_sizes: Tensor,
+    bank: Tensor,
+    written: Tensor,
+    slots: Tensor,
+    labels: Tensor,
+    gate: Tensor,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Marks the gated rows' slots as selected for a class, in place: the first half of a step of BaCon's memory bank.
+
+    A slot that changes class takes the feature it holds along. Where gated rows name one slot twice, the last row wins.
+    A non-gated row changes nothing. `losses.MemoryBank` owns the buffers.
+
+    Args:
+        selected_label: [n] int64, the class of every slot, -1 for none; changed.
+        class_counts: [K] int64, the number of slots of every class; changed.
+        class_sums, class_sizes: [K,D] and [K] int64, sum (fixed point, see `reference.bank`) and number of the features
+            of every class; changed.
+        bank, written: [n,D] float32 and [n] bool, the features, and which slots hold one.
+        slots, labels, gate: [R] int64, [R] int64, [R] bool, the batch: slots in 0..n-1, classes in 0..K-1.
+        backend: None for the best one, "reference", "cpp" or "cuda".
+    """
+    _check_bank_arguments(
+        selected_label=selected_label,
+        class_counts=class_counts,
+        class_sums=class_sums,
+        class_sizes=class_sizes,
+        bank=bank,
+        written=written,
+        slots=slots,
+        labels=labels,
+        gate=gate,
     )
+    run = ops.choose_backend("bank_select_", backend, bank)
+    run(selected_label, class_counts, class_sums, class_sizes, bank, written, slots, labels, gate)
+
+
+def bank_write_(
+    bank: Tensor,
+    written: Tensor,
+    class_sums: Tensor,
+    class_sizes: Tensor,
+    centers: Tensor,
+    has_center: Tensor,
+    selected_label: Tensor,
+    slots: Tensor,
+    features: Tensor,
+    gate: Tensor,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Writes the gated rows' features and sets the centers, in place: the second half of a step of BaCon's memory bank.
+
+    The center of a class is the mean over the slots that are selected as the class and hold a feature. Features are
+    clamped to ±4096; a row with a component that is not finite is not written. Where gated rows name one slot twice,
+    the last row wins. Sums are exact: no number of writes, in whatever order, makes them drift.
+
+    Args:
+        bank, written, class_sums, class_sizes, selected_label: as in `bank_select_`; all but the last are changed.
+        centers, has_center: [K,D] float32 and [K] bool, the means, and which classes have one; changed.
+        slots, features, gate: [R] int64, [R,D] float32, [R] bool, the batch.
+        backend: None for the best one, "reference", "cpp" or "cuda".
+    """
+    _check_bank_arguments(
+        bank=bank,
+        written=written,
+        class_sums=class_sums,
+        class_sizes=class_sizes,
+        centers=centers,
+        has_center=has_center,
+        selected_label=selected_label,
+        slots=slots,
+        features=features,
+        gate=gate,
+    )
+    run = ops.choose_backend("bank_write_", backend, bank)
+    run(
+        bank,
+        written,
+        class_sums,
+        class_sizes,
+        centers,
+        has_center,
+        selected_label,
+        slots,
+        features.detach(),
+        gate,
+    )
+
+
+def _check_bank_arguments(**tensors: Tensor) -> None:
+    """Raises unless the buffers of a memory bank and a batch for it fit each other."""
+    _check_shape("bank", tensors["bank"], "n", "D")
+    _check_shape("slots", tensors["slots"], "R")
+    _check_shape("class_sizes", tensors["class_sizes"], "K")
+    (num_slots, dim), rows, num_classes = tensors["bank"].shape, tensors["slots"].shape[0], len(tensors["class_sizes"])
+    expected = {
+        "selected_label": ((num_slots,), torch.int64),
+        "class_counts": ((num_classes,), torch.int64),
+        "class_sums": ((num_classes, dim), torch.int64),
+        "class_sizes": ((num_classes,), torch.int64),
+        "bank": ((num_slots, dim), torch.float32),
+        "written": ((num_slots,), torch.bool),
+        "centers": ((num_classes, dim), torch.float32),
+        "has_center": ((num_classes,), torch.bool),
+        "slots": ((rows,), torch.int64),
+        "labels": ((rows,), torch.int64),
+        "features": ((rows, dim), torch.float32),
+        "gate": ((rows,), torch.bool),
+    }
+    for name, tensor in tensors.items():
+        shape, dtype = expected[name]
+        _check_shape(name, tensor, *shape)
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected dtype {dtype}, found {tensor.dtype}")
+        if tensor.device != tensors["bank"].device:
+            raise ValueError(f"{name}: expected device {tensors['bank'].device}, found {tensor.device}")

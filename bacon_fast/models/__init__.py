@@ -33,5 +33,6 @@ def build_backbone(name: str, in_channels: int = 3) -> nn.Module:
     if name == "resnet50":
         return resnet50(in_channels)
     raise ValueError(
-        f'name: expected "wrn-DEPTH-WIDTH" with DEPTH = 6n+4 (such as "wrn-28-2"), "resnet18" or "resnet50", found {name!r}'
+        'name: expected "wrn-DEPTH-WIDTH" with DEPTH = 6n+4 (such as "wrn-28-2"), "resnet18" or "resnet50", '
+        f"found {name!r}"
     )

@@ -1,4 +1,4 @@
-"""Wide residual network, the backbone of the CIFAR, SVHN and STL-10 experiments (Zagoruyko and Komodakis, arXiv 1605.07146)."""
+"""Wide residual networks (Zagoruyko and Komodakis, arXiv 1605.07146), the backbones for CIFAR, SVHN and STL-10."""
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class WideResNet(nn.Module):
         self.activation = nn.LeakyReLU(NEGATIVE_SLOPE)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                # The slope argument stays at its default of 0: a gain of sqrt(2), as the published runs were initialized.
+                # The slope argument keeps its default of 0: a gain of sqrt(2), as in the published runs.
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
 
     def forward(self, images: Tensor) -> Tensor:

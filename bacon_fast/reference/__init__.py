@@ -1,5 +1,7 @@
 """The operations in plain PyTorch, float64-capable: the specification that runs, and the backend "reference"."""
 
 from .bacon import bacon_loss, balanced_temperatures
+from .bank import bank_select_, bank_write_
+from .contrastive import contrastive
 
-__all__ = ["bacon_loss", "balanced_temperatures"]
+__all__ = ["bacon_loss", "balanced_temperatures", "bank_select_", "bank_write_", "contrastive"]

@@ -1,0 +1,210 @@
+"""BaCon's contrastive loss with its state: projection head, memory bank, class counts and centers."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..models.heads import projection_head
+from .bank import MemoryBank
+
+CORRECTED = {"count_gate": "prob", "labeled_counts": "always", "center_slots": "written"}
+AUTHORS = {"count_gate": "logit", "labeled_counts": "with_pseudo", "center_slots": "selected"}
+PAPER_LOSS = {"temperature": 0.1, "bta": 0.005, "negative_weight": 64.0, "neg_mode": "authors", "min_temperature": 0.0}
+BLOG_LOSS = {"temperature": 0.5, "bta": 1.0, "negative_weight": None, "neg_mode": "paper", "min_temperature": 0.1}
+# The value that each variant gives to an option left at None.
+VARIANTS = {
+    "fixed": PAPER_LOSS | CORRECTED,
+    "official": PAPER_LOSS | AUTHORS,
+    "blog": BLOG_LOSS | CORRECTED,
+}
+# The options that take one of two words.
+CHOICES = {
+    "neg_mode": ("authors", "paper"),
+    "count_gate": ("prob", "logit"),
+    "labeled_counts": ("always", "with_pseudo"),
+    "center_slots": ("written", "selected"),
+}
+
+
+class BaConOutput(NamedTuple):
+    """The loss, a 0-d float32 tensor, and 0-d tensors to log."""
+
+    loss: Tensor
+    stats: dict[str, Tensor]
+
+
+class BaConLoss(nn.Module):
+    """Balanced feature-level contrastive loss (BaCon, AAAI 2024, arXiv 2403.12986) on top of backbone features.
+
+    One call is one step: it selects samples as classes and counts them, computes the loss with the centers of the step
+    before, then writes the reliable projections into the memory bank and moves the centers (methods E.2).
+
+    Args:
+        in_features: F, width of the backbone's features.
+        num_classes: K.
+        num_labeled, num_unlabeled: sizes of the two training sets; the bank has a slot for every sample.
+        proj_dim: D, width of the projection; 32 in the paper, 16 in the released code.
+        proj_layers: 1, 2, or 0 for none, where D = F (`models.heads.projection_head`).
+        temperature, bta, negative_weight, neg_mode, min_temperature: see `functional.bacon_loss`; None takes the
+            variant's value.
+        top_k: an unlabeled row is no negative of its ``top_k`` likeliest classes; lowered to K-1 where K is small.
+        reliable_threshold: rows whose confidence is at least this are reliable: they are the anchors of the loss and
+            are written to the bank.
+        count_threshold: unlabeled rows whose confidence is at least this are selected as their pseudo-label.
+        variant: "fixed" is the paper's loss with the released code's slips corrected; "official" the released code;
+            "blog" the parameters of the blog post's listing (temperature 0.5, bta 1, at least 0.1, sum of negatives).
+        backend: of the loss, see `functional.bacon_loss`. "reference" also takes the bank's reference.
+        count_gate: what ``count_threshold`` is compared with, the largest "prob" or, in the released code, "logit".
+        labeled_counts: labeled rows are selected as their labels "always" or, in the released code, only
+            "with_pseudo", that is if an unlabeled row of the batch is selected too.
+        center_slots: a center is the mean over the slots of its class that were "written" or, in the released code, of
+            all "selected" ones, which hold a vector of ones until they are written.
+
+    The released code also projects the strong views and drops the result, which changes nothing and is not offered. As
+    there, a slot whose class changes keeps its old feature under the new class.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        num_labeled: int,
+        num_unlabeled: int,
+        *,
+        proj_dim: int = 32,
+        proj_layers: int = 1,
+        temperature: float | None = None,
+        bta: float | None = None,
+        negative_weight: float | None = None,
+        top_k: int = 3,
+        reliable_threshold: float = 0.98,
+        count_threshold: float = 0.95,
+        neg_mode: str | None = None,
+        min_temperature: float | None = None,
+        variant: str = "fixed",
+        backend: str | None = None,
+        count_gate: str | None = None,
+        labeled_counts: str | None = None,
+        center_slots: str | None = None,
+    ):
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, found {variant!r}")
+        if top_k < 1:
+            raise ValueError(f"top_k: expected a positive integer, found {top_k}")
+        given = {
+            "temperature": temperature,
+            "bta": bta,
+            "negative_weight": negative_weight,
+            "neg_mode": neg_mode,
+            "min_temperature": min_temperature,
+            "count_gate": count_gate,
+            "labeled_counts": labeled_counts,
+            "center_slots": center_slots,
+        }
+        options = VARIANTS[variant] | {name: value for name, value in given.items() if value is not None}
+        for name, allowed in CHOICES.items():
+            if options[name] not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, found {options[name]!r}")
+        self.variant, self.backend = variant, backend
+        self.temperature, self.bta = options["temperature"], options["bta"]
+        self.min_temperature = options["min_temperature"]
+        self.negative_weight, self.neg_mode = options["negative_weight"], options["neg_mode"]
+        self.count_gate, self.labeled_counts = options["count_gate"], options["labeled_counts"]
+        self.center_slots = options["center_slots"]
+        self.top_k = max(1, min(top_k, num_classes - 1))
+        self.reliable_threshold, self.count_threshold = reliable_threshold, count_threshold
+        self.num_labeled = num_labeled
+        self.projection = projection_head(in_features, proj_dim, proj_layers)
+        self.bank = MemoryBank(
+            num_labeled + num_unlabeled,
+            num_classes,
+            in_features if proj_layers == 0 else proj_dim,
+            start_with_ones=self.center_slots == "selected",
+            backend="reference" if backend == "reference" else None,
+        )
+
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        logits: Tensor,
+        labeled_slots: Tensor,
+        unlabeled_slots: Tensor,
+        *,
+        progress: float | Tensor,
+        active: bool,
+    ) -> BaConOutput:
+        """Loss of one step, and the update of bank, counts and centers.
+
+        Args:
+            features: [B+U,F] backbone features of the labeled, then the weakly augmented unlabeled rows; may carry a
+                graph.
+            labels: [B] int64.
+            logits: [B+U,K] of the same rows, by the head whose predictions are trusted; detached here.
+            labeled_slots, unlabeled_slots: [B] and [U] int64, positions of the rows in the labeled set and in the
+                unlabeled set, each counted from 0.
+            progress: t/T, a number or a 0-d tensor.
+            active: False before the loss starts. The loss then is a zero without graph, so the projection has no
+                gradient and is not decayed, while bank, counts and centers are kept up.
+
+        Returns:
+            BaConOutput. Its stats are "reliable", the share of reliable rows, "bank_fill", the share of slots that hold
+            a feature, and "selected", the share of slots that are selected as a class.
+        """
+        batch = labels.shape[0]
+        logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+        probability, logit = logits.softmax(dim=1).amax(dim=1), logits.amax(dim=1)
+        reliable = probability >= self.reliable_threshold
+        counted = (probability if self.count_gate == "prob" else logit)[batch:] >= self.count_threshold
+        if self.labeled_counts == "always":
+            labeled_counted = torch.ones_like(labels, dtype=torch.bool)
+        else:
+            labeled_counted = counted.any().expand(batch)
+
+        # topk rather than argmax: the loss takes a row's class from topk, and ties must fall the same way.
+        pseudo_labels = logits[batch:].topk(self.top_k, dim=1).indices[:, 0]
+        slots = torch.cat([labeled_slots, unlabeled_slots + self.num_labeled])
+        self.bank.select_(slots, torch.cat([labels, pseudo_labels]), torch.cat([labeled_counted, counted]))
+
+        projected = self.projection(features)
+        if active:
+            loss = functional.bacon_loss(
+                projected,
+                labels,
+                logits[batch:],
+                self.bank.centers,
+                reliable,
+                self.bank.class_counts,
+                progress=progress,
+                temperature=self.temperature,
+                bta=self.bta,
+                negative_weight=self.negative_weight,
+                top_k=self.top_k,
+                neg_mode=self.neg_mode,
+                has_center=self.bank.has_center,
+                min_temperature=self.min_temperature,
+                backend=self.backend,
+            )
+        else:
+            loss = torch.zeros((), device=features.device)
+        self.bank.write_(slots, projected.detach(), reliable)
+        stats = {
+            "reliable": reliable.float().mean(),
+            "bank_fill": self.bank.written.float().mean(),
+            "selected": (self.bank.selected_label >= 0).float().mean(),
+        }
+        return BaConOutput(loss, stats)
+
+    @torch.no_grad()
+    def temperatures(self, progress: float | Tensor) -> Tensor:
+        """Temperature [K] of each class's positive logit at ``progress`` = t/T, for reports."""
+        return functional.balanced_temperatures(
+            self.bank.class_counts,
+            progress=progress,
+            temperature=self.temperature,
+            bta=self.bta,
+            min_temperature=self.min_temperature,
+        )

@@ -1,0 +1,84 @@
+"""BaCon's memory bank: one feature a training sample, and the class centers that follow from them."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+
+
+class MemoryBank(nn.Module):
+    """Latest reliable feature and selected class of every training sample, with class counts and centers (methods E.1).
+
+    A step calls `select_` before the loss and `write_` after it, so the loss sees the new counts and the old centers.
+
+    Buffers:
+        features [n,D] float32, written [n] bool: the latest reliable feature of a slot, and whether there is one.
+        selected_label [n] int64: the class a slot was last selected as, -1 for never.
+        class_counts [K] int64: the number of slots selected as each class.
+        class_sums [K,D] int64 (fixed point), class_sizes [K] int64: over the slots that are selected and written.
+        centers [K,D] float32, has_center [K] bool: the mean of those slots.
+
+    Args:
+        num_slots: n, labeled plus unlabeled training samples.
+        num_classes: K.
+        dim: D, the width of a feature.
+        start_with_ones: every slot starts with a vector of ones that counts as written, as in the authors' code; such
+            vectors pull the centers toward (1, ..., 1) until they are replaced.
+        backend: None for the best one, "reference", "cpp" or "cuda".
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        num_classes: int,
+        dim: int,
+        *,
+        start_with_ones: bool = False,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        for name, value in (("num_slots", num_slots), ("num_classes", num_classes), ("dim", dim)):
+            if value < 1:
+                raise ValueError(f"{name}: expected a positive integer, found {value}")
+        self.backend = backend
+        self.register_buffer("features", torch.full((num_slots, dim), float(start_with_ones)))
+        self.register_buffer("written", torch.full((num_slots,), start_with_ones))
+        self.register_buffer("selected_label", torch.full((num_slots,), -1))
+        self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("class_sums", torch.zeros(num_classes, dim, dtype=torch.int64))
+        self.register_buffer("class_sizes", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("centers", torch.zeros(num_classes, dim))
+        self.register_buffer("has_center", torch.zeros(num_classes, dtype=torch.bool))
+
+    @torch.no_grad()
+    def select_(self, slots: Tensor, labels: Tensor, gate: Tensor) -> None:
+        """Selects the rows of a batch as their labels where ``gate``: slots, labels [R] int64, gate [R] bool."""
+        functional.bank_select_(
+            self.selected_label,
+            self.class_counts,
+            self.class_sums,
+            self.class_sizes,
+            self.features,
+            self.written,
+            slots,
+            labels,
+            gate,
+            backend=self.backend,
+        )
+
+    @torch.no_grad()
+    def write_(self, slots: Tensor, features: Tensor, gate: Tensor) -> None:
+        """Writes the rows of a batch where ``gate`` and updates the centers: features [R,D], any float dtype."""
+        functional.bank_write_(
+            self.features,
+            self.written,
+            self.class_sums,
+            self.class_sizes,
+            self.centers,
+            self.has_center,
+            self.selected_label,
+            slots,
+            features.float(),
+            gate,
+            backend=self.backend,
+        )

@@ -1,0 +1,58 @@
+"""The operations' backends: what torch.library has to know about the native ones, and which one serves a tensor."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from . import reference
+
+try:
+    from . import _C  # noqa: F401  importing it registers torch.ops.bacon_fast.*
+except ImportError as error:
+    native_error: str | None = f"the native extension bacon_fast._C is not usable: {error}"
+else:
+    native_error = None
+
+
+class Backend(NamedTuple):
+    """One implementation of an operation. ``why_not(tensor)`` is None, or the reason why it cannot serve the tensor."""
+
+    run: Callable[..., Any]
+    why_not: Callable[[Tensor], str | None]
+
+
+def _always(tensor: Tensor) -> None:
+    """The reference runs everywhere."""
+
+
+# Operation -> its backends, the preferred one first.
+BACKENDS: dict[str, dict[str, Backend]] = {
+    "bacon_loss": {
+        "reference": Backend(reference.bacon_loss, _always),
+    },
+    "bank_select_": {
+        "reference": Backend(reference.bank_select_, _always),
+    },
+    "bank_write_": {
+        "reference": Backend(reference.bank_write_, _always),
+    },
+}
+BACKEND_NAMES = ("reference", "cpp", "triton", "cuda")
+
+
+def choose_backend(operation: str, name: str | None, tensor: Tensor) -> Callable[..., Any]:
+    """The implementation called ``name``, or for None the best one, of an operation on ``tensor``.
+
+    Raises ValueError for a name that no backend has, RuntimeError with the reason for one that cannot serve the tensor.
+    """
+    table = BACKENDS[operation]
+    if name is None:
+        return next(backend.run for backend in table.values() if backend.why_not(tensor) is None)
+    if name not in BACKEND_NAMES:
+        raise ValueError(f"backend: expected None or one of {', '.join(BACKEND_NAMES)}, found {name!r}")
+    if name not in table:
+        raise RuntimeError(f"backend {name!r} does not implement {operation}, which has {', '.join(table)}")
+    if (reason := table[name].why_not(tensor)) is not None:
+        raise RuntimeError(f"backend {name!r} cannot run {operation} here: {reason}")
+    return table[name].run

@@ -1,0 +1,100 @@
+"""Memory bank and class centers in plain PyTorch, recomputed in full at every call: the native code is incremental."""
+
+One slot a training sample. A slot holds the sample's latest reliable feature and the class it was last selected as; the
+center of a class is the mean over its slots that hold a feature (methods E.1, E.6). A batch names slots; where one slot
+comes more than once, its last row wins.
+
+Sums are exact. A feature enters them as a 64-bit fixed-point number, so they depend neither on the order of the writes
+nor on how many there were: 30 bits behind the point, values within ±4096, and room for 2^21 slots in one class.
+"""
+
+import torch
+from torch import Tensor
+
+LIMIT = 4096.0  # features are clamped to ±LIMIT when they are written
+SCALE = 2.0**30  # steps of the fixed-point grid per unit; float32 values of 2^-6 and more lie on the grid
+
+
+def fixed_point(features: Tensor) -> Tensor:
+    """Features on the grid of the sums, int64."""
+    return (features.double() * SCALE).round().long()
+
+
+def class_sums_and_sizes(
+    bank: Tensor, written: Tensor, selected_label: Tensor, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """Sum [K,D] of the features (int64, fixed point) and number [K] of the slots that count for each class."""
+    counted = written & (selected_label >= 0)
+    label = torch.where(counted, selected_label, 0)
+    sums = torch.zeros(num_classes, bank.shape[1], dtype=torch.int64, device=bank.device)
+    sums.index_add_(0, label, torch.where(counted[:, None], fixed_point(bank), 0))
+    sizes = torch.zeros(num_classes, dtype=torch.int64, device=bank.device)
+    return sums, sizes.index_add_(0, label, counted.long())
+
+
+def class_centers(class_sums: Tensor, class_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Centers [K,D] float32, zero where there is none, and has_center [K] bool."""
+    mean = class_sums.double() / (class_sizes.clamp_min(1) * SCALE)[:, None]
+    return mean.float(), class_sizes > 0
+
+
+def last_row_of_slots(slots: Tensor, gate: Tensor, num_slots: int) -> Tensor:
+    """For every slot [n] the last gated row of the batch that names it, or -1."""
+    row = torch.arange(slots.shape[0], device=slots.device)
+    last = torch.full((num_slots,), -1, device=slots.device)
+    return last.scatter_reduce(0, slots, torch.where(gate, row, -1), "amax")
+
+
+def _pick_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """rows[index], of any content where the index is -1; an empty batch has nothing to pick from."""
+    if rows.shape[0] == 0:
+        return rows.new_zeros(index.shape[0], *rows.shape[1:])
+    return rows[index.clamp_min(0)]
+
+
+def bank_select_(
+    selected_label: Tensor,
+    class_counts: Tensor,
+    class_sums: Tensor,
+    class_sizes: Tensor,
+    bank: Tensor,
+    written: Tensor,
+    slots: Tensor,
+    labels: Tensor,
+    gate: Tensor,
+) -> None:
+    """Select the gated rows as their labels; see `bacon_fast.functional.bank_select_`."""
+    num_classes = class_counts.shape[0]
+    last = last_row_of_slots(slots, gate, selected_label.shape[0])
+    selected_label.copy_(torch.where(last >= 0, _pick_rows(labels, last), selected_label))
+    is_selected = selected_label >= 0
+    class_counts.zero_().index_add_(0, torch.where(is_selected, selected_label, 0), is_selected.long())
+    sums, sizes = class_sums_and_sizes(bank, written, selected_label, num_classes)
+    class_sums.copy_(sums)
+    class_sizes.copy_(sizes)
+
+
+def bank_write_(
+    bank: Tensor,
+    written: Tensor,
+    class_sums: Tensor,
+    class_sizes: Tensor,
+    centers: Tensor,
+    has_center: Tensor,
+    selected_label: Tensor,
+    slots: Tensor,
+    features: Tensor,
+    gate: Tensor,
+) -> None:
+    """Write the gated rows and set the centers; see `bacon_fast.functional.bank_write_`."""
+    num_classes = class_sizes.shape[0]
+    last = last_row_of_slots(slots, gate & features.isfinite().all(dim=1), selected_label.shape[0])
+    new = _pick_rows(features.clamp(-LIMIT, LIMIT), last)
+    bank.copy_(torch.where(last[:, None] >= 0, new, bank))
+    written.copy_(written | (last >= 0))
+    sums, sizes = class_sums_and_sizes(bank, written, selected_label, num_classes)
+    class_sums.copy_(sums)
+    class_sizes.copy_(sizes)
+    new_centers, new_has_center = class_centers(sums, sizes)
+    centers.copy_(new_centers)
+    has_center.copy_(new_has_center)
