@@ -1,4 +1,4 @@
-"""Memory bank and class centers in plain PyTorch, recomputed in full at every call: the native code is incremental."""
+"""Memory bank and class centers in plain PyTorch, recomputed in full at every call (the native code is incremental).
 
 One slot a training sample. A slot holds the sample's latest reliable feature and the class it was last selected as; the
 center of a class is the mean over its slots that hold a feature (methods E.1, E.6). A batch names slots; where one slot
