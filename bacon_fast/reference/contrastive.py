@@ -89,8 +89,8 @@ def contrastive(
         columns_normalized: columns are used as they are.
 
     Returns:
-        [R] in float32 (float64 for float64 rows). 0 for rows without a positive. A row with non-finite features or own
-        columns has loss NaN, as has its group, but passes no NaN to the gradient of others.
+        [R] in float32 (float64 for float64 rows). 0 for rows without a positive. Another row with non-finite features
+        or own columns has loss NaN, as has its group, but passes no NaN to the gradient of others.
 
     Only rows, columns and own receive a gradient; it includes that of a column as somebody's negative or positive.
     """
@@ -158,6 +158,6 @@ def contrastive(
         sign = 1 if form == "sum" else -1
         exponent = negative - sign * masked_logsumexp(sign * x, is_positive)
         loss = torch.where(bounded, torch.logaddexp(exponent, torch.zeros_like(exponent)), 0)
-    loss = torch.where(num_positives > 0, loss, 0)
     # NaN in the loss of a broken row, and in its gradient, so that a gradient scaler sees it.
-    return torch.where(broken, rows.to(dtype).sum(dim=1) * torch.where(broken, math.nan, 0), loss)
+    loss = torch.where(broken, rows.to(dtype).sum(dim=1) * torch.where(broken, math.nan, 0), loss)
+    return torch.where(num_positives > 0, loss, 0)
