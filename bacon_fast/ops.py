@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import reference
 
 try:
-    from . import _C  # noqa: F401  importing it registers torch.ops.bacon_fast.*
+    from . import _C
 except ImportError as error:
     native_error: str | None = f"the native extension bacon_fast._C is not usable: {error}"
 else:
@@ -26,15 +27,53 @@ def _always(tensor: Tensor) -> None:
     """The reference runs everywhere."""
 
 
+def _native(tensor: Tensor, device: str) -> str | None:
+    """Why the code of bacon_fast._C for ``device`` cannot serve the tensor."""
+    if tensor.device.type != device:
+        return f"it serves {device} tensors, and these are on {tensor.device}"
+    if native_error is None and device == "cuda" and not _C.built_with_cuda:
+        return "the native extension bacon_fast._C was built without CUDA"
+    return native_error
+
+
+def _cpp(tensor: Tensor) -> str | None:
+    return _native(tensor, "cpu")
+
+
+def _cuda(tensor: Tensor) -> str | None:
+    return _native(tensor, "cuda")
+
+
+def _in_place(*arguments: Any) -> None:
+    """Fake of an op that returns nothing: its mutations are in its schema."""
+
+
+if native_error is None:
+    torch.library.register_fake("bacon_fast::bank_select_", _in_place)
+    torch.library.register_fake("bacon_fast::bank_write_", _in_place)
+
+
+def _bank_select_(*arguments: Tensor) -> None:
+    torch.ops.bacon_fast.bank_select_(*arguments)
+
+
+def _bank_write_(*arguments: Tensor) -> None:
+    torch.ops.bacon_fast.bank_write_(*arguments)
+
+
 # Operation -> its backends, the preferred one first.
 BACKENDS: dict[str, dict[str, Backend]] = {
     "bacon_loss": {
         "reference": Backend(reference.bacon_loss, _always),
     },
     "bank_select_": {
+        "cpp": Backend(_bank_select_, _cpp),
+        "cuda": Backend(_bank_select_, _cuda),
         "reference": Backend(reference.bank_select_, _always),
     },
     "bank_write_": {
+        "cpp": Backend(_bank_write_, _cpp),
+        "cuda": Backend(_bank_write_, _cuda),
         "reference": Backend(reference.bank_write_, _always),
     },
 }

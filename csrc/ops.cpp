@@ -4,6 +4,14 @@
 #include <pybind11/pybind11.h>
 
 TORCH_LIBRARY_FRAGMENT(bacon_fast, m) {
+  // Memory bank (csrc/bank).
+  m.def(
+      "bank_select_(Tensor(a!) selected_label, Tensor(b!) class_counts, Tensor(c!) class_sums, Tensor(d!) class_sizes, "
+      "Tensor bank, Tensor written, Tensor slots, Tensor labels, Tensor gate) -> ()");
+  m.def(
+      "bank_write_(Tensor(a!) bank, Tensor(b!) written, Tensor(c!) class_sums, Tensor(d!) class_sizes, "
+      "Tensor(e!) centers, Tensor(f!) has_center, Tensor selected_label, Tensor slots, Tensor features, Tensor gate) "
+      "-> ()");
 }
 
 PYBIND11_MODULE(_C, m) {

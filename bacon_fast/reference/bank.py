@@ -34,7 +34,7 @@ def class_sums_and_sizes(
 
 def class_centers(class_sums: Tensor, class_sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Centers [K,D] float32, zero where there is none, and has_center [K] bool."""
-    mean = class_sums.double() / (class_sizes.clamp_min(1) * SCALE)[:, None]
+    mean = class_sums.double() / (class_sizes.clamp_min(1).double() * SCALE)[:, None]
     return mean.float(), class_sizes > 0
 
 
@@ -66,10 +66,12 @@ def bank_select_(
     """Select the gated rows as their labels; see `bacon_fast.functional.bank_select_`."""
     num_classes = class_counts.shape[0]
     last = last_row_of_slots(slots, gate, selected_label.shape[0])
-    selected_label.copy_(torch.where(last >= 0, _pick_rows(labels, last), selected_label))
-    is_selected = selected_label >= 0
-    class_counts.zero_().index_add_(0, torch.where(is_selected, selected_label, 0), is_selected.long())
-    sums, sizes = class_sums_and_sizes(bank, written, selected_label, num_classes)
+    new_label = torch.where(last >= 0, _pick_rows(labels, last), selected_label)
+    is_selected = new_label >= 0
+    counts = torch.zeros_like(class_counts).index_add_(0, torch.where(is_selected, new_label, 0), is_selected.long())
+    sums, sizes = class_sums_and_sizes(bank, written, new_label, num_classes)
+    selected_label.copy_(new_label)
+    class_counts.copy_(counts)
     class_sums.copy_(sums)
     class_sizes.copy_(sizes)
 
