@@ -1,0 +1,147 @@
+"""Image datasets as uint8 tensors in memory: `load_dataset` by name, and the `ImageDataset` it returns."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bacon_fast.data import sources
+
+DATASETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder", "arrays")
+"""Names that `load_dataset` knows."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """Images and labels, whole, on the CPU.
+
+    Attributes:
+        name: the name it was loaded by.
+        train_images, test_images: uint8 [N, H, W, 3], RGB.
+        train_labels, test_labels: int64 [N], values in 0..K-1.
+        unlabeled_images: uint8 [M, H, W, 3] without labels, or None.
+        class_names: K names; class 0 is the head of the long-tailed protocols.
+        mean, std: per channel, of pixel values in 0..1, for normalization.
+
+    Raises:
+        ValueError: shapes, dtypes or labels are not as described.
+    """
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    unlabeled_images: Tensor | None
+    class_names: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        for name in ("train_images", "test_images", "unlabeled_images"):
+            images = getattr(self, name)
+            if images is None and name == "unlabeled_images":
+                continue
+            if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != 3:
+                raise ValueError(f"{name}: expected uint8 [N, H, W, 3], found {images.dtype} {list(images.shape)}")
+            if not images.numel():
+                raise ValueError(f"{name}: expected at least one image, found {list(images.shape)}")
+            if images.shape[1:] != self.train_images.shape[1:]:
+                raise ValueError(
+                    f"{name}: expected the size of train_images, {list(self.train_images.shape[1:])}, found "
+                    f"{list(images.shape[1:])}; pass an image size to resize all of them"
+                )
+        for name, images in (("train_labels", self.train_images), ("test_labels", self.test_images)):
+            labels = getattr(self, name)
+            if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+                raise ValueError(f"{name}: expected int64 [{len(images)}], found {labels.dtype} {list(labels.shape)}")
+            low, high = labels.min().item(), labels.max().item()
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(f"{name}: expected values in 0..{self.num_classes - 1}, found {low}..{high}")
+        if self.num_classes < 2:
+            raise ValueError(f"class_names: expected at least 2 classes, found {self.num_classes}")
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+    @property
+    def pool_size(self) -> int:
+        """Number of images in `pool()`."""
+        return len(self.train_images) + (0 if self.unlabeled_images is None else len(self.unlabeled_images))
+
+    def pool(self) -> Tensor:
+        """Train images, then the unlabeled ones: uint8 [N + M, H, W, 3], the index space of splits."""
+        if self.unlabeled_images is None:
+            return self.train_images
+        return torch.cat([self.train_images, self.unlabeled_images])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of images, labels and class names."""
+        digest = hashlib.sha256(repr(self.class_names).encode())
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                digest.update(f"{field.name} {tuple(value.shape)}".encode())
+                digest.update(value.contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+def load_dataset(
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    download: bool = False,
+    image_size: int | None = None,
+    classes: Sequence[str] | None = None,
+    svhn_extra: bool = True,
+) -> ImageDataset:
+    """Loads a dataset by name.
+
+    - digits: scikit-learn's 1,797 handwritten digits, which come with that package; resized from 8x8 to 16x16 (Pillow,
+      bilinear) and divided once and for all into 60 % train and 40 % test of each class. A writer may be in both parts.
+    - cifar10, cifar100, svhn, stl10: torchvision's, at 32x32 (STL-10 is resized from 96x96, as USB and BaCon do).
+    - folder: image files in train/<class>/, test/<class>/ and, if present, unlabeled/. The class order is that of
+      `classes`, else of the lines of classes.txt, else sorted. Normalized with ImageNet's mean and deviation.
+    - arrays: an .npz file with train_images and test_images (uint8 [N, H, W, 3], [N, H, W, 1] or [N, H, W]),
+      train_labels and test_labels (integers [N]), and optionally unlabeled_images and class_names. Normalized, like
+      digits, with mean and deviation of the train images.
+
+    Args:
+        data_dir: folder of the torchvision files, root of the image folder, or the .npz file; digits needs none.
+        download: let torchvision fetch missing files into `data_dir`.
+        image_size: side in pixels that images are resized to (Pillow, bilinear). Default: 16 for digits, 32 for STL-10,
+            else the images' own size, which must then be the same for all.
+        classes: class names in order (folder only).
+        svhn_extra: add SVHN's extra part to its train images, as USB and BaCon do.
+
+    Raises:
+        ValueError: a wrong argument, or data that is not as described; unreadable files are named.
+        FileNotFoundError: data that is not there, with what was expected and how to get it.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"dataset: expected one of {', '.join(DATASETS)}, found {name!r}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size: expected at least 1, found {image_size}")
+    if classes is not None and name != "folder":
+        raise ValueError(f"classes: the class order can be chosen for dataset folder only, not for {name!r}")
+    if name == "digits":
+        return ImageDataset(name, **sources.digits(image_size))
+    if data_dir is None:
+        what = {"folder": "the root of an image folder", "arrays": "an .npz file"}.get(name, "where its files lie")
+        raise ValueError(f"data_dir: expected {what} for dataset {name!r}, found None")
+    root = Path(data_dir)
+    if name == "folder":
+        fields = sources.folder(root, image_size, classes)
+    elif name == "arrays":
+        fields = sources.arrays(root, image_size)
+    else:
+        fields = sources.torchvision_dataset(name, root, download, image_size, svhn_extra)
+    return ImageDataset(name, **fields)

@@ -1,0 +1,88 @@
+"""Decoding and resizing of images on the host, with one thread per usable core (Pillow releases the GIL)."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+_MAX_NAMED = 10
+_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+def as_rgb(name: str, images: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, W, 3] from RGB or grayscale ([N, H, W] or [N, H, W, 1]) images; ValueError for anything else."""
+    if images.dtype == np.uint8:
+        if images.ndim == 3:
+            images = images[..., None]
+        if images.ndim == 4 and images.shape[3] == 1:
+            images = np.repeat(images, 3, axis=3)
+        if images.ndim == 4 and images.shape[3] == 3:
+            return images
+    raise ValueError(
+        f"{name}: expected uint8 [N, H, W, 3], [N, H, W, 1] or [N, H, W], found {images.dtype} {list(images.shape)}"
+    )
+
+
+def resize(images: np.ndarray, size: int | None) -> Tensor:
+    """uint8 [N, H, W, 3] at size x size (Pillow, bilinear); `size` None or equal to H and W leaves the images alone."""
+    if size is None or images.shape[1:3] == (size, size):
+        return torch.from_numpy(np.ascontiguousarray(images))
+    resized = np.empty((len(images), size, size, 3), dtype=np.uint8)
+
+    def one(i: int) -> None:
+        resized[i] = Image.fromarray(images[i]).resize((size, size), Image.Resampling.BILINEAR)
+
+    _in_threads(one, range(len(images)))
+    return torch.from_numpy(resized)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Image files anywhere below `folder`, by suffix, sorted; hidden files and other files are not images."""
+    files = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    return sorted(p for p in files if p.is_file())
+
+
+def read_files(files: Sequence[Path], size: int | None) -> Tensor:
+    """Decodes files as RGB: uint8 [N, H, W, 3], resized to size x size when `size` is given.
+
+    Raises:
+        ValueError: files that cannot be decoded (named), or, without `size`, files of different sizes.
+    """
+    if not files:
+        return torch.empty((0, size or 1, size or 1, 3), dtype=torch.uint8)
+
+    def decode(path: Path) -> np.ndarray | Exception:
+        try:
+            with Image.open(path) as image:
+                rgb = image.convert("RGB")
+            return np.asarray(rgb if size is None else rgb.resize((size, size), Image.Resampling.BILINEAR))
+        except _UNREADABLE as error:
+            return error
+
+    decoded = _in_threads(decode, files)
+    failed = [f"{path} ({image})" for path, image in zip(files, decoded) if isinstance(image, Exception)]
+    if failed:
+        more = f"\n  and {len(failed) - _MAX_NAMED} more" if len(failed) > _MAX_NAMED else ""
+        raise ValueError(f"{len(failed)} image files cannot be read:\n  " + "\n  ".join(failed[:_MAX_NAMED]) + more)
+    for path, image in zip(files, decoded):
+        if image.shape != decoded[0].shape:
+            raise ValueError(
+                "image_size: expected one, because the image files differ in size: "
+                f"{files[0]} is {_size(decoded[0])}, {path} is {_size(image)}"
+            )
+    return torch.from_numpy(np.stack(decoded))
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[1]}x{image.shape[0]}"
+
+
+def _in_threads(function: Callable, items: Iterable) -> list:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(function, items))

@@ -1,0 +1,59 @@
+"""Which samples a step sees: shuffled epochs as a pure function of (seed, step)."""
+
+import torch
+from torch import Tensor, nn
+
+from bacon_fast.data.philox import check_seed, philox
+
+
+class IndexSampler(nn.Module):
+    """Batches of positions 0..num_samples-1: consecutive slices of concatenated per-epoch random permutations.
+
+    Every sample appears once per epoch; batches run across epoch borders, so none is short. The permutation of an epoch
+    sorts 63-bit Philox keys of (seed, epoch, stream, sample), so a resumed run needs no sampler state. The permutations
+    that a batch can touch lie in one buffer of fixed address, which is rewritten only when an epoch begins.
+
+    Args:
+        num_samples: size of the set, at least 1.
+        batch_size: samples per step, at least 1; may exceed `num_samples`.
+        seed: integer in [0, 2^64).
+        stream: a `Stream`; samplers with different streams draw independently.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int, stream: int) -> None:
+        super().__init__()
+        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, found {value}")
+        check_seed(seed)
+        self.num_samples, self.batch_size, self.seed, self.stream = num_samples, batch_size, seed, int(stream)
+        # A batch that starts at the last sample of an epoch touches the most epochs.
+        self.epochs_held = 1 + (num_samples + batch_size - 2) // num_samples
+        self.first_epoch: int | None = None
+        self.register_buffer("order", torch.empty(self.epochs_held * num_samples, dtype=torch.int64), persistent=False)
+
+    def indices(self, step: int) -> Tensor:
+        """Positions of the batch of `step` (0-based): int64 [batch_size], on the sampler's device."""
+        if step < 0:
+            raise ValueError(f"step: expected at least 0, found {step}")
+        epoch, offset = divmod(step * self.batch_size, self.num_samples)
+        self._hold(epoch)
+        return self.order[offset : offset + self.batch_size].clone()
+
+    def _hold(self, epoch: int) -> None:
+        """Fills the buffer with the permutations from `epoch` on."""
+        if epoch == self.first_epoch:
+            return
+        for k, permutation in enumerate(self.order.view(self.epochs_held, self.num_samples)):
+            permutation.copy_(self.permutation(epoch + k))
+        self.first_epoch = epoch
+
+    def permutation(self, epoch: int) -> Tensor:
+        """The order of one epoch: int64 [num_samples]."""
+        words = philox(self.seed, epoch, self.stream, torch.arange(self.num_samples, device=self.order.device), 2)
+        return torch.argsort((words[:, 0] << 31) | (words[:, 1] >> 1), stable=True)
+
+    def _apply(self, fn, recurse: bool = True):
+        # Moving to another device may leave the buffer's content behind (to_empty): fill it again when it is needed.
+        self.first_epoch = None
+        return super()._apply(fn, recurse)

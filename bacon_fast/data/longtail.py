@@ -1,0 +1,264 @@
+"""Long-tailed splits: the named protocols of the literature, and the split as an object with a hash.
+
+Counts and protocols follow methods.md A.1. Source tags: [BC] official BaCon code, [US] USB, [AB] ABC, [CO] CoSSL.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bacon_fast.data.datasets import ImageDataset
+from bacon_fast.data.philox import Stream, check_seed, philox
+
+
+def class_counts(head: int, gamma: float, num_classes: int) -> list[int]:
+    """Exponentially decaying images per class (methods.md A.1; [US], [AB], [CO] agree).
+
+    n_c = trunc(head * m^c) with m = (1 / |gamma|)^(1 / (K - 1)); the last class is trunc(head / |gamma|), so that it is
+    exact. Computed in float64.
+
+    Args:
+        head: images of the largest class, at least 1.
+        gamma: imbalance ratio: head over tail, |gamma| >= 1; 1 gives every class `head` images; negative reverses the
+            list, so that the last class is the largest.
+        num_classes: K, at least 2.
+
+    Returns:
+        K counts, in class order; tail classes are empty (0) when |gamma| exceeds `head`.
+    """
+    if num_classes < 2:
+        raise ValueError(f"num_classes: expected at least 2, found {num_classes}")
+    if head < 1:
+        raise ValueError(f"head: expected at least 1, found {head}")
+    if not abs(gamma) >= 1:
+        raise ValueError(f"gamma: expected |gamma| >= 1 (negative for a reversed list), found {gamma}")
+    decay = (1 / abs(gamma)) ** (1 / (num_classes - 1))
+    counts = [int(head * decay**c) for c in range(num_classes - 1)]
+    counts.append(int(head / abs(gamma)))
+    return counts if gamma > 0 else counts[::-1]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a long-tailed split is drawn from a dataset.
+
+    Attributes:
+        name, source: what tables call it, and where it comes from.
+        dataset: name of the dataset it was defined for; other data can be split by it as well.
+        labeled_head, gamma_l: N_1 and the imbalance ratio of the labeled set; N_1 None labels every train image.
+        unlabeled_head, gamma_u: M_1 and the imbalance ratio of the unlabeled set; gamma_u None is unknown.
+        lb_in_ulb: the labeled images are in the unlabeled set too.
+        unlabeled_all: the unlabeled set is the dataset's own unlabeled images plus all train images (STL-10).
+    """
+
+    name: str
+    dataset: str
+    labeled_head: int | None
+    unlabeled_head: int | None
+    gamma_l: float
+    gamma_u: float | None
+    lb_in_ulb: bool = False
+    unlabeled_all: bool = False
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        unknown = self.unlabeled_head is None
+        if self.unlabeled_all != unknown or unknown != (self.gamma_u is None):
+            raise ValueError(
+                f"protocol {self.name!r}: expected either unlabeled_head and gamma_u, or unlabeled_all; found "
+                f"unlabeled_head={self.unlabeled_head}, gamma_u={self.gamma_u}, unlabeled_all={self.unlabeled_all}"
+            )
+        if self.lb_in_ulb and self.unlabeled_all:
+            raise ValueError(f"protocol {self.name!r}: unlabeled_all holds the labeled images already; drop lb_in_ulb")
+        if self.labeled_head is None and not self.unlabeled_all:
+            raise ValueError(
+                f"protocol {self.name!r}: labeled_head=None leaves no image over, so it needs unlabeled_all"
+            )
+
+
+def _protocols() -> dict[str, Protocol]:
+    # Name, dataset, N_1, M_1, gamma_l, gamma_u, source.
+    disjoint = [
+        ("digits", "digits", 40, 60, 10, 10, "bacon_fast; the smallest class of the train part has 104 images"),
+        # BaCon's own settings; CIFAR-10 at 100 is ABC's too. beta is N_1 / (N_1 + M_1).
+        ("bacon-cifar10-100", "cifar10", 1000, 4000, 100, 100, "[BC], [AB]; beta 20 %"),
+        ("bacon-cifar10-150", "cifar10", 1000, 4000, 150, 150, "[BC]; beta 20 %"),
+        ("bacon-cifar10-100-inverse", "cifar10", 1000, 4000, 100, -100, "[BC]; gamma_u = 1/100"),
+        ("bacon-cifar10-150-inverse", "cifar10", 1000, 4000, 150, -150, "[BC]; gamma_u = 1/150"),
+        ("bacon-cifar10-100-uniform", "cifar10", 1000, 4000, 100, 1, "the same with a uniform unlabeled set"),
+        ("bacon-cifar100-20", "cifar100", 200, 300, 20, 20, "[BC]; beta 40 %"),
+        ("bacon-svhn-100", "svhn", 1000, 4000, 100, 100, "[BC]; pool train + extra (train alone has too few zeros)"),
+        # USB's long-tailed settings (config/classic_cv_imb), also those of DASO (500) and CDMAD, DARP (1500).
+        ("usb-cifar10-1500-100", "cifar10", 1500, 3000, 100, 100, "[US]"),
+        ("usb-cifar10-1500-150", "cifar10", 1500, 3000, 150, 150, "[US]"),
+        ("usb-cifar10-1500-100-inverse", "cifar10", 1500, 3000, 100, -100, "[US]"),
+        ("usb-cifar10-500-100", "cifar10", 500, 4000, 100, 100, "[US]"),
+        ("usb-cifar10-500-150", "cifar10", 500, 4000, 150, 150, "[US]"),
+        ("usb-cifar10-500-100-inverse", "cifar10", 500, 4000, 100, -100, "[US]"),
+        ("usb-cifar100-10", "cifar100", 150, 300, 10, 10, "[US]"),
+        ("usb-cifar100-15", "cifar100", 150, 300, 15, 15, "[US]"),
+        ("usb-cifar100-10-inverse", "cifar100", 150, 300, 10, -10, "[US]"),
+    ]
+    # These peers keep the labeled images in the unlabeled set.
+    inclusive = [("abc-cifar100-20", "cifar100", 200, 300, 20, 20, "[AB] fix_cifar100")]
+    inclusive += [(f"cossl-cifar10-{g}", "cifar10", 1500, 3000, g, g, "[CO]") for g in (50, 100, 150)]
+    inclusive += [(f"cossl-cifar100-{g}", "cifar100", 150, 300, g, g, "[CO]") for g in (20, 50, 100)]
+    # Here the unlabeled set is everything there is.
+    unknown = [
+        ("bacon-stl10-10", "stl10", 150, None, 10, None, "[BC], [US]"),
+        ("bacon-stl10-20", "stl10", 150, None, 20, None, "[US]"),
+        ("bacon-stl10-450-10", "stl10", 450, None, 10, None, "methods.md A.1"),
+        ("as-is", "folder", None, None, 1, None, "all train images labeled, all images unlabeled"),
+    ]
+    protocols = [Protocol(*row[:6], source=row[6]) for row in disjoint]
+    protocols += [Protocol(*row[:6], source=row[6], lb_in_ulb=True) for row in inclusive]
+    protocols += [Protocol(*row[:6], source=row[6], unlabeled_all=True) for row in unknown]
+    return {protocol.name: protocol for protocol in protocols}
+
+
+PROTOCOLS: dict[str, Protocol] = _protocols()
+"""Named protocols: every row of methods.md A.1 and the peers' variants of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Which images are labeled and which are unlabeled.
+
+    Attributes:
+        protocol: how it was drawn.
+        seed: what it was drawn with.
+        dataset_name, dataset_fingerprint: the images it was drawn from.
+        labeled, unlabeled: int64 arrays of indices into `ImageDataset.pool()`.
+        labeled_counts, unlabeled_counts: images per class; unlabeled_counts is None when unknown.
+    """
+
+    protocol: Protocol
+    seed: int
+    dataset_name: str
+    dataset_fingerprint: str
+    labeled: np.ndarray
+    unlabeled: np.ndarray
+    labeled_counts: tuple[int, ...]
+    unlabeled_counts: tuple[int, ...] | None
+
+    def _content(self) -> dict:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["protocol"] = dataclasses.asdict(self.protocol)
+        return fields | {"labeled": self.labeled.tolist(), "unlabeled": self.unlabeled.tolist()}
+
+    @property
+    def hash(self) -> str:
+        """sha256 (hex) of the content."""
+        return _content_hash(self._content())
+
+    def save(self, path: str | Path) -> None:
+        """Writes the split and its hash as JSON, atomically."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps({"hash": self.hash} | self._content()) + "\n")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Split":
+        """Reads a split written by `save`. Raises ValueError when the file is not one or its content was changed."""
+        try:
+            content = json.loads(Path(path).read_text())
+            recorded = content.pop("hash")
+            protocol = Protocol(**content["protocol"])
+            split = cls(
+                **content
+                | {
+                    "protocol": protocol,
+                    "labeled": np.asarray(content["labeled"], dtype=np.int64),
+                    "unlabeled": np.asarray(content["unlabeled"], dtype=np.int64),
+                    "labeled_counts": tuple(content["labeled_counts"]),
+                    "unlabeled_counts": None
+                    if content["unlabeled_counts"] is None
+                    else tuple(content["unlabeled_counts"]),
+                }
+            )
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a split file: {error!r}") from error
+        if split.hash != recorded:
+            raise ValueError(
+                f"{path} was changed after it was written: its hash is {split.hash}, recorded is {recorded}"
+            )
+        return split
+
+    def verify(self, dataset: ImageDataset) -> None:
+        """Raises ValueError unless `dataset` holds the images this split was drawn from."""
+        if dataset.fingerprint != self.dataset_fingerprint:
+            raise ValueError(
+                f"split: expected dataset {self.dataset_name!r} with fingerprint {self.dataset_fingerprint}, found "
+                f"{dataset.name!r} with fingerprint {dataset.fingerprint}"
+            )
+
+
+def _content_hash(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def make_split(dataset: ImageDataset, protocol: Protocol, seed: int) -> Split:
+    """Draws a split (methods.md A.1): per class, shuffle the train images, label the first N_c, put the next M_c into
+    the unlabeled set.
+
+    The shuffle sorts Philox keys of (seed, image), so the same seed gives the same split on every machine.
+
+    Raises:
+        ValueError: a class has fewer than N_c + M_c train images (class, needed and found are named), or N_c = 0.
+    """
+    check_seed(seed)
+    num_classes, labels = dataset.num_classes, dataset.train_labels
+    shuffled = _shuffled_by_class(labels, num_classes, seed)
+    found = [len(indices) for indices in shuffled]
+    if protocol.labeled_head is None:
+        wanted_l = found
+    else:
+        wanted_l = class_counts(protocol.labeled_head, protocol.gamma_l, num_classes)
+    for name, n in zip(dataset.class_names, wanted_l):
+        if n < 1:
+            raise ValueError(f"class {name!r}: protocol {protocol.name!r} leaves it without a labeled image")
+    wanted_u = [0] * num_classes
+    if not protocol.unlabeled_all:
+        wanted_u = class_counts(protocol.unlabeled_head, protocol.gamma_u, num_classes)
+    for name, n, m, available in zip(dataset.class_names, wanted_l, wanted_u, found):
+        if n + m > available:
+            raise ValueError(
+                f"class {name!r}: protocol {protocol.name!r} needs {n} labeled + {m} unlabeled = {n + m} train images, "
+                f"found {available} in {dataset.name}"
+            )
+    labeled = [indices[:n] for indices, n in zip(shuffled, wanted_l)]
+    unlabeled_counts = None
+    if protocol.unlabeled_all:
+        unlabeled = np.arange(dataset.pool_size)
+    else:
+        start = [0 if protocol.lb_in_ulb else n for n in wanted_l]
+        chosen = [indices[a : n + m] for indices, a, n, m in zip(shuffled, start, wanted_l, wanted_u)]
+        unlabeled = np.concatenate(chosen)
+        unlabeled_counts = tuple(len(indices) for indices in chosen)
+    return Split(
+        protocol=protocol,
+        seed=seed,
+        dataset_name=dataset.name,
+        dataset_fingerprint=dataset.fingerprint,
+        labeled=np.concatenate(labeled),
+        unlabeled=unlabeled,
+        labeled_counts=tuple(wanted_l),
+        unlabeled_counts=unlabeled_counts,
+    )
+
+
+def _shuffled_by_class(labels: torch.Tensor, num_classes: int, seed: int) -> list[np.ndarray]:
+    words = philox(seed, 0, Stream.SPLIT, torch.arange(len(labels)), 2).numpy()
+    # Sorted by class, then by key; the stable sort leaves equal keys in dataset order.
+    order = np.lexsort((words[:, 1], words[:, 0], labels.numpy()))
+    return np.split(order, np.cumsum(np.bincount(labels.numpy(), minlength=num_classes))[:-1])

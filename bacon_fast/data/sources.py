@@ -1,0 +1,217 @@
+"""Readers of the supported datasets. Each returns the fields of an `ImageDataset` except its name."""
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+
+from bacon_fast.data.images import as_rgb, image_files, read_files, resize
+from bacon_fast.data.philox import Stream, philox
+
+# Normalization of USB (semilearn/datasets/cv_datasets), which the official BaCon code keeps; CIFAR-10 has ImageNet's.
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_NORMALIZATION = {
+    "cifar10": _IMAGENET,
+    "cifar100": {
+        "mean": (129.3 / 255, 124.1 / 255, 112.4 / 255),
+        "std": (68.2 / 255, 65.4 / 255, 70.4 / 255),
+    },
+    "svhn": {"mean": (0.4380, 0.4440, 0.4730), "std": (0.1751, 0.1771, 0.1744)},
+    "stl10": {
+        "mean": (112.4 / 255, 109.1 / 255, 98.6 / 255),
+        "std": (68.4 / 255, 66.6 / 255, 68.5 / 255),
+    },
+}
+_DIGITS_TRAIN_SHARE = 0.6
+_DIGITS_SEED = 0
+
+
+def digits(image_size: int | None) -> dict:
+    """scikit-learn's handwritten digits (UCI optical recognition, 8x8, values 0..16), by default at 16x16.
+
+    The train part is, per class, the first 60 % in the order of Philox keys of (seed 0, Stream.TRAIN_TEST, image); it
+    does not depend on the run's seed.
+    """
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    values = np.rint(source.images * (255 / 16)).astype(np.uint8)
+    images = resize(as_rgb("digits", values), image_size or 16)
+    labels = torch.from_numpy(source.target.astype(np.int64))
+    keys = philox(_DIGITS_SEED, 0, Stream.TRAIN_TEST, torch.arange(len(labels)), 1)[:, 0]
+    train = torch.zeros(len(labels), dtype=torch.bool)
+    for c in range(10):
+        members = torch.nonzero(labels == c)[:, 0]
+        members = members[torch.argsort(keys[members], stable=True)]
+        train[members[: int(_DIGITS_TRAIN_SHARE * len(members))]] = True
+    return {
+        "train_images": images[train],
+        "train_labels": labels[train],
+        "test_images": images[~train],
+        "test_labels": labels[~train],
+        "unlabeled_images": None,
+        "class_names": tuple("0123456789"),
+        **_statistics(images[train]),
+    }
+
+
+def torchvision_dataset(name: str, root: Path, download: bool, image_size: int | None, svhn_extra: bool) -> dict:
+    """CIFAR-10, CIFAR-100, SVHN or STL-10 (by default resized to 32x32) through torchvision.
+
+    Raises FileNotFoundError when the files are not under `root` and `download` is off.
+    """
+    datasets = torchvision.datasets
+
+    def part(cls, **split):
+        try:
+            return cls(root, download=download, **split)
+        except RuntimeError as error:  # torchvision's answer to missing and to corrupted files
+            raise FileNotFoundError(
+                f"data_dir: expected the files of {name} under {root.resolve()}, found them missing or damaged "
+                f"({error}); pass --download to fetch them"
+            ) from error
+
+    unlabeled = None
+    if name in ("cifar10", "cifar100"):
+        cls = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+        train, test = part(cls, train=True), part(cls, train=False)
+        class_names = tuple(train.classes)
+        (train_images, train_labels), (test_images, test_labels) = ((p.data, p.targets) for p in (train, test))
+    else:
+        cls = datasets.SVHN if name == "svhn" else datasets.STL10
+        splits = ["train", "extra"] if name == "svhn" and svhn_extra else ["train"]
+        train, test = [part(cls, split=split) for split in splits], part(cls, split="test")
+        class_names = tuple("0123456789") if name == "svhn" else tuple(test.classes)
+        train_images = np.concatenate([_channels_last(p.data) for p in train])
+        train_labels = np.concatenate([p.labels for p in train])
+        test_images, test_labels = _channels_last(test.data), test.labels
+        if name == "stl10":
+            unlabeled = _channels_last(part(cls, split="unlabeled").data)
+    if name == "stl10":
+        image_size = image_size or 32
+    return {
+        "train_images": resize(train_images, image_size),
+        "train_labels": torch.as_tensor(np.asarray(train_labels, dtype=np.int64)),
+        "test_images": resize(test_images, image_size),
+        "test_labels": torch.as_tensor(np.asarray(test_labels, dtype=np.int64)),
+        "unlabeled_images": None if unlabeled is None else resize(unlabeled, image_size),
+        "class_names": class_names,
+        **_NORMALIZATION[name],
+    }
+
+
+def folder(root: Path, image_size: int | None, classes: Sequence[str] | None) -> dict:
+    """An image folder: train/<class>/, test/<class>/, optionally unlabeled/. Normalized with ImageNet's statistics.
+
+    Raises:
+        FileNotFoundError: `root`, train/ or test/ is missing.
+        ValueError: class folders that do not fit the class list, a class without train images, unreadable files.
+    """
+    for part in (root / "train", root / "test"):
+        if not part.is_dir():
+            raise FileNotFoundError(
+                f"data_dir: expected an image folder with train/<class>/ and test/<class>/ in {root.resolve()}, "
+                f"found no directory {part.name}/"
+            )
+    found = _subfolders(root / "train")
+    class_names = _class_order(root, found, classes)
+    if unknown := sorted(set(_subfolders(root / "test")) - set(class_names)):
+        raise ValueError(f"{root / 'test'}: expected only the classes of train/, found also {', '.join(unknown)}")
+
+    files, labels = {}, {}
+    for part in ("train", "test"):
+        per_class = [image_files(root / part / name) for name in class_names]
+        if part == "train" and (empty := [name for name, paths in zip(class_names, per_class) if not paths]):
+            raise ValueError(f"{root / part}: expected images of every class, found none of {', '.join(empty)}")
+        files[part] = [path for paths in per_class for path in paths]
+        labels[part] = torch.repeat_interleave(
+            torch.arange(len(class_names)), torch.tensor([len(p) for p in per_class])
+        )
+    if not files["test"]:
+        raise ValueError(f"{root / 'test'}: expected image files, found none")
+    files["unlabeled"] = image_files(root / "unlabeled")
+    images = read_files([path for paths in files.values() for path in paths], image_size)
+    train, test, unlabeled = images.split([len(paths) for paths in files.values()])
+    return {
+        "train_images": train,
+        "train_labels": labels["train"],
+        "test_images": test,
+        "test_labels": labels["test"],
+        "unlabeled_images": unlabeled if len(unlabeled) else None,
+        "class_names": class_names,
+        **_IMAGENET,
+    }
+
+
+def arrays(path: Path, image_size: int | None) -> dict:
+    """An .npz file of arrays, normalized with mean and deviation of its train images.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an .npz file, a missing array, or one of another shape or dtype than `load_dataset` documents.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"data_dir: expected an .npz file, found no file {path.resolve()}")
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            content = {name: stored[name] for name in stored.files}
+    except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
+        raise ValueError(f"data_dir: expected an .npz file of plain arrays, cannot read {path}: {error}") from error
+    required = ("train_images", "train_labels", "test_images", "test_labels")
+    if missing := [name for name in required if name not in content]:
+        raise ValueError(f"{path}: expected arrays {', '.join(required)}, found no {', '.join(missing)}")
+    for name in ("train_labels", "test_labels"):
+        if content[name].dtype.kind not in "iu" or content[name].ndim != 1:
+            raise ValueError(f"{name}: expected integers [N], found {content[name].dtype} {list(content[name].shape)}")
+    train_images = resize(as_rgb("train_images", content["train_images"]), image_size)
+    unlabeled = content.get("unlabeled_images")
+    if "class_names" in content:
+        class_names = tuple(str(name) for name in content["class_names"])
+    else:
+        class_names = tuple(str(c) for c in range(int(content["train_labels"].max(initial=0)) + 1))
+    return {
+        "train_images": train_images,
+        "train_labels": torch.from_numpy(content["train_labels"].astype(np.int64)),
+        "test_images": resize(as_rgb("test_images", content["test_images"]), image_size),
+        "test_labels": torch.from_numpy(content["test_labels"].astype(np.int64)),
+        "unlabeled_images": None if unlabeled is None else resize(as_rgb("unlabeled_images", unlabeled), image_size),
+        "class_names": class_names,
+        **_statistics(train_images),
+    }
+
+
+def _channels_last(images: np.ndarray) -> np.ndarray:
+    return images.transpose(0, 2, 3, 1)
+
+
+def _statistics(images: Tensor) -> dict[str, tuple[float, ...]]:
+    """Mean and deviation per channel in 0..1; the deviation is at least one gray level, so it can divide."""
+    counts = [torch.bincount(images[..., c].flatten(), minlength=256).double() for c in range(3)]
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean = [float((h * levels).sum() / h.sum().clamp(min=1)) for h in counts]
+    variance = [float((h * (levels - m) ** 2).sum() / h.sum().clamp(min=1)) for h, m in zip(counts, mean)]
+    return {"mean": tuple(mean), "std": tuple(max(v**0.5, 1 / 255) for v in variance)}
+
+
+def _subfolders(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _class_order(root: Path, found: list[str], classes: Sequence[str] | None) -> tuple[str, ...]:
+    listing, source = root / "classes.txt", "classes"
+    if classes is None and listing.is_file():
+        classes, source = [line.strip() for line in listing.read_text().splitlines() if line.strip()], str(listing)
+    if classes is None:
+        classes = found
+    if len(set(classes)) != len(classes):
+        raise ValueError(f"{source}: expected different names, found {', '.join(classes)}")
+    if set(classes) != set(found):
+        raise ValueError(
+            f"{source}: expected the class folders of {root / 'train'}, which are {', '.join(found) or 'none'}; "
+            f"found {', '.join(classes) or 'none'}"
+        )
+    return tuple(classes)
