@@ -17,7 +17,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from bacon_fast.engine.metrics import GROUPS
 
@@ -39,15 +39,17 @@ class Theme:
     grid: str
     accent: str
     series: tuple[str, ...]
+    rank_range: tuple[float, float]
+    """Part of the ordered colormap that stands out from the background."""
 
 
 LIGHT = Theme(
     "#ffffff", "#1c2530", "#5b6675", "#e3e8ee", "#0b66b0",
-    ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b7280"),
+    ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b7280"), (0.0, 0.92),
 )  # fmt: skip
 DARK = Theme(
     "#171c23", "#e6eaf0", "#9aa5b3", "#2b333d", "#6db6f2",
-    ("#56b4e9", "#f0883e", "#2fc198", "#e29cc4", "#f0c544", "#8fa8ff", "#a6afba"),
+    ("#56b4e9", "#f0883e", "#2fc198", "#e29cc4", "#f0c544", "#8fa8ff", "#a6afba"), (0.25, 1.0),
 )  # fmt: skip
 
 
@@ -85,10 +87,10 @@ def curves(panels: Sequence[Panel], theme: Theme) -> Figure:
         axes.grid(color=theme.grid, linewidth=0.8)
         for number, line in enumerate(panel.lines):
             _draw_line(axes, line, number, theme)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(_step_label))
+        _step_axis(axes, [step for line in panel.lines for step in line.steps])
+        _value_limits(axes)
         if panel.fraction:
-            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.yaxis.set_major_formatter(FuncFormatter(_percent_label))
         _legend(axes, theme)
     return figure
 
@@ -152,7 +154,7 @@ def per_class(
         elif len(order) <= NAMED_CLASSES:
             upper.text(i, value + 0.015, f"{100 * value:.0f}", ha="center", va="bottom", color=theme.ink, fontsize=8)
     upper.set_ylim(0, 1.1 if len(order) <= NAMED_CLASSES else 1.03)
-    upper.yaxis.set_major_formatter(PercentFormatter(1))
+    upper.yaxis.set_major_formatter(FuncFormatter(_percent_label))
     upper.tick_params(labelbottom=False)
     _legend(upper, theme)
 
@@ -161,14 +163,19 @@ def per_class(
     series = [("labeled", labeled, theme.series[6])]
     if unlabeled is not None:
         series.append(("unlabeled", unlabeled, theme.series[4]))
+    lower.set_yscale("log")
     width = 0.78 / len(series)
     for number, (label, counts, shade) in enumerate(series):
-        offset = (number - (len(series) - 1) / 2) * width
-        lower.bar(position + offset, [counts[c] for c in order], width=width, color=shade, label=label)
-    lower.set_yscale("log")
+        values = np.asarray(counts)[order]
+        if len(order) <= NAMED_CLASSES:
+            offset = (number - (len(series) - 1) / 2) * width
+            lower.bar(position + offset, values, width=width, color=shade, label=label)
+        else:
+            line = np.where(values > 0, values, np.nan)
+            lower.step(position, line, where="mid", color=shade, linewidth=2, label=label)
     lower.set_ylim(bottom=0.8)
     lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    lower.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    lower.yaxis.set_minor_formatter(NullFormatter())
     _class_ticks(lower, class_names, order)
     lower.set_xlim(-0.7, len(order) - 0.3)
     _legend(lower, theme)
@@ -187,16 +194,22 @@ def temperature(
     with_history = history is not None and len(history) > 1
     figure = _figure(10.4, 3.5, theme)
     axes = figure.add_subplot(1, 2 if with_history else 1, 1)
-    _style(axes, theme, _class_axis_label(len(order)), "positive temperature")
+    _style(axes, theme, _class_axis_label(len(order)), "temperature")
     axes.grid(axis="y", color=theme.grid, linewidth=0.8)
-    position, ordered = np.arange(len(order)), np.asarray(values, dtype=np.float64)[order]
+    position, size = np.arange(len(order)), 36 if len(order) <= NAMED_CLASSES else 12
+    shown = [np.asarray(values, dtype=np.float64)[order]]
+    if with_history:
+        # The adjustment fades to nothing by the last step: its start is the interesting part.
+        shown.append(np.asarray(history[0]["temperatures"], dtype=np.float64)[order])
+        label = f"positives at step {_step_label(history[0]['step'])}"
+        axes.scatter(position, shown[1], s=size, facecolors="none", edgecolors=theme.accent, zorder=3, label=label)
+    axes.scatter(position, shown[0], s=size, color=theme.accent, zorder=3, label="positives at the end")
     if base is not None:
-        axes.axhline(base, color=theme.muted, linestyle="--", linewidth=1.2, label="temperature of the negatives")
-        axes.vlines(position, ordered, base, color=theme.grid, linewidth=2)
-    size = 36 if len(order) <= NAMED_CLASSES else 12
-    axes.scatter(position, ordered, s=size, color=theme.accent, zorder=3, label="positive logits of the class")
+        axes.axhline(base, color=theme.muted, linestyle="--", linewidth=1.2, label="negatives")
+        shown.append(np.full(len(order), base))
+    axes.vlines(position, np.min(shown, axis=0), np.max(shown, axis=0), color=theme.grid, linewidth=2)
     _class_ticks(axes, class_names, order)
-    _pad_limits(axes, [*ordered, *([base] if base is not None else [])])
+    _pad_limits(axes, np.ravel(shown))
     _legend(axes, theme)
     if with_history:
         axes = figure.add_subplot(1, 2, 2)
@@ -204,11 +217,10 @@ def temperature(
         axes.grid(color=theme.grid, linewidth=0.8)
         steps = [row["step"] for row in history]
         table = np.array([row["temperatures"] for row in history], dtype=np.float64)
-        cmap, norm = _rank_colors(len(order))
+        cmap, norm = _rank_colors(len(order), theme)
         for rank, c in enumerate(order):
             axes.plot(steps, table[:, c], color=cmap(norm(rank)), linewidth=1.4 if len(order) <= NAMED_CLASSES else 0.8)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(_step_label))
+        _step_axis(axes, steps)
         _pad_limits(axes, table.ravel())
         _rank_colorbar(figure, axes, len(order), theme)
     return figure
@@ -231,7 +243,7 @@ def embedding(
     else:
         rank = np.empty(num_classes, dtype=np.int64)
         rank[order] = np.arange(num_classes)
-        cmap, norm = _rank_colors(num_classes)
+        cmap, norm = _rank_colors(num_classes, theme)
         axes.scatter(points[:, 0], points[:, 1], s=size, c=cmap(norm(rank[labels])), linewidths=0, alpha=0.85)
         _rank_colorbar(figure, axes, num_classes, theme)
     if num_classes <= NAMED_CLASSES:
@@ -247,13 +259,16 @@ def views(rows: Sequence[tuple[str, np.ndarray]], theme: Theme) -> Figure:
     """Rows of images uint8 [n, H, W, 3], each with its name; one column an image."""
     columns = max(len(images) for _, images in rows)
     figure = _figure(0.6 + 0.98 * columns, 0.98 * len(rows) + 0.1, theme)
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for (name, images), line in zip(rows, grid):
-        for index, axes in enumerate(line):
-            axes.set_axis_off()
-            if index < len(images):
-                axes.imshow(images[index], interpolation="nearest")
-        label = line[0].text(-0.12, 0.5, name, transform=line[0].transAxes, color=theme.muted)
+    for axes, (name, images) in zip(figure.subplots(len(rows), 1, squeeze=False).flat, rows):
+        height, width = images.shape[1:3]
+        axes.set_axis_off()
+        # One pair of axes for the whole row: thirty of them would take longer to lay out than to draw.
+        for index, image in enumerate(images):
+            left = index * 1.08 * width
+            axes.imshow(image, extent=(left, left + width, height, 0), interpolation="nearest")
+        axes.set_xlim(0, (1.08 * columns - 0.08) * width)
+        axes.set_ylim(height, 0)
+        label = axes.text(-0.12 * width, height / 2, name, color=theme.muted)
         label.set(rotation=90, ha="right", va="center", fontsize=9)
     return figure
 
@@ -309,6 +324,24 @@ def _smooth(values: np.ndarray, radius: int) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
+def _step_axis(axes: Axes, steps: Sequence[float]) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(_step_label))
+    if len(set(steps)) == 1:
+        axes.set_xlim(steps[0] - 1, steps[0] + 1)
+
+
+def _value_limits(axes: Axes) -> None:
+    """Show a curve that is constant up to rounding against zero, not as noise magnified."""
+    low, high = axes.dataLim.intervaly
+    if np.isfinite([low, high]).all() and high - low <= 1e-6 * max(abs(low), abs(high)):
+        axes.set_ylim(min(1.25 * low, 0), max(1.25 * high, 0) or 1)
+
+
+def _percent_label(value: float, _position: int | None = None) -> str:
+    return f"{100 * value:.3g} %"
+
+
 def _class_axis_label(num_classes: int) -> str:
     return "class, most labeled images first" + ("" if num_classes <= NAMED_CLASSES else " (rank)")
 
@@ -328,16 +361,17 @@ def _pad_limits(axes: Axes, values: Sequence[float]) -> None:
     margin = 0.08 * (high - low) or 0.01 * abs(high) or 1.0
     axes.set_ylim(low - margin, high + margin)
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.ticklabel_format(axis="y", useOffset=False, style="plain")
 
 
-def _rank_colors(num_classes: int) -> tuple[Colormap, Normalize]:
-    cmap = matplotlib.colormaps["cividis"]
-    return cmap, Normalize(0, max(num_classes - 1, 1))
+def _rank_colors(num_classes: int, theme: Theme) -> tuple[Colormap, Normalize]:
+    """Colors from the class with most to the one with fewest labels, without those that fade into the background."""
+    colors = matplotlib.colormaps["cividis"](np.linspace(*theme.rank_range, 256))
+    return LinearSegmentedColormap.from_list("rank", colors), Normalize(0, max(num_classes - 1, 1))
 
 
 def _rank_colorbar(figure: Figure, axes: Axes, num_classes: int, theme: Theme) -> None:
-    cmap, norm = _rank_colors(num_classes)
+    cmap, norm = _rank_colors(num_classes, theme)
     bar = figure.colorbar(ScalarMappable(norm, cmap), ax=axes, shrink=0.85, pad=0.02)
     bar.set_ticks([0, num_classes - 1], labels=["most", "fewest"])
     _style_colorbar(bar, theme, "labeled images of the class")

@@ -1,6 +1,6 @@
 """report.html: everything a run showed, on one self-contained page, and its pictures as PNG files."""
 
-import os
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,13 +13,23 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from bacon_fast.engine import figures, report_page
+from bacon_fast.engine.checkpoint import write_atomically
 from bacon_fast.engine.figures import Line, Panel
 from bacon_fast.engine.metrics import MEAN_WINDOW, History, class_groups, compute_metrics
 from bacon_fast.engine.report_page import Picture, percent
 
 MAX_POINTS = 2000
 MIN_TSNE_POINTS = 30
+PCA_BEFORE_TSNE = 50
 MAX_VIEWS = 10
+# The methods' statistics under names a reader knows; others keep their own.
+STATISTICS = {
+    "pseudo_rate": "pseudo-label rate",
+    "pseudo_accuracy": "pseudo-label accuracy",
+    "reliable": "reliable rows",
+    "bank_fill": "filled slots",
+    "selected": "labeled slots",
+}
 
 
 @dataclass
@@ -99,7 +109,7 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
 
     def picture(name: str, draw: Callable[..., Figure], alt: str, caption: str, width: int = 1040) -> Picture:
         light, dark = (figures.to_png(draw(theme=theme)) for theme in (figures.LIGHT, figures.DARK))
-        _write_atomically(folder / f"{name}.png", light)
+        write_atomically(folder / f"{name}.png", lambda path: path.write_bytes(light))
         return Picture(light, dark, alt, caption, width)
 
     order = np.argsort(-np.asarray(data.labeled_counts), kind="stable")
@@ -123,7 +133,8 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
         ]
     )
     path = run_dir / "report.html"
-    _write_atomically(path, report_page.page(data.title, body).encode("utf-8"))
+    text = report_page.page(data.title, body)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return path
 
 
@@ -141,19 +152,16 @@ def embed(values: np.ndarray, *, normalize: bool = False, seed: int = 0) -> tupl
     values = np.asarray(values, dtype=np.float32)
     if normalize:
         values = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
-    components = min(50, *values.shape)
-    if components and values.shape[1] > components:
-        values = PCA(components, random_state=seed).fit_transform(values)
     # Fewer distinct rows than neighbors (a collapsed or tiny test set) make the neighborhoods meaningless.
-    if len(np.unique(values, axis=0)) >= MIN_TSNE_POINTS and values.shape[1] >= 2:
+    if values.shape[1] >= 2 and len(np.unique(values, axis=0)) >= MIN_TSNE_POINTS:
+        if min(values.shape) > PCA_BEFORE_TSNE:
+            values = PCA(PCA_BEFORE_TSNE, random_state=seed).fit_transform(values)
         perplexity = min(30.0, (len(values) - 1) / 3)
         return TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(values), "t-SNE"
     coordinates = np.zeros((len(values), 2), dtype=np.float32)
-    centered = values - values.mean(axis=0) if len(values) else values
-    if components:
-        left, scale, _ = np.linalg.svd(centered, full_matrices=False)
-        count = min(2, len(scale))
-        coordinates[:, :count] = left[:, :count] * scale[:count]
+    if values.size:
+        left, scale, _ = np.linalg.svd(values - values.mean(axis=0), full_matrices=False)
+        coordinates[:, : len(scale)] = (left * scale)[:, :2]
     return coordinates, "PCA"
 
 
@@ -181,13 +189,13 @@ def _cards(data: ReportData) -> str:
     cards = [
         report_page.card("Last evaluation", f"after step {summary['last']['step']:,}", last),
         report_page.card(
-            f"Mean of the last {MEAN_WINDOW} evaluations",
-            f"over the {evaluations} there are" if evaluations < MEAN_WINDOW else "steadier than the last one alone",
+            f"Mean of the last {MEAN_WINDOW}",
+            f"of all {evaluations} evaluations, as there are no more" if evaluations < MEAN_WINDOW else "evaluations",
             mean,
         ),
         report_page.card("Best evaluation", "chosen on the test set: optimistic", best, optimistic=True),
         report_page.card(
-            "Few-shot classes",
+            "Classes with few labels",
             "thirds of the classes by labeled images, last evaluation",
             {"few": groups["few"], "medium": groups["medium"], "many": groups["many"]},
         ),
@@ -196,10 +204,10 @@ def _cards(data: ReportData) -> str:
 
 
 def _lines(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[Line]:
-    """A line for each key of `names` that occurs, labeled with its value."""
+    """A line for each key of `names` that occurs with a finite value, labeled with its entry."""
     lines = []
     for key, label in names.items():
-        found = [row for row in rows if row.get(key) is not None]
+        found = [row for row in rows if row.get(key) is not None and math.isfinite(row[key])]
         if found:
             lines.append(Line(label, [row["step"] for row in found], [row[key] for row in found]))
     return lines
@@ -213,9 +221,10 @@ def _training_pictures(data: ReportData, picture: Callable[..., Picture]) -> lis
     keys = dict.fromkeys(key for row in data.train_history for key in row)
     prefixed = {prefix: [key for key in keys if key.startswith(prefix)] for prefix in ("loss/", "stats/")}
     losses = {key: key.removeprefix("loss/") for key in prefixed["loss/"]}
-    stats = {key: key.removeprefix("stats/").replace("_", " ") for key in prefixed["stats/"]}
+    stats = {key: key.removeprefix("stats/") for key in prefixed["stats/"]}
+    stats = {key: STATISTICS.get(name, name.replace("_", " ")) for key, name in stats.items()}
     pseudo = {key: label for key, label in stats.items() if "pseudo" in label}
-    memory = {key: label for key, label in stats.items() if "reliable" in label or "bank" in label}
+    memory = {key: label for key, label in stats.items() if "reliable" in label or "slots" in label}
     rest = {key: label for key, label in stats.items() if key not in pseudo and key not in memory}
     plan = [
         ("accuracy", accuracy, "Accuracy on the test set after each evaluation (left), and the mean recall of the "
@@ -228,7 +237,7 @@ def _training_pictures(data: ReportData, picture: Callable[..., Picture]) -> lis
             Panel("share of the unlabeled batch", _lines(data.train_history, pseudo), True),
             Panel("share", _lines(data.train_history, memory), True),
          ], "Left: pseudo-labels, how many pass the confidence threshold and how many of those are right. Right: "
-         "samples reliable enough for the memory bank, and how full the bank is."),
+         "rows reliable enough for the memory bank, and how many of its slots are in use."),
         ("other_statistics", [
             Panel("value", _lines(data.train_history, rest)),
             Panel("steps per second", _lines(data.train_history, {"steps_per_second": "steps per second"})),
@@ -322,7 +331,10 @@ def _view_pictures(data: ReportData, picture: Callable[..., Picture]) -> list[Pi
     rows = [(name, images[:MAX_VIEWS]) for name, images in named if images is not None and len(images)]
     if not rows:
         return []
-    caption = "Unlabeled images and the views the network sees: the weak one gives the pseudo-label, the strong one learns it."
+    caption = (
+        "Unlabeled images and the views the network sees: the weak view gives the pseudo-label, and the strong view is "
+        "trained to agree with it."
+    )
     alt = "Sample images in rows: " + ", ".join(name for name, _ in rows)
     width = 70 + 98 * max(len(images) for _, images in rows)
     return [picture("views", partial(figures.views, rows), alt, caption, width)]
@@ -331,12 +343,3 @@ def _view_pictures(data: ReportData, picture: Callable[..., Picture]) -> list[Pi
 def _scalars(values: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that fit on a line; accuracies per class and per evaluation have their own places."""
     return {key: value for key, value in values.items() if isinstance(value, (str, bool, int, float))}
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -23,12 +23,12 @@ p { margin: 0 0 12px; }
 .facts span { display: inline-block; margin-right: 22px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 16px; margin-top: 26px; }
 .card, figure, .table { background: var(--panel); border: 1px solid var(--line); border-radius: 12px; }
-.card { padding: 18px 20px 16px; }
+.card { padding: 18px 20px 16px; display: flex; flex-direction: column; }
 .card h3 { margin: 0; font-size: 0.95rem; font-weight: 600; }
 .card .note { color: var(--muted); font-size: 0.82rem; margin: 0; }
 .card .optimistic { color: var(--warn); }
-.card .big { font-size: 2.5rem; font-weight: 650; line-height: 1.15; margin: 12px 0 0; letter-spacing: -0.03em;
-  font-variant-numeric: tabular-nums; }
+.card .big { font-size: 2.5rem; font-weight: 650; line-height: 1.15; margin: auto 0 0; padding-top: 12px;
+  letter-spacing: -0.03em; font-variant-numeric: tabular-nums; }
 .card .big small { font-size: 1.1rem; font-weight: 500; color: var(--muted); letter-spacing: 0; }
 .card dl { display: grid; grid-template-columns: 1fr auto; margin: 12px 0 0; font-size: 0.9rem; row-gap: 2px; }
 .card dt { color: var(--muted); }
@@ -45,8 +45,8 @@ tr:last-child td { border-bottom: 0; }
 th { color: var(--muted); font-weight: 600; }
 th:first-child, td:first-child, .left { text-align: left; }
 .settings { columns: 3 300px; column-gap: 32px; padding: 14px 20px; }
-.settings div { display: flex; justify-content: space-between; gap: 16px; break-inside: avoid; font-size: 0.86rem;
-  border-bottom: 1px solid var(--line); padding: 4px 0; }
+.settings div { display: flex; justify-content: space-between; align-items: baseline; gap: 16px;
+  break-inside: avoid; font-size: 0.86rem;  border-bottom: 1px solid var(--line); padding: 4px 0; }
 .settings span { color: var(--muted); }
 .settings code { font: 0.84rem ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; text-align: right;
   overflow-wrap: anywhere; }

@@ -1,0 +1,309 @@
+"""The report: what the page says, that it stands alone, and what the pictures are drawn from."""
+
+import base64
+import io
+import os
+import re
+from html.parser import HTMLParser
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
+from sklearn.neighbors import KNeighborsClassifier
+
+from bacon_fast.engine import figures, report_page
+from bacon_fast.engine.figures import DARK, LIGHT, Line, Panel
+from bacon_fast.engine.metrics import GROUPS, class_groups, compute_metrics
+from bacon_fast.engine.report import ReportData, embed, write_report
+
+COUNTS = [100, 60, 36, 22, 13, 8, 5, 3, 2, 1]
+
+
+class Page(HTMLParser):
+    """Text, pictures and every attribute value of a page; fails on a tag that is never closed."""
+
+    VOID = frozenset({"meta", "img", "source"})
+
+    def __init__(self, html):
+        super().__init__()
+        self.text, self.pictures, self.dark_pictures, self.attributes, self.open = [], [], [], [], []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        values = dict(attrs)
+        self.attributes += attrs
+        if tag == "img":
+            assert values["alt"]
+            self.pictures.append(self._decode(values["src"]))
+        if tag == "source":
+            self.dark_pictures.append(self._decode(values["srcset"]))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text.append(data)
+
+    @staticmethod
+    def _decode(url):
+        head, data = url.split(",", 1)
+        assert head == "data:image/png;base64"
+        return base64.b64decode(data)
+
+
+def evaluations(recalls, steps=1, counts=None):
+    """Rows of a history whose recall grows to the given ones (per cent), and the last confusion matrix."""
+    rows = []
+    for step in range(1, steps + 1):
+        matrix = torch.zeros(len(recalls), len(recalls), dtype=torch.int64)
+        for c, recall in enumerate(recalls):
+            if recall is not None:
+                hits = recall * step // steps
+                matrix[c, c] += hits
+                matrix[c, (c + 1) % len(recalls)] += 100 - hits
+        rows.append({"step": 10 * step, **compute_metrics(matrix, counts)})
+    return rows, matrix.numpy()
+
+
+def full_data():
+    digits = load_digits()
+    images = np.repeat((digits.images[:4, :, :, None] * 15.9).astype(np.uint8), 3, axis=3)
+    history, matrix = evaluations([97, 95, 93, 90, 88, 80, 75, 70, 60, 50], steps=25, counts=COUNTS)
+    train = [
+        {"step": step, "loss/total": 3 / step, "loss/contrast": 0.0, "stats/pseudo_rate": step / 80, "lr": 0.03}
+        | {"stats/pseudo_accuracy": None if step < 5 else 0.9, "stats/reliable": 0.5, "stats/other_thing": float("nan")}
+        for step in range(1, 81)
+    ]
+    temperatures = [{"step": step, "temperatures": [0.1 - 0.0001 * c / step for c in range(10)]} for step in (1, 2)]
+    return ReportData(
+        title="a <run> & more",
+        config={"method": "fixmatch+abc+bacon", "temperature": 0.1, "lr": 0.03, "classes": None, "nested": {"x": True}},
+        dataset={"name": "digits", "hash": "0123abcd"},
+        class_names=[f"digit {i}" for i in range(10)],
+        labeled_counts=COUNTS,
+        unlabeled_counts=[4 * n for n in COUNTS],
+        history=history,
+        train_history=train,
+        confusion=matrix,
+        temperatures=temperatures[-1]["temperatures"],
+        temperature_history=temperatures,
+        features=digits.data[:150].astype(np.float32),
+        projections=digits.data[:150, 20:30].astype(np.float32),
+        feature_labels=digits.target[:150],
+        original_samples=images,
+        weak_samples=images[:, :, ::-1],
+        strong_samples=255 - images,
+        summary={"dataset": "digits", "steps_per_second": 41.5, "per_class": [1.0], "last": {"top1": 0.5}},
+    )
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    data, folder = full_data(), tmp_path_factory.mktemp("run")
+    before = dict(matplotlib.rcParams)
+    path = write_report(folder, data)
+    assert dict(matplotlib.rcParams) == before
+    return folder, path, Page(path.read_text(encoding="utf-8")), data
+
+
+def test_the_page_is_one_file_without_network_resources(written):
+    folder, path, page, _ = written
+    assert path == folder / "report.html"
+    html = path.read_text(encoding="utf-8")
+    assert "<script" not in html and "@import" not in html and "<link" not in html
+    assert not re.search(r"https?://|url\(", html)
+    assert all(not value or value.startswith("data:") for name, value in page.attributes if name in ("src", "href"))
+    assert not [name for name in os.listdir(folder) + os.listdir(folder / "figures") if name.endswith(".tmp")]
+
+
+def test_every_picture_is_embedded_and_written_and_has_a_dark_twin(written):
+    folder, _, page, _ = written
+    files = {file.read_bytes(): file.stem for file in (folder / "figures").glob("*.png")}
+    assert sorted(files[data] for data in page.pictures) == sorted(files.values())
+    assert set(files.values()) == {
+        "accuracy", "losses", "statistics", "per_class", "confusion", "temperature", "embedding_features",
+        "embedding_projections", "views",
+    }  # fmt: skip
+    assert len(page.dark_pictures) == len(page.pictures)
+    for light, dark in zip(page.pictures, page.dark_pictures):
+        light, dark = (Image.open(io.BytesIO(data)).convert("RGB") for data in (light, dark))
+        assert light.size == dark.size
+        assert light.getpixel((0, 0)) == (255, 255, 255) and max(dark.getpixel((0, 0))) < 48
+        assert len(light.getcolors(1 << 24)) > 8
+
+
+def test_the_page_states_the_three_accuracies_and_marks_the_best_one(written):
+    _, _, page, data = written
+    text = " ".join(page.text)
+    assert "a <run> & more" in page.text
+    last = data.history[-1]["bacc"]
+    mean = np.mean([row["bacc"] for row in data.history[-20:]])
+    assert round(100 * last, 1) != round(100 * mean, 1)
+    for value in (last, mean):
+        assert f"{100 * value:.1f}" in page.text
+    assert "chosen on the test set" in text and "Mean of the last 20" in text
+    for expected in ("nested.x", "0123abcd", "digit 9", "1,000", "41.5"):
+        assert expected in text
+
+
+def test_class_table_lists_counts_recall_precision_and_the_favored_confusion(written):
+    html = written[1].read_text(encoding="utf-8")
+    rows = re.findall(r"<tr>(.*?)</tr>", html)
+    cells = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in rows]
+    assert cells[0] == ["class", "labeled", "unlabeled", "test", "recall %", "precision %", "most often taken for"]
+    # Class 9 takes the 40 errors of class 8; its own 50 errors go to class 0.
+    assert cells[10] == ["digit 9", "1", "4", "100", "50.0", f"{100 * 50 / 90:.1f}", "digit 0 (50 %)"]
+
+
+def test_a_run_with_one_evaluation_and_nothing_else(tmp_path):
+    history, matrix = evaluations([80, None, 40])
+    data = ReportData("short", {}, {}, ["airplane", "automobile", "bird"], [1, 1, 1], history, matrix)
+    page = Page(write_report(tmp_path, data).read_text(encoding="utf-8"))
+    assert sorted(file.stem for file in (tmp_path / "figures").iterdir()) == ["accuracy", "confusion", "per_class"]
+    assert len(page.pictures) == 3
+    assert "of all 1 evaluations, as there are no more" in page.text
+    assert "Augmentation" not in page.text and "Test images in feature space" not in page.text
+    assert "nan" not in " ".join(page.text).lower()
+
+
+def test_many_classes_without_unlabeled_counts(tmp_path):
+    counts = list(range(30, 0, -1))
+    history, matrix = evaluations([90 - 2 * c for c in range(30)], steps=2, counts=counts)
+    data = ReportData(
+        title="thirty",
+        config={},
+        dataset={},
+        class_names=[f"class {c}" for c in range(30)],
+        labeled_counts=counts,
+        history=history,
+        confusion=matrix,
+        temperatures=[0.1] * 30,
+        features=np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32),
+        feature_labels=np.arange(6),
+    )
+    page = Page(write_report(tmp_path, data).read_text(encoding="utf-8"))
+    assert {"temperature", "embedding_features"} <= {file.stem for file in (tmp_path / "figures").iterdir()}
+    assert any("6 test images, PCA" in text for text in page.text)
+
+
+def test_a_second_report_replaces_the_first_and_a_failing_one_leaves_it(tmp_path, monkeypatch):
+    history, matrix = evaluations([80, 40])
+    path = write_report(tmp_path, ReportData("first", {}, {}, ["a", "b"], [2, 1], history, matrix))
+    write_report(tmp_path, ReportData("second", {}, {}, ["a", "b"], [2, 1], history, matrix))
+    assert "<h1>second</h1>" in path.read_text()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report_page, "page", lambda *_: "third")
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(tmp_path, ReportData("third", {}, {}, ["a", "b"], [2, 1], history, matrix))
+    assert "<h1>second</h1>" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"confusion": np.zeros((2, 3))}, r"confusion must have shape \[3, 3\]"),
+        ({"labeled_counts": [1, 2]}, "labeled_counts must have one value for each of the 3 classes, got 2"),
+        ({"temperatures": [0.1] * 4}, "temperatures must"),
+        ({"history": []}, "at least one evaluation"),
+        ({"features": np.zeros((4, 2))}, "feature_labels"),
+        ({"projections": np.zeros((4, 2)), "feature_labels": np.zeros(3, dtype=int)}, "projections must"),
+        ({"weak_samples": np.zeros((2, 8, 8, 3))}, "weak_samples must be uint8"),
+        ({"weak_samples": np.zeros((2, 3, 8, 8), dtype=np.uint8)}, "weak_samples must be uint8"),
+    ],
+)
+def test_wrong_shapes_are_refused_by_name(change, message):
+    history, matrix = evaluations([80, 60, 40])
+    good = {"labeled_counts": [3, 2, 1], "history": history, "confusion": matrix}
+    with pytest.raises(ValueError, match=message):
+        ReportData(**{"title": "", "config": {}, "dataset": {}, "class_names": ["a", "b", "c"], **good, **change})
+
+
+def test_tsne_keeps_classes_together():
+    digits = load_digits(n_class=4)
+    points, kind = embed(digits.data[:200])
+    assert kind == "t-SNE" and points.shape == (200, 2)
+    assert KNeighborsClassifier(5).fit(points, digits.target[:200]).score(points, digits.target[:200]) > 0.97
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 4), (1, 4), (2, 1), (3, 8), (20, 60), (200, 1)])
+def test_few_points_or_dimensions_fall_back_to_pca(rows, columns):
+    values = np.random.default_rng(1).normal(size=(rows, columns)).astype(np.float32)
+    points, kind = embed(values)
+    assert kind == "PCA" and points.shape == (rows, 2) and np.isfinite(points).all()
+    count = min(2, rows, columns)
+    if rows > 1:
+        expected = PCA(count).fit_transform(values)
+        # Axes are determined up to their sign, and only where there is variance.
+        np.testing.assert_allclose(np.abs(points[:, :count]), np.abs(expected), atol=1e-4)
+    assert not points[:, count:].any()
+
+
+def test_collapsed_features_have_no_neighborhoods():
+    points, kind = embed(np.ones((100, 8)), normalize=True)
+    assert kind == "PCA" and np.abs(points).max() < 1e-5
+
+
+def test_normalized_embedding_ignores_the_length_of_the_rows():
+    rng = np.random.default_rng(2)
+    values = rng.normal(size=(12, 5))
+    scaled = values * rng.uniform(0.1, 10, size=(12, 1))
+    np.testing.assert_allclose(embed(scaled, normalize=True)[0], embed(values, normalize=True)[0], atol=1e-5)
+    assert np.abs(embed(scaled)[0] - embed(values)[0]).max() > 0.1
+
+
+def test_confusion_matrix_is_drawn_in_percent_of_the_true_class():
+    figure = figures.confusion(np.array([[150, 50], [1, 99]]), ["a", "b"], LIGHT)
+    axes = figure.axes[0]
+    assert [(*text.get_position(), text.get_text()) for text in axes.texts] == [
+        (0, 0, "75"), (1, 0, "25"), (0, 1, "1"), (1, 1, "99"),
+    ]  # fmt: skip
+    drawn = axes.images[0].get_array()
+    np.testing.assert_allclose(np.square(drawn), [[0.75, 0.25], [0.01, 0.99]])
+
+
+def test_class_bars_follow_the_order_of_the_labeled_counts():
+    recall, labeled = [0.2, None, 0.9, 0.5], [5, 50, 500, 20]
+    order = np.argsort(-np.array(labeled), kind="stable")
+    groups = class_groups(4, labeled)
+    figure = figures.per_class(recall, labeled, None, groups, list("abcd"), order, DARK)
+    upper, lower = figure.axes
+    assert [bar.get_height() for bar in upper.patches] == [0.9, 0.5, 0.2]
+    assert [bar.get_height() for bar in lower.patches] == [500, 50, 20, 5]
+    assert [label.get_text() for label in lower.get_xticklabels()] == ["c", "b", "d", "a"]
+    assert "absent" in [text.get_text() for text in upper.texts]
+    assert [text.get_text() for text in upper.get_legend().get_texts()] == [
+        f"{name}: mean {100 * np.mean([recall[i] for i in range(4) if groups[i] == name and recall[i]]):.1f} %"
+        for name in GROUPS
+    ]
+
+
+def test_curves_leave_out_missing_values_and_smooth_long_lines():
+    gaps = Line("gaps", [1, 2, 3, 4], [0.5, None, float("nan"), 0.7])
+    values = np.random.default_rng(3).random(90)
+    long = Line("long", np.arange(90), values)
+    axes = figures.curves([Panel("share", [gaps, long, Line("empty", [1], [None])])], LIGHT).axes[0]
+    first, pale, smooth = axes.lines
+    np.testing.assert_array_equal(first.get_xydata(), [[1, 0.5], [4, 0.7]])
+    np.testing.assert_array_equal(pale.get_ydata(), values)
+    np.testing.assert_allclose(smooth.get_ydata()[3:-3], np.convolve(values, np.full(7, 1 / 7), mode="valid"))
+    np.testing.assert_allclose(smooth.get_ydata()[0], values[:4].mean())
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["gaps", "long"]
+
+
+def test_values_are_written_for_readers():
+    shown = [report_page.show(value) for value in (None, True, 12345, 0.03, 1e-5, 123456.7, ("a", 1), "x")]
+    assert shown == ["–", "yes", "12,345", "0.03", "1e-05", "123,457", "a, 1", "x"]
+    assert report_page.percent(None) == "–" and report_page.percent(0.98765) == "98.8"
