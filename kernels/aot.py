@@ -1,0 +1,219 @@
+"""Compiles every Triton kernel for GPUs that need not be here, and says what each costs.
+
+    python -m bacon_fast.kernels.aot [--arch 80 90] [--only NAME]
+
+The launchers themselves choose the configurations: they run on tensors without storage, and their launches are compiled
+ahead of time instead of run. Fails if a kernel spills registers to local memory or needs more shared memory than a
+program may have.
+"""
+
+import argparse
+import functools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import launch
+from .contrastive_backward import contrastive_backward
+from .contrastive_forward import contrastive_forward
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes a program may have
+POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+
+
+class Launch(NamedTuple):
+    """A kernel with what decides its machine code; equal launches compile to the same."""
+
+    kernel: object
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    aligned: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+
+
+class Usage(NamedTuple):
+    registers: int
+    stack: int
+    shared: int
+
+
+def describe(kernel, arguments, constants, num_warps: int, num_stages: int) -> Launch:
+    """What Triton's just-in-time compiler specializes on: dtypes, None, the number 1, multiples of 16."""
+    signature, values, aligned = {}, {}, []
+    for index, name in enumerate(kernel.arg_names):
+        value = constants[name] if name in constants else arguments[index]
+        if name in constants or value is None or (isinstance(value, int) and value == 1):
+            signature[name], values[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                aligned.append(index)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                aligned.append(index)
+    return Launch(kernel, tuple(signature.items()), tuple(values.items()), tuple(aligned), num_warps, num_stages)
+
+
+def record(run: Callable[[], None]) -> list[Launch]:
+    """The distinct launches of ``run``, none of which is executed."""
+    launches: dict[Launch, None] = {}
+    launch.recorder = lambda *launched: launches.setdefault(describe(*launched))
+    try:
+        run()
+    finally:
+        launch.recorder = None
+    return list(launches)
+
+
+def compile_for(item: Launch, arch: int) -> Usage:
+    source = ASTSource(
+        fn=item.kernel,
+        signature=dict(item.signature),
+        constexprs=dict(item.constants),
+        attrs={(index,): [["tt.divisibility", 16]] for index in item.aligned},
+    )
+    options = {"num_warps": item.num_warps, "num_stages": item.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        dump = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump.stdout))
+    return Usage(int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"]), compiled.metadata.shared)
+
+
+def contrastive(
+    arch: int,
+    rows: int,
+    dim: int,
+    dtype: torch.dtype,
+    *,
+    columns: int = 0,
+    own: int = 0,
+    codes: int = 0,
+    groups: int = 0,
+    detached: bool = False,
+    precision: str = "tf32x3",
+    form: str = "mean",
+    match: str = "positive",
+) -> None:
+    """Forward and backward of one instance of the family; ``columns=0``: the rows are the columns."""
+    meta = functools.partial(torch.empty, device="meta")
+    row = functools.partial(meta, rows, dtype=launch.accumulator_dtype(dtype))
+    index = functools.partial(meta, dtype=torch.int32)
+    arguments = (
+        meta(rows, dim, dtype=dtype),
+        meta(columns, dim, dtype=dtype) if columns else None,
+        meta(rows, own, dim, dtype=dtype) if own else None,
+        index(rows),
+        index(columns or rows, codes) if codes else None,
+        index(rows) if form == "mean" else None,
+        row(),
+        meta(rows, own, dtype=row().dtype) if own else None,
+        row(),
+        row() if form == "prod" else None,
+        row() if groups else None,
+        index(rows) if groups else None,
+        groups,
+    )
+    options = {
+        "form": form,
+        "match": match,
+        "floor": 1e-8 if groups else 0.0,
+        "eps": 1e-8,
+        "columns_normalized": False,
+        "input_precision": precision,
+        "arch": arch,
+    }
+    _, stats, inverse, mean = contrastive_forward(*arguments, **options, keep_mean=detached)
+    needs = {"needs_rows": True, "needs_columns": not detached, "needs_own": bool(own) and not groups}
+    contrastive_backward(row(), stats, inverse, mean, *arguments, **options, **needs)
+
+
+def subjects() -> dict[str, Callable[[int], None]]:
+    """Name -> what to compile: the losses at the shapes they are trained with."""
+    found = {}
+    kinds = {
+        "float32": (torch.float32, "tf32x3"),
+        "float32-tf32": (torch.float32, "tf32"),
+        "bfloat16": (torch.bfloat16, "tf32"),
+        "float16": (torch.float16, "tf32"),
+    }
+    for name, (dtype, precision) in kinds.items():
+        run = functools.partial(contrastive, dtype=dtype, precision=precision)
+        instances = {
+            "bacon-192x32": {"rows": 192, "dim": 32, "own": 1, "codes": 3, "groups": 10, "form": "sum", "match": "ignore"},
+            "bacon-7168x128": {
+                "rows": 7168, "dim": 128, "own": 1, "codes": 3, "groups": 1000, "form": "sum", "match": "ignore"
+            },
+            "ssc-4096x128": {"rows": 4096, "dim": 128, "codes": 1},
+            "infonce-4096x65536x128": {"rows": 4096, "dim": 128, "columns": 65536, "own": 1, "form": "sum", "detached": True},
+            "sscl-256x65536x64": {"rows": 256, "dim": 64, "columns": 65536, "own": 4, "form": "prod", "detached": True},
+            "supcon-memory-512x8192x256": {"rows": 512, "dim": 256, "columns": 8192, "codes": 1},
+            "supcon-1024x512": {"rows": 1024, "dim": 512, "codes": 1},
+            "infonce-256x4096x512": {"rows": 256, "dim": 512, "columns": 4096, "own": 1, "form": "sum", "detached": True},
+        }  # fmt: skip
+        for instance, shape in instances.items():
+            found[f"{instance}-{name}"] = functools.partial(run, **shape)
+    return found
+
+
+def measure(names: list[str], archs: list[int]) -> Iterator[tuple[str, str, int, Launch, Usage]]:
+    """(subject, kernel, architecture, launch, usage), every distinct launch once an architecture."""
+    available = subjects()
+    work = {}
+    for arch in archs:
+        for name in names:
+            for item in record(functools.partial(available[name], arch)):
+                work.setdefault((item, arch), name)
+    with ThreadPoolExecutor() as pool:
+        for (item, arch), usage in zip(work, pool.map(lambda key: compile_for(*key), work)):
+            yield work[item, arch], item.kernel.__name__.strip("_"), arch, item, usage
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT))
+    parser.add_argument("--only", default="", help="subjects whose name contains this")
+    options = parser.parse_args()
+    names = [name for name in subjects() if options.only in name]
+    failures = 0
+    print(f"{'kernel':32}{'arch':>5}{'warps':>7}{'regs':>6}{'stack':>7}{'shared':>8}  first needed by")
+    for name, kernel, arch, item, usage in measure(names, options.arch):
+        fits = usage.stack == 0 and usage.shared <= SHARED_LIMIT[arch]
+        failures += not fits
+        print(
+            f"{kernel:32}{arch:5}{item.num_warps:7}{usage.registers:6}{usage.stack:7}{usage.shared:8}  {name}"
+            f"{'' if fits else '  <-- does not fit'}",
+            flush=True,
+        )
+    print(f"{failures} do not fit" if failures else "all fit: nothing spills, shared memory is within the limits")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

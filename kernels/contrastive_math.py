@@ -1,0 +1,116 @@
+"""What the forward and the backward kernels of the contrastive family share: layouts of their buffers and formulas.
+
+Logarithms of empty sums are EMPTY, which is finite, so that no inf - inf arises. Values that a mask takes out are replaced,
+never multiplied by 0, so that their NaN goes with them. Every computation takes its dtype from its inputs: float64
+works wherever float32 does.
+"""
+
+import triton
+import triton.language as tl
+
+EMPTY = tl.constexpr(-1e30)
+IS_EMPTY = tl.constexpr(-1e29)  # anything below is EMPTY; a NaN is not
+
+# Rows of the statistics [NUM_STATS + M, R] that the forward leaves to the backward; the M own logits follow.
+INVERSE_NORM = tl.constexpr(0)
+ROW_NEGATIVES = tl.constexpr(1)  # n_r of the row alone
+NEGATIVES = tl.constexpr(2)  # n of its group, or n_r
+DENOMINATOR = tl.constexpr(3)  # N
+POSITIVES = tl.constexpr(4)  # p, or q in form "prod"
+POSITIVE_COUNT = tl.constexpr(5)
+POSITIVE_MEAN = tl.constexpr(6)  # a
+NUM_STATS = tl.constexpr(7)
+
+
+@triton.jit
+def is_finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x in [0, 1], to the last bits also for small x. (The interpreter has no libdevice.)"""
+    total = 1.0 + x
+    kept = total - 1.0
+    return tl.where(kept == 0.0, x, tl.log(total) * (x / tl.where(kept == 0.0, 1.0, kept)))
+
+
+@triton.jit
+def log_add_exp(a, b):
+    return tl.maximum(a, b) + log1p(tl.exp(-tl.abs(a - b)))
+
+
+@triton.jit
+def sigmoid(x):
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def load_vectors(base, index, keep, dim, stride, stride_dim, BLOCK_D: tl.constexpr):
+    """Tile [len(index), BLOCK_D] of vectors, 0 where not ``keep`` and beyond ``dim``. Offsets are 64-bit."""
+    d = tl.arange(0, BLOCK_D)
+    offsets = index.to(tl.int64)[:, None] * stride + d.to(tl.int64)[None, :] * stride_dim
+    return tl.load(base + offsets, mask=keep[:, None] & (d < dim)[None, :], other=0.0)
+
+
+@triton.jit
+def store_vectors(base, index, keep, dim, stride, vectors, BLOCK_D: tl.constexpr):
+    """Stores a tile of vectors whose elements are contiguous."""
+    d = tl.arange(0, BLOCK_D)
+    offsets = index.to(tl.int64)[:, None] * stride + d[None, :]
+    tl.store(base + offsets, vectors.to(base.dtype.element_ty), mask=keep[:, None] & (d < dim)[None, :])
+
+
+@triton.jit
+def norms(vectors, EPS: tl.constexpr):
+    """Norm of each vector, and 1 / max(norm, EPS): NaN if an element is not finite, 0 if only the norm overflows."""
+    norm = tl.sqrt(tl.sum(vectors * vectors, axis=1))
+    finite = tl.min(is_finite(vectors).to(tl.int32), axis=1) == 1
+    return norm, tl.where(finite, 1.0 / tl.maximum(norm, EPS), float("nan"))
+
+
+@triton.jit
+def own_columns(
+    unit,
+    own,
+    own_scale,
+    m,
+    num_own,
+    index,
+    inside,
+    dim,
+    stride,
+    stride_own,
+    stride_dim,
+    EPS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Own column m of every row, normalized, and its norm, inverse norm, scale, presence and cosine with the row."""
+    scale = tl.load(own_scale + index.to(tl.int64) * num_own + m, mask=inside, other=float("nan")).to(unit.dtype)
+    present = scale == scale
+    start = own + tl.cast(m, tl.int64) * stride_own
+    vectors = load_vectors(start, index, present, dim, stride, stride_dim, BLOCK_D).to(unit.dtype)
+    norm, inverse = norms(vectors, EPS)
+    vectors = vectors * inverse[:, None]
+    return vectors, norm, inverse, scale, present, tl.sum(unit * vectors, axis=1)
+
+
+@triton.jit
+def similarities(x, x_inverse, y, y_inverse, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Cosines [X, Y] of raw vectors x and y. Rounding x·y once beats normalizing half-precision vectors first."""
+    product = tl.dot(x.to(DOT), tl.trans(y.to(DOT)), input_precision=PRECISION, out_dtype=x_inverse.dtype)
+    return product * x_inverse[:, None] * y_inverse[None, :]
+
+
+@triton.jit
+def matches(anchor_code, column_code, columns, inside, AXIS: tl.constexpr, NUM_CODES: tl.constexpr):
+    """Whether an anchor's code is among a column's; anchors lie along ``AXIS`` of the tile, columns along the other.
+
+    ``anchor_code`` is a tile with one element along the columns' axis.
+    """
+    codes = column_code + columns.to(tl.int64) * NUM_CODES
+    found = anchor_code == tl.expand_dims(tl.load(codes, mask=inside, other=-1), AXIS)
+    for t in tl.static_range(1, NUM_CODES):
+        found = found | (anchor_code == tl.expand_dims(tl.load(codes + t, mask=inside, other=-1), AXIS))
+    return found

@@ -1,0 +1,54 @@
+"""What every launcher needs: the dtypes of a computation, the architecture it runs on, and the launch itself."""
+
+import os
+from collections.abc import Callable
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .config import INTERPRETER
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported, so a constant
+
+TRITON_DTYPE = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+def architecture(tensor: Tensor) -> int:
+    """Compute capability as a number (90 for 9.0) of the tensor's device, `INTERPRETER` off the GPU."""
+    if not tensor.is_cuda:
+        return INTERPRETER
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def dot_dtypes(dtype: torch.dtype) -> tuple[tl.dtype, tl.dtype]:
+    """Operand dtypes of the products vector · vector and gradient · vector.
+
+    Gradients of float16 vectors stay float32 (tf32 in the product): a loss scale would take them out of float16's range.
+    The interpreter's product of bfloat16 is wrong (triton 3.6), so it gets float32.
+    """
+    similarity = torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
+    gradient = torch.float32 if dtype == torch.float16 else similarity
+    return TRITON_DTYPE[similarity], TRITON_DTYPE[gradient]
+
+
+# Takes launches in place of the device when it is set: kernels.aot collects them to compile for cards that are not here.
+recorder: Callable[..., None] | None = None
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 4, num_stages: int = 2, **constants) -> None:
+    """Runs ``kernel`` over ``grid`` on the current device; an empty grid is no work."""
+    if recorder is not None:
+        recorder(kernel, arguments, constants, num_warps, num_stages)
+    elif 0 not in grid:
+        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
