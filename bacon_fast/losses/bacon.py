@@ -194,7 +194,7 @@ class BaConLoss(nn.Module):
         stats = {
             "reliable": reliable.float().mean(),
             "bank_fill": self.bank.written.float().mean(),
-            "selected": (self.bank.selected_label >= 0).float().mean(),
+            "selected": self.bank.class_counts.sum() / self.bank.selected_label.shape[0],
         }
         return BaConOutput(loss, stats)
 

@@ -50,6 +50,15 @@ class MemoryBank(nn.Module):
         self.register_buffer("centers", torch.zeros(num_classes, dim))
         self.register_buffer("has_center", torch.zeros(num_classes, dtype=torch.bool))
 
+    def _apply(self, fn, recurse=True):
+        """Moves with the model but keeps its dtypes: the sums belong to the float32 features, bit for bit."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(keep_dtype, recurse)
+
     @torch.no_grad()
     def select_(self, slots: Tensor, labels: Tensor, gate: Tensor) -> None:
         """Selects the rows of a batch as their labels where ``gate``: slots, labels [R] int64, gate [R] bool."""
