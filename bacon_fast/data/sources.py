@@ -26,6 +26,7 @@ _NORMALIZATION = {
         "std": (68.4 / 255, 66.6 / 255, 68.5 / 255),
     },
 }
+_STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 _DIGITS_TRAIN_SHARE = 0.6
 _DIGITS_SEED = 0
 
@@ -85,7 +86,7 @@ def torchvision_dataset(name: str, root: Path, download: bool, image_size: int |
         cls = datasets.SVHN if name == "svhn" else datasets.STL10
         splits = ["train", "extra"] if name == "svhn" and svhn_extra else ["train"]
         train, test = [part(cls, split=split) for split in splits], part(cls, split="test")
-        class_names = tuple("0123456789") if name == "svhn" else tuple(test.classes)
+        class_names = tuple("0123456789") if name == "svhn" else _STL10_CLASSES
         train_images = np.concatenate([_channels_last(p.data) for p in train])
         train_labels = np.concatenate([p.labels for p in train])
         test_images, test_labels = _channels_last(test.data), test.labels
@@ -156,11 +157,13 @@ def arrays(path: Path, image_size: int | None) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(f"data_dir: expected an .npz file, found no file {path.resolve()}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"data_dir: expected an .npz file, {path} is not one")
     try:
         with np.load(path, allow_pickle=False) as stored:
             content = {name: stored[name] for name in stored.files}
-    except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
-        raise ValueError(f"data_dir: expected an .npz file of plain arrays, cannot read {path}: {error}") from error
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"data_dir: cannot read the arrays in {path}: {error}") from error
     required = ("train_images", "train_labels", "test_images", "test_labels")
     if missing := [name for name in required if name not in content]:
         raise ValueError(f"{path}: expected arrays {', '.join(required)}, found no {', '.join(missing)}")

@@ -1,0 +1,282 @@
+"""Views: draws against the specification and their frequencies, replay through Pillow, normalization, no host sync."""
+
+import dataclasses
+
+import pytest
+import torch
+import torchvision.transforms.functional as tvf
+from pillow_oracle import pillow_replay
+from scipy.stats import chi2_contingency, chisquare
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bacon_fast.data.augment import OPS, Augment, Draws, ViewRequest
+from bacon_fast.data.philox import Stream, philox
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+P_VALUE = 1e-4  # the draws are fixed, so a passing test stays one
+
+
+def augment(size=32, **changes) -> Augment:
+    return Augment(size, mean=MEAN, std=STD, **changes)
+
+
+def noise(n: int, height: int = 32, width: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randint(0, 256, (n, height, width, 3), dtype=torch.uint8, generator=generator)
+
+
+# --- draws -----------------------------------------------------------------------------------------------------------
+
+
+def scalar_draw(words: list[int], height: int, width: int, padding: int, num_ops: int) -> dict:
+    """augmentation.md, section 1, in scalar Python."""
+    u = [w / 2**32 for w in words]
+    side = 0.5 * width * u[3]
+    x, y = width + (1 - width) * u[4], height + (1 - height) * u[5]
+    x0, y0 = int(max(0, x - side / 2)), int(max(0, y - side / 2))
+    chain = []
+    for s in range(num_ops):
+        op, r = OPS[int(14 * u[6 + 2 * s])], u[7 + 2 * s]
+        magnitude = {
+            "shear_x": -0.3 + 0.6 * r,
+            "shear_y": -0.3 + 0.6 * r,
+            "translate_x": (-0.3 + 0.6 * r) * width,
+            "translate_y": (-0.3 + 0.6 * r) * height,
+            "rotate": -30 + 60 * r,
+            "solarize": 256 * r,
+            "posterize": max(1, int(4 + 4 * r)),
+            "autocontrast": 0.0,
+            "equalize": 0.0,
+            "identity": 0.0,
+        }.get(op, 0.05 + 0.9 * r)
+        chain.append((op, magnitude))
+    return {
+        "top": int((2 * padding + 1) * u[0]),
+        "left": int((2 * padding + 1) * u[1]),
+        "flip": u[2] >= 0.5,
+        "chain": chain,
+        "cutout": [x0, y0, min(width, x0 + side), min(height, y0 + side)],
+    }
+
+
+def as_scalars(draws: Draws, i: int) -> dict:
+    names = [OPS[op] for op in draws.ops[i].tolist()]
+    return {
+        "top": draws.top[i].item(),
+        "left": draws.left[i].item(),
+        "flip": draws.flip[i].item(),
+        "chain": list(zip(names, draws.magnitudes[i].tolist())),
+        "cutout": draws.cutout[i].tolist(),
+    }
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 20), (16, 16)])
+def test_strong_draws_are_the_specified_functions_of_the_random_words(height, width):
+    module = augment((height, width))
+    draws = module.draw_strong(400, 11, 5, Stream.STRONG_0)
+    words = philox(11, 5, Stream.STRONG_0, torch.arange(400), 12).tolist()
+    for i in range(400):
+        assert as_scalars(draws, i) == scalar_draw(words[i], height, width, int(min(height, width) / 8), 3)
+
+
+def test_weak_draws_share_the_geometry_of_the_words():
+    module = augment()
+    weak, strong = (draw(50, 1, 2, 3) for draw in (module.draw_weak, module.draw_strong))
+    assert weak.top.equal(strong.top) and weak.left.equal(strong.left) and weak.flip.equal(strong.flip)
+    assert weak.ops.shape == weak.magnitudes.shape == (50, 0)
+    assert weak.cutout.equal(torch.tensor([0.0, 0.0, -1.0, -1.0]).double().expand(50, 4))
+
+
+N = 60_000
+
+
+@pytest.fixture(scope="module")
+def many() -> tuple[Draws, Draws]:
+    module = augment()
+    return module.draw_weak(N, 0, 0, Stream.UNLABELED_WEAK), module.draw_strong(N, 0, 0, Stream.STRONG_0)
+
+
+def assert_uniform(values: torch.Tensor, levels: int) -> None:
+    assert chisquare(torch.bincount(values, minlength=levels).numpy()).pvalue > P_VALUE
+
+
+def assert_independent(a: torch.Tensor, b: torch.Tensor) -> None:
+    levels = int(b.max()) + 1
+    table = torch.bincount(a * levels + b, minlength=(int(a.max()) + 1) * levels).view(-1, levels)
+    assert chi2_contingency(table.numpy()).pvalue > P_VALUE
+
+
+def test_frequencies(many):
+    for draws in many:
+        assert_uniform(draws.top, 9)
+        assert_uniform(draws.left, 9)
+        assert_uniform(draws.flip.long(), 2)
+    for s in range(3):
+        assert_uniform(many[1].ops[:, s], 14)
+
+
+def test_independence(many):
+    weak, strong = many
+    assert_independent(weak.top, strong.top)
+    assert_independent(weak.flip.long(), strong.flip.long())
+    assert_independent(strong.top, strong.left)
+    assert_independent(strong.ops[:, 0], strong.ops[:, 1])
+    assert_independent(strong.ops[:, 1], strong.ops[:, 2])
+    assert_independent(strong.ops[:, 0], strong.flip.long())
+
+
+@pytest.mark.parametrize(
+    ("op", "low", "high"),
+    [
+        ("brightness", 0.05, 0.95),
+        ("shear_x", -0.3, 0.3),
+        ("translate_y", -9.6, 9.6),
+        ("rotate", -30, 30),
+        ("solarize", 0, 256),
+    ],
+)
+def test_magnitudes_are_uniform_in_their_range(many, op, low, high):
+    magnitudes = many[1].magnitudes[many[1].ops == OPS.index(op)]
+    share = (magnitudes - low) / (high - low)
+    assert share.min() >= 0 and share.max() <= 1
+    assert_uniform((share * 20).long().clamp(max=19), 20)
+
+
+def test_posterize_keeps_four_to_seven_bits(many):
+    bits = many[1].magnitudes[many[1].ops == OPS.index("posterize")]
+    assert_uniform(bits.long() - 4, 4)
+
+
+def test_cutout_sides_are_uniform(many):
+    x0, y0, x1, y1 = many[1].cutout.unbind(1)
+    unclipped = (x1 < 32) & (x0 > 8) & (x0 < 16)  # far enough from all borders that no side length is preferred
+    assert_uniform(((x1 - x0)[unclipped] / 16 * 16).long(), 16)
+    assert (x1 >= x0).all() and (y1 >= y0).all() and x0.min() == 0 and x1.max() == 32
+
+
+def test_switches():
+    module = augment(hflip=False, num_ops=0, cutout=False, padding=0)
+    images = noise(20)
+    assert module.strong(images, 0, 0, 2).equal(images)
+    assert augment(num_ops=5).draw_strong(3, 0, 0, 2).ops.shape == (3, 5)
+    assert augment(64).padding == 8 and augment((33, 20)).padding == 2
+
+
+# --- pixels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (32, 32), (33, 20), (64, 64)])
+@pytest.mark.parametrize("strong", [False, True])
+def test_replay_through_pillow(height, width, strong):
+    module, images = augment((height, width)), noise(120, height, width)
+    draws = (module.draw_strong if strong else module.draw_weak)(120, 3, 4, 5)
+    views = (module.strong if strong else module.weak)(images, 3, 4, 5)
+    assert views.equal(pillow_replay(images, draws, module.padding))
+
+
+def test_replay_of_the_largest_padding_and_extreme_boxes():
+    module, images = augment((9, 7), padding=6), noise(6, 9, 7)
+    boxes = [[0, 0, 0, 0], [6, 8, 7, 9], [0, 0, 7, 9], [3, 3, 3.99, 4.01], [0, 0, -1, -1], [6, 0, 6.5, 8.5]]
+    draws = dataclasses.replace(
+        module.draw_weak(6, 0, 0, 0),
+        top=torch.tensor([0, 12, 0, 12, 6, 6]),
+        left=torch.tensor([0, 12, 12, 0, 6, 6]),
+        cutout=torch.tensor(boxes, dtype=torch.float64),
+    )
+    assert module.replay(images, draws).equal(pillow_replay(images, draws, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_normalize_is_torchvisions(dtype, channels_last):
+    module, images = augment(), noise(10)
+    result = module.normalize(images, dtype, channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    assert result.dtype == dtype and result.is_contiguous(memory_format=memory_format)
+    plain = torch.stack([tvf.normalize(tvf.to_tensor(image.numpy()), MEAN, STD) for image in images])
+    torch.testing.assert_close(result, plain.to(dtype))
+    assert result.equal(module.normalize(images).to(dtype))
+
+
+# --- views -----------------------------------------------------------------------------------------------------------
+
+
+def requests() -> list[ViewRequest]:
+    labeled, unlabeled = torch.tensor([5, 0, 5]), torch.tensor([7, 1, 2, 39])
+    return [
+        ViewRequest(labeled, Stream.LABELED_WEAK, strong=False),
+        ViewRequest(unlabeled, Stream.UNLABELED_WEAK, strong=False),
+        ViewRequest(unlabeled, Stream.STRONG_0, strong=True),
+        ViewRequest(unlabeled[:0], Stream.STRONG_1, strong=True),
+    ]
+
+
+def test_views_are_the_parts_one_after_the_other():
+    module, pool = augment(), noise(40)
+    views = module.views(pool, requests(), 7, 9)
+    parts = [(module.strong if r.strong else module.weak)(pool[r.indices], 7, 9, r.stream) for r in requests()]
+    assert views.shape == (11, 3, 32, 32) and views.equal(module.normalize(torch.cat(parts)))
+
+
+def test_views_do_not_depend_on_how_a_batch_is_divided():
+    module, pool = augment(), noise(40)
+    indices = torch.arange(13, 33)
+    whole = module.views(pool, [ViewRequest(indices, Stream.STRONG_0, strong=True)], 7, 9)
+    first = ViewRequest(indices[:8], Stream.STRONG_0, strong=True)
+    second = ViewRequest(indices[8:], Stream.STRONG_0, strong=True, first_slot=8)
+    assert whole.equal(torch.cat([module.views(pool, [r], 7, 9) for r in (first, second)]))
+
+
+def test_step_may_be_a_tensor_and_changes_the_views():
+    module, pool = augment(), noise(40)
+    views = module.views(pool, requests(), 7, 9)
+    assert module.views(pool, requests(), 7, torch.tensor(9)).equal(views)
+    assert not module.views(pool, requests(), 7, 10).equal(views)
+    assert not module.views(pool, requests(), 8, 9).equal(views)
+
+
+def test_nothing_waits_for_the_device():
+    """Fake CUDA tensors have no values: reading one, or a shape that depends on one, would raise."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module = augment(16).to("cuda")
+        pool = torch.empty((40, 16, 16, 3), dtype=torch.uint8, device="cuda")
+        indices = torch.empty(8, dtype=torch.int64, device="cuda")
+        step = torch.empty((), dtype=torch.int64, device="cuda")
+        wanted = [ViewRequest(indices, 1, False), ViewRequest(indices, 2, True)]
+        views = module.views(pool, wanted, 0, step, dtype=torch.bfloat16, channels_last=True)
+    assert views.shape == (16, 3, 16, 16) and views.device.type == "cuda"
+
+
+def test_buffers_are_derived_and_not_saved():
+    assert not augment().state_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 0}, "image_size: expected"),
+        ({"image_size": (3, 4, 5)}, "image_size: expected"),
+        ({"padding": 32}, "padding: expected"),
+        ({"padding": -1}, "padding: expected"),
+        ({"num_ops": -1}, "num_ops: expected"),
+        ({"std": (0.1, 0.0, 0.1)}, "mean, std: expected"),
+        ({"mean": (0.1, 0.1)}, "mean, std: expected"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Augment(**{"image_size": 32, "mean": MEAN, "std": STD} | changes)
+
+
+def test_bad_views():
+    module, pool = augment(), noise(4)
+    with pytest.raises(ValueError, match="pool: expected size 32x32, found"):
+        module.views(noise(4, 16, 32), requests(), 0, 0)
+    with pytest.raises(ValueError, match="requests: expected at least one"):
+        module.views(pool, [], 0, 0)
+    with pytest.raises(TypeError, match="indices: expected int64"):
+        module.views(pool, [ViewRequest(torch.zeros(2), 0, False)], 0, 0)
+    with pytest.raises(TypeError, match="dtype: expected one of"):
+        module.views(pool, requests(), 0, 0, dtype=torch.float64)
+    with pytest.raises(ValueError, match="draws: expected one per view, 4, found 3"):
+        module.replay(pool, module.draw_weak(3, 0, 0, 0))

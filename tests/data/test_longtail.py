@@ -1,0 +1,252 @@
+"""Class counts against the lists of methods.md A.1, and splits: selection, errors, files, hashes."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bacon_fast.data.datasets import DATASETS, ImageDataset
+from bacon_fast.data.longtail import PROTOCOLS, Protocol, Split, class_counts, make_split
+
+# (head, gamma, list), as documented in methods.md A.1.
+DOCUMENTED = [
+    (1000, 100, [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]),
+    (4000, 100, [4000, 2397, 1437, 861, 516, 309, 185, 111, 66, 40]),
+    (1000, 150, [1000, 573, 328, 188, 107, 61, 35, 20, 11, 6]),
+    (4000, 150, [4000, 2292, 1313, 752, 431, 247, 141, 81, 46, 26]),
+    (150, 10, [150, 116, 89, 69, 53, 41, 32, 25, 19, 15]),
+    (150, 20, [150, 107, 77, 55, 39, 28, 20, 14, 10, 7]),
+    (450, 10, [450, 348, 269, 208, 161, 125, 96, 75, 58, 45]),
+    (1500, 100, [1500, 899, 539, 323, 193, 116, 69, 41, 25, 15]),
+    (3000, 100, [3000, 1798, 1078, 646, 387, 232, 139, 83, 50, 30]),
+    (500, 100, [500, 299, 179, 107, 64, 38, 23, 13, 8, 5]),
+]
+# name: (sum of labeled counts, sum of unlabeled counts), same source; lb_in_ulb adds the labeled images.
+DOCUMENTED_SUMS = {
+    "bacon-cifar10-100": (2478, 9922),
+    "bacon-cifar10-150": (2329, 9329),
+    "bacon-cifar10-100-inverse": (2478, 9922),
+    "bacon-cifar10-150-inverse": (2329, 9329),
+    "bacon-cifar100-20": (6333, 9527),
+    "bacon-svhn-100": (2478, 9922),
+    "usb-cifar10-1500-100": (3720, 7443),
+    "usb-cifar10-500-100": (1236, 9922),
+    "abc-cifar100-20": (6333, 9527 + 6333),
+    "cossl-cifar10-100": (3720, 7443 + 3720),
+    "bacon-stl10-10": (609, None),
+    "bacon-stl10-20": (507, None),
+    "bacon-stl10-450-10": (1835, None),
+}
+
+
+@pytest.mark.parametrize(("head", "gamma", "expected"), DOCUMENTED)
+def test_documented_lists(head, gamma, expected):
+    assert class_counts(head, gamma, 10) == expected
+    assert class_counts(head, -gamma, 10) == expected[::-1]
+
+
+def test_documented_cifar100_lists():
+    labeled, unlabeled = class_counts(200, 20, 100), class_counts(300, 20, 100)
+    assert labeled[:6] == [200, 194, 188, 182, 177, 171] and labeled[-5:] == [11, 10, 10, 10, 10]
+    assert unlabeled[:6] == [300, 291, 282, 273, 265, 257] and unlabeled[-3:] == [15, 15, 15]
+    assert (sum(labeled), sum(unlabeled)) == (6333, 9527)
+
+
+def test_uniform_counts():
+    assert class_counts(7, 1, 4) == [7, 7, 7, 7]
+
+
+@given(head=st.integers(1, 10_000), gamma=st.floats(1, 500), k=st.integers(2, 200))
+def test_counts_fall_from_head_to_tail(head, gamma, k):
+    counts = class_counts(head, gamma, k)
+    assert len(counts) == k and counts[0] == head and counts[-1] == math.trunc(head / gamma)
+    assert all(a >= b for a, b in itertools.pairwise(counts))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ((0, 10, 10), "head"),
+        ((10, 0.5, 10), "gamma"),
+        ((10, math.nan, 10), "gamma"),
+        ((10, 2, 1), "num_classes"),
+    ],
+)
+def test_bad_counts(arguments, name):
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        class_counts(*arguments)
+
+
+def dataset_of(counts: list[int], unlabeled: int = 0) -> ImageDataset:
+    """Images that say who they are: pixel values hold their position in the pool. Labels are interleaved."""
+    labels = torch.cat([torch.full((n,), c) for c, n in enumerate(counts)])
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    position = torch.arange(len(labels) + unlabeled)
+    images = torch.stack([position % 256, position // 256, torch.zeros_like(position)], dim=1).to(torch.uint8)
+    images = images[:, None, None, :]
+    return ImageDataset(
+        name="made",
+        train_images=images[: len(labels)],
+        train_labels=labels,
+        test_images=images[:1],
+        test_labels=torch.zeros(1, dtype=torch.int64),
+        unlabeled_images=images[len(labels) :] if unlabeled else None,
+        class_names=tuple(f"class{c}" for c in range(len(counts))),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    )
+
+
+def simple(labeled=8, unlabeled=12, gamma_l=4, gamma_u=4, **changes) -> Protocol:
+    return Protocol("simple", "made", labeled, unlabeled, gamma_l, gamma_u, **changes)
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTED_SUMS))
+def test_protocol_sums(name):
+    protocol = PROTOCOLS[name]
+    k = 100 if protocol.dataset == "cifar100" else 10
+    labeled, unlabeled = DOCUMENTED_SUMS[name]
+    split = make_split(dataset_of([5000] * k if k == 10 else [500] * k), protocol, 0)
+    assert sum(split.labeled_counts) == len(split.labeled) == labeled
+    assert (None if split.unlabeled_counts is None else sum(split.unlabeled_counts)) == unlabeled
+    assert len(split.unlabeled) == (unlabeled or 5000 * k)
+
+
+def test_every_protocol_is_named_sourced_and_for_a_dataset():
+    for name, protocol in PROTOCOLS.items():
+        assert protocol.name == name and protocol.source and protocol.dataset in DATASETS
+
+
+def test_inverse_reverses_only_the_unlabeled_counts():
+    split = make_split(dataset_of([30, 30, 30]), simple(gamma_u=-4), 0)
+    assert split.labeled_counts == (8, 4, 2)
+    assert split.unlabeled_counts == (3, 6, 12)
+
+
+def test_selection_is_per_class_disjoint_and_random():
+    dataset = dataset_of([30, 25, 21])
+    split = make_split(dataset, simple(), 3)
+    labels = dataset.train_labels.numpy()
+    assert np.bincount(labels[split.labeled]).tolist() == list(split.labeled_counts) == [8, 4, 2]
+    assert np.bincount(labels[split.unlabeled]).tolist() == list(split.unlabeled_counts) == [12, 6, 3]
+    assert not set(split.labeled) & set(split.unlabeled)
+    assert len(set(split.unlabeled)) == len(split.unlabeled)
+    assert split.labeled.dtype == split.unlabeled.dtype == np.int64
+    assert split.hash == make_split(dataset, simple(), 3).hash
+    assert set(split.labeled) != set(make_split(dataset, simple(), 4).labeled)
+
+
+def test_every_image_of_a_class_is_equally_likely():
+    dataset = dataset_of([10, 10])
+    protocol = simple(labeled=3, unlabeled=3, gamma_l=1, gamma_u=1)
+    counts = sum(np.bincount(make_split(dataset, protocol, seed).labeled, minlength=20) for seed in range(600))
+    # Binomial(600, 0.3): mean 180, deviation 11.2.
+    assert counts.min() > 180 - 60 and counts.max() < 180 + 60
+
+
+def test_labeled_in_unlabeled():
+    dataset = dataset_of([30, 30, 30])
+    split = make_split(dataset, simple(lb_in_ulb=True), 0)
+    disjoint = make_split(dataset, simple(), 0)
+    assert set(split.unlabeled) == set(disjoint.labeled) | set(disjoint.unlabeled)
+    assert split.unlabeled_counts == (20, 10, 5)
+
+
+def test_unknown_unlabeled_set_is_everything():
+    dataset = dataset_of([9, 9, 9], unlabeled=40)
+    split = make_split(dataset, simple(unlabeled=None, gamma_u=None, unlabeled_all=True), 0)
+    assert split.unlabeled.tolist() == list(range(67))
+    assert split.unlabeled_counts is None and split.labeled_counts == (8, 4, 2)
+
+
+def test_as_is_labels_every_train_image():
+    split = make_split(dataset_of([5, 2], unlabeled=3), PROTOCOLS["as-is"], 0)
+    assert sorted(split.labeled) == list(range(7)) and split.labeled_counts == (5, 2)
+    assert split.unlabeled.tolist() == list(range(10))
+
+
+def test_too_few_images_names_class_needed_and_found():
+    with pytest.raises(ValueError, match=r"class 'class1': .* needs 4 labeled \+ 6 unlabeled = 10 .* found 9"):
+        make_split(dataset_of([30, 9, 30]), simple(), 0)
+    make_split(dataset_of([20, 10, 5]), simple(), 0)  # exactly enough
+
+
+def test_a_class_without_labeled_images_is_refused():
+    with pytest.raises(ValueError, match=r"class 'class2': .* without a labeled image"):
+        make_split(dataset_of([30, 30, 30]), simple(labeled=3, gamma_l=6), 0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"unlabeled": None},
+        {"gamma_u": None},
+        {"unlabeled_all": True},
+        {"unlabeled": None, "gamma_u": None, "unlabeled_all": True, "lb_in_ulb": True},
+        {"labeled": None},
+    ],
+)
+def test_contradictory_protocols(changes):
+    with pytest.raises(ValueError, match="protocol 'simple'"):
+        simple(**changes)
+
+
+def test_save_and_load(tmp_path):
+    split = make_split(dataset_of([30, 30, 30]), simple(), 5)
+    split.save(tmp_path / "split.json")
+    loaded = Split.load(tmp_path / "split.json")
+    assert loaded.hash == split.hash and len(split.hash) == 64
+    assert loaded.protocol == split.protocol and loaded.labeled_counts == split.labeled_counts
+    assert np.array_equal(loaded.labeled, split.labeled) and loaded.unlabeled.dtype == np.int64
+    assert [p.name for p in tmp_path.iterdir()] == ["split.json"]
+
+
+def test_load_refuses_a_changed_file(tmp_path):
+    path = tmp_path / "split.json"
+    make_split(dataset_of([30, 30, 30]), simple(), 5).save(path)
+    content = json.loads(path.read_text())
+    content["labeled"][0], content["labeled"][1] = content["labeled"][1], content["labeled"][0]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"split\.json was changed"):
+        Split.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"hash": "x", "protocol": {}}', "\x00\xff"])
+def test_load_refuses_other_files(tmp_path, text):
+    path = tmp_path / "other.json"
+    path.write_text(text, encoding="latin1")
+    with pytest.raises(ValueError, match=r"other\.json is not a split file"):
+        Split.load(path)
+
+
+def test_verify_refuses_other_images():
+    dataset = dataset_of([30, 30, 30])
+    split = make_split(dataset, simple(), 5)
+    split.verify(dataset)
+    changed = dataset.train_images.clone()
+    changed[3, 0, 0, 0] += 1
+    with pytest.raises(ValueError, match="split: expected dataset 'made' with fingerprint"):
+        split.verify(dataclasses.replace(dataset, train_images=changed))
+
+
+def test_hash_covers_every_field():
+    split = make_split(dataset_of([30, 30, 30]), simple(), 5)
+    changes = {
+        "protocol": dataclasses.replace(split.protocol, name="other"),
+        "seed": 6,
+        "dataset_name": "other",
+        "dataset_fingerprint": "other",
+        "labeled": split.labeled[::-1].copy(),
+        "unlabeled": split.unlabeled[::-1].copy(),
+        "labeled_counts": (1, 2, 3),
+        "unlabeled_counts": None,
+    }
+    assert set(changes) == {field.name for field in dataclasses.fields(split)}
+    for name, value in changes.items():
+        assert dataclasses.replace(split, **{name: value}).hash != split.hash, name
