@@ -43,9 +43,7 @@ def extension():
     cxx_flags = ["-O3", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-fno-math-errno"]
     include_dirs = [str(ROOT / "csrc")]
     if not use_cuda:
-        return CppExtension(
-            "bacon_fast._C", sources, include_dirs=include_dirs, extra_compile_args={"cxx": cxx_flags}
-        )
+        return CppExtension("bacon_fast._C", sources, include_dirs=include_dirs, extra_compile_args={"cxx": cxx_flags})
     sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu"))
     return CUDAExtension(
         "bacon_fast._C",

@@ -48,20 +48,21 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(p for p in files if p.is_file())
 
 
-def read_files(files: Sequence[Path], size: int | None) -> Tensor:
-    """Decodes files as RGB: uint8 [N, H, W, 3], resized to size x size when `size` is given.
+def read_files(files: Sequence[Path], size: int | tuple[int, int] | None) -> Tensor:
+    """Decodes files as RGB: uint8 [N, H, W, 3], resized to size x size or (H, W) when `size` is given.
 
     Raises:
         ValueError: files that cannot be decoded (named), or, without `size`, files of different sizes.
     """
+    size = (size, size) if isinstance(size, int) else size
     if not files:
-        return torch.empty((0, size or 1, size or 1, 3), dtype=torch.uint8)
+        return torch.empty((0, *(size or (1, 1)), 3), dtype=torch.uint8)
 
     def decode(path: Path) -> np.ndarray | Exception:
         try:
             with Image.open(path) as image:
                 rgb = image.convert("RGB")
-            return np.asarray(rgb if size is None else rgb.resize((size, size), Image.Resampling.BILINEAR))
+            return np.asarray(rgb if size is None else rgb.resize(size[::-1], Image.Resampling.BILINEAR))
         except _UNREADABLE as error:
             return error
 

@@ -1,0 +1,137 @@
+"""From a configuration to the parts of a run: data, split, method, optimizer."""
+
+import dataclasses
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bacon_fast.data.datasets import ImageDataset, load_dataset
+from bacon_fast.data.longtail import PROTOCOLS, Split, make_split
+from bacon_fast.engine.config import Config
+from bacon_fast.losses.bacon import BaConLoss
+from bacon_fast.methods.abc import ABC
+from bacon_fast.methods.fixmatch import FixMatch
+from bacon_fast.methods.method import Method
+from bacon_fast.methods.supervised import Supervised
+from bacon_fast.models.network import Network
+
+
+def resolve_device(name: str) -> torch.device:
+    """'auto' -> cuda when usable, else cpu. Raises ValueError for a device this machine does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {name!r} is not on this machine, which has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def use_threads(threads: int) -> None:
+    """Sets torch's CPU threads; 0 means the cores this process may run on."""
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the initialization. Sampling, views and masks do not depend on it: they are drawn from counters."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def build_dataset(config: Config) -> ImageDataset:
+    return load_dataset(
+        config.dataset,
+        data_dir=config.data_dir,
+        download=config.download,
+        image_size=config.image_size,
+        classes=config.classes,
+    )
+
+
+def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Split:
+    """The split in the file `saved`, else the one of --split, else one drawn by protocol, overrides and seed."""
+    file = saved or config.split
+    if file is not None:
+        split = Split.load(file)
+        split.verify(dataset)
+        return split
+    names = ("labeled_head", "unlabeled_head", "gamma_l", "gamma_u", "lb_in_ulb")
+    overrides = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    return make_split(dataset, dataclasses.replace(PROTOCOLS[config.protocol], **overrides), config.seed)
+
+
+def build_method(
+    config: Config, num_classes: int, labeled_counts: Tensor, num_labeled: int, num_unlabeled: int
+) -> Method:
+    """The method named by `config.method`.
+
+    Args:
+        labeled_counts: N_c, int64 [K].
+        num_labeled, num_unlabeled: sizes of the two sets, for the memory bank.
+    """
+    base_name, *others = config.method.split("+")
+    balanced = "abc" in others
+    network = Network(config.backbone, num_classes, balanced_head=balanced, bn_momentum=config.bn_momentum)
+    if base_name == "supervised":
+        base = Supervised()
+    else:
+        base = FixMatch(threshold=config.threshold, lambda_u=config.lambda_u)
+    balancer = regularizer = None
+    if balanced:
+        balancer = ABC(
+            labeled_counts, threshold=config.threshold, steps=config.steps, epochs=config.epochs, seed=config.seed
+        )
+    if "bacon" in others:
+        regularizer = BaConLoss(
+            network.backbone.num_features,
+            num_classes,
+            num_labeled,
+            num_unlabeled,
+            proj_dim=config.proj_dim,
+            proj_layers=config.proj_layers,
+            temperature=config.temperature,
+            bta=config.bta,
+            negative_weight=config.negative_weight,
+            top_k=config.top_k,
+            reliable_threshold=config.reliable_threshold,
+            count_threshold=config.threshold,
+            neg_mode=config.neg_mode,
+            variant=config.variant,
+            backend=None if config.loss_backend == "auto" else config.loss_backend,
+        )
+    return Method(
+        network,
+        base,
+        balancer,
+        regularizer,
+        steps=config.steps,
+        lambda_abc=config.lambda_abc,
+        lambda_con=config.lambda_con,
+    )
+
+
+def build_optimizer(config: Config, method: Method) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum and no decay on one-dimensional parameters ([US]), or ABC's Adam.
+
+    Both are the fused kernels: one launch for all parameters of a group, and fp16's gradient scale is applied inside,
+    without the host reading whether an overflow occurred.
+    """
+    groups = []
+    # The regularizer's parameters start late: the fused SGD wants all momenta of a group to begin at the same step.
+    for module in (method.network, method.regularizer):
+        parameters = [] if module is None else list(module.parameters())
+        matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
+        groups += [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "adam":  # decays by shrinking the parameters after the step, in the trainer
+        return torch.optim.Adam([{"params": group["params"]} for group in groups], lr=config.lr, fused=True)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=True)

@@ -1,0 +1,229 @@
+"""The typed configuration of a run: one frozen dataclass, from which the command line is generated."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import tyro
+
+from bacon_fast.data.datasets import DATASETS
+from bacon_fast.data.longtail import PROTOCOLS
+
+MethodName = Literal["supervised", "fixmatch", "fixmatch+abc", "fixmatch+bacon", "fixmatch+abc+bacon"]
+METHODS: tuple[str, ...] = get_args(MethodName)
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+# Fields that say where a run happens and how it talks, not what it computes: a resumed run may change them.
+RESUME_MAY_CHANGE = frozenset(
+    {
+        "run_dir",
+        "resume",
+        "data_dir",
+        "download",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "report",
+        "split",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that defines a run. Presets fill it (engine/presets.py); the command line overrides single fields."""
+
+    preset: tyro.conf.Suppress[str] = "digits"
+    """Name of the preset this configuration started from."""
+
+    # --- what to train -------------------------------------------------------------------------------------------
+    method: MethodName = "fixmatch+abc+bacon"
+    """Base learner, class balancer and contrastive regularizer."""
+    steps: int = 300_000
+    """Optimizer steps T. Schedules, ABC's annealing and BaCon's temperature run on t/T."""
+    seed: int = 0
+    """Seeds the split, the initialization, the sampling order and every augmentation draw."""
+
+    # --- where -----------------------------------------------------------------------------------------------------
+    run_dir: Path | None = None
+    """Directory of this run's files; default runs/<preset>-<method>-seed<seed>-<time>. It must not hold another run."""
+    resume: bool = False
+    """Continue the run in --run-dir from its newest readable checkpoint."""
+    device: str = "auto"
+    """auto (cuda when there is one), cpu, cuda or cuda:N."""
+
+    # --- data ------------------------------------------------------------------------------------------------------
+    dataset: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(DATASETS) + "}")] = "digits"
+    """Source of the images."""
+    data_dir: Path | None = None
+    """Where the dataset lies (digits needs none)."""
+    download: bool = False
+    """Let torchvision download the dataset into --data-dir."""
+    image_size: int | None = None
+    """Side in pixels that images are resized to; default: the dataset's own (folder and arrays: 32)."""
+    classes: tuple[str, ...] | None = None
+    """Class order of an image folder (class 0 is the head); default: classes.txt in the folder, else sorted names."""
+    protocol: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(PROTOCOLS) + "}")] = "digits"
+    """Long-tailed split by name; the five fields below override single values of it."""
+    labeled_head: int | None = None
+    """N_1, labeled images of the head class."""
+    unlabeled_head: int | None = None
+    """M_1, unlabeled images of the head class."""
+    gamma_l: float | None = None
+    """Imbalance ratio of the labeled set; negative reverses the class order, 1 is uniform."""
+    gamma_u: float | None = None
+    """Imbalance ratio of the unlabeled set; negative reverses the class order (inverse), 1 is uniform."""
+    lb_in_ulb: bool | None = None
+    """Put the labeled images into the unlabeled set too."""
+    split: Path | None = None
+    """Reuse this split file (split.json of another run) instead of drawing one."""
+
+    # --- model -----------------------------------------------------------------------------------------------------
+    backbone: str = "wrn-28-2"
+    """wrn-DEPTH-WIDTH, resnet18 or resnet50."""
+    bn_momentum: float = 0.001
+    """Weight of the newest batch in BatchNorm's running statistics (methods.md 0.3)."""
+
+    # --- batch and augmentation ------------------------------------------------------------------------------------
+    batch_size: int = 64
+    """B, labeled images a step."""
+    unlabeled_ratio: int = 2
+    """mu: unlabeled images a step are mu*B."""
+    hflip: bool = True
+    """Random horizontal flips (also of digits, where they change the meaning: the digits preset turns them off)."""
+    randaugment_ops: int = 3
+    """Operations drawn per strong view."""
+    cutout: bool = True
+    """One Cutout per strong view."""
+
+    # --- optimizer -------------------------------------------------------------------------------------------------
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """sgd: momentum 0.9, Nesterov, weight decay on tensors of two or more dimensions. adam: ABC's recipe, with
+    parameters shrunk by (1 - weight_decay*lr) after each step."""
+    lr: float = 0.03
+    """Learning rate."""
+    weight_decay: float = 5e-4
+    """Weight decay (adam: 0.02 in ABC's recipe)."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """constant (every imbalanced method of USB and BaCon) or cosine: lr*max(0, cos(7*pi*t/(16*T)))."""
+    ema: float = 0.999
+    """Momentum of the parameter average that evaluation uses."""
+    ema_buffers: Literal["copy", "average"] = "copy"
+    """BatchNorm statistics of the averaged model: copied from the online model (USB), or averaged too (ABC, CoSSL)."""
+    precision: Precision = "fp32"
+    """Arithmetic of the network: fp32, tf32 (CUDA), bf16 or fp16 autocast. Losses are fp32 always."""
+    channels_last: bool = True
+    """Memory format of the convolutions."""
+    compile: bool = False
+    """Compile network and losses with torch.compile."""
+    threads: int = 0
+    """CPU threads; 0: the cores this process may use."""
+
+    # --- FixMatch and ABC ------------------------------------------------------------------------------------------
+    threshold: float = 0.95
+    """Confidence from which a pseudo-label counts (FixMatch and ABC)."""
+    lambda_u: float = 1.0
+    """Weight of FixMatch's unlabeled loss."""
+    lambda_abc: float = 1.0
+    """Weight of ABC's losses."""
+    epochs: int = 1000
+    """E: ABC's keep probability anneals in E stages over the run."""
+
+    # --- BaCon -----------------------------------------------------------------------------------------------------
+    lambda_con: float = 1.0
+    """Weight of BaCon's contrastive loss."""
+    contrast_start: float = 0.5
+    """Fraction of the run after which the contrastive loss is added."""
+    variant: Literal["fixed", "official", "blog"] = "fixed"
+    """fixed: the specification; official: the released code's oddities; blog: the widely copied listing, corrected."""
+    neg_mode: Literal["authors", "paper"] | None = None
+    """Denominator shared by the anchors of a class (authors: released code), or one per anchor (paper). Default of this
+    and of the next three: the variant's (fixed: authors, 0.1, 0.005, 64)."""
+    proj_dim: int = 32
+    """D, width of the contrastive space."""
+    proj_layers: int = 1
+    """Linear layers of the projection head; 0: none."""
+    temperature: float | None = None
+    """tau of the negatives, and upper bound of the class temperatures."""
+    bta: float | None = None
+    """eta, strength of the balanced temperature adjustment; 0 turns it off."""
+    negative_weight: float | None = None
+    """Lambda: how many negatives the mean negative stands for."""
+    top_k: int = 3
+    """An unlabeled image is a negative of the classes outside its top k."""
+    reliable_threshold: float = 0.98
+    """Confidence from which a feature enters the memory bank."""
+    loss_backend: Literal["auto", "reference", "cpp", "triton"] = "auto"
+    """Implementation of the fused losses."""
+
+    # --- logging ---------------------------------------------------------------------------------------------------
+    eval_every: int = 1000
+    """Steps between evaluations of the averaged model on the test part."""
+    log_every: int = 100
+    """Steps between log rows; the only moments at which the host waits for the device."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    report: bool = True
+    """Write report.html at the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "eval_every", "log_every", "checkpoint_every", "epochs"):
+            _require(getattr(self, name) >= 1, name, "an integer of at least 1", getattr(self, name))
+        _require(
+            self.keep_checkpoints >= 2, "keep_checkpoints", "at least 2 (one may be damaged)", self.keep_checkpoints
+        )
+        for name, lowest in (("unlabeled_ratio", 1), ("randaugment_ops", 0), ("threads", 0), ("proj_layers", 0)):
+            _require(getattr(self, name) >= lowest, name, f"an integer of at least {lowest}", getattr(self, name))
+        for name in ("proj_dim", "top_k"):
+            _require(getattr(self, name) >= 1, name, "an integer of at least 1", getattr(self, name))
+        for name in ("lr", "temperature", "negative_weight"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, "a number above 0", value)
+        for name in ("weight_decay", "bta", "lambda_u", "lambda_abc", "lambda_con"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, name, "a number of at least 0", value)
+        for name in ("threshold", "reliable_threshold", "contrast_start", "ema"):
+            _require(0 <= getattr(self, name) <= 1, name, "a number between 0 and 1", getattr(self, name))
+        _require(0 < self.bn_momentum <= 1, "bn_momentum", "a number above 0 and up to 1", self.bn_momentum)
+        _require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
+        _require(self.dataset in DATASETS, "dataset", f"one of {', '.join(DATASETS)}", self.dataset)
+        _require(self.protocol in PROTOCOLS, "protocol", f"one of {', '.join(PROTOCOLS)}", self.protocol)
+        for name in ("gamma_l", "gamma_u"):
+            value = getattr(self, name)
+            _require(value is None or abs(value) >= 1, name, "at least 1, or at most -1 to reverse the classes", value)
+
+    def to_dict(self) -> dict:
+        """JSON-ready values, paths as strings."""
+        values = dataclasses.asdict(self)
+        return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Config":
+        """Inverse of `to_dict`. Raises ValueError for names this version does not know."""
+        fields = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - fields):
+            raise ValueError(f"config: unknown fields {unknown}; written by another version of bacon_fast?")
+        paths = {"run_dir", "data_dir", "split"}
+        values = {k: Path(v) if k in paths and v is not None else v for k, v in values.items()}
+        if values.get("classes") is not None:
+            values["classes"] = tuple(values["classes"])
+        return cls(**values)
+
+    def differences(self, other: dict) -> list[str]:
+        """Fields in which `other` (a saved `to_dict`) would compute something else, as readable lines."""
+        mine = self.to_dict()
+        names = [n for n in mine if n not in RESUME_MAY_CHANGE and (n not in other or other[n] != mine[n])]
+        lines = [f"{n}: checkpoint {other.get(n, '<missing>')!r}, now {mine[n]!r}" for n in names]
+        return lines + [f"{n}: checkpoint {other[n]!r}, unknown to this version" for n in other if n not in mine]
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def _require(condition: bool, name: str, expected: str, found: object) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, found {found!r}")

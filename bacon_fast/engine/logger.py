@@ -1,0 +1,107 @@
+"""What a run writes while it trains: metrics.jsonl, metrics.csv, TensorBoard events, a progress bar or plain lines."""
+
+import csv
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from bacon_fast.engine.checkpoint import write_atomically
+
+
+class RunLogger:
+    """Rows of a run, in memory and on disk.
+
+    A row is a dict with "step" and "kind" ("train" or "eval"); its other values are numbers, lists or None. The files
+    are rewritten from the checkpoint's rows on resume, so that steps lost in a crash do not appear twice.
+
+    Args:
+        run_dir: existing directory.
+        steps: length of the run, for the bar.
+        start: completed steps (resume).
+        rows: rows of the run up to `start`.
+    """
+
+    def __init__(self, run_dir: Path, steps: int, start: int = 0, rows: list[dict] | None = None) -> None:
+        self.run_dir, self.rows = run_dir, list(rows or [])
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        write_atomically(run_dir / "metrics.jsonl", lambda temporary: temporary.write_text(text))
+        self._write_csv()
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self.steps = steps
+
+    def train_rows(self) -> list[dict]:
+        return [row for row in self.rows if row["kind"] == "train"]
+
+    def eval_rows(self) -> list[dict]:
+        return [row for row in self.rows if row["kind"] == "eval"]
+
+    def advance(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def log(self, row: dict) -> None:
+        """Adds a row to every file. Numbers that are not finite become null (JSON has none)."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self.rows.append(row)
+        with open(self.run_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self.board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+        if row["kind"] == "eval":
+            self._write_csv()
+
+    def say(self, text: str) -> None:
+        """Prints a line to stderr, above the bar when there is one."""
+        if self.bar is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self.bar.write(text, file=sys.stderr)
+
+    def show_train(self, row: dict) -> None:
+        """Losses, pseudo-labels, bank, speed: in the bar, or as a plain line when there is no terminal."""
+        parts = {k.removeprefix("loss/"): f"{v:.3f}" for k, v in row.items() if k.startswith("loss/")}
+        for name in ("pseudo_rate", "pseudo_accuracy", "reliable", "bank_fill"):
+            if (value := row.get(f"stats/{name}")) is not None:
+                parts[name] = f"{100 * value:.0f}%"
+        if self.bar is not None:
+            self.bar.set_postfix(parts, refresh=False)
+            return
+        speed = row["steps_per_second"]
+        left = (self.steps - row["step"]) / speed if speed else math.nan
+        text = " ".join(f"{k}={v}" for k, v in parts.items())
+        self.say(f"step {row['step']}/{self.steps} {text} {speed:.1f} steps/s ETA {format_seconds(left)}")
+
+    def show_eval(self, row: dict) -> None:
+        self.say(f"step {row['step']}: top-1 {row['top1']:.4f}  bACC {row['bacc']:.4f}  GM {row['gm']:.4f}")
+
+    def close(self) -> None:
+        self.board.close()
+        if self.bar is not None:
+            self.bar.close()
+
+    def _write_csv(self) -> None:
+        rows = [{k: v for k, v in row.items() if isinstance(v, (int, float))} for row in self.eval_rows()]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, names)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.run_dir / "metrics.csv", lambda temporary: temporary.write_text(buffer.getvalue()))
+
+
+def format_seconds(seconds: float) -> str:
+    """3725.0 -> '1:02:05'; '?' when unknown."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

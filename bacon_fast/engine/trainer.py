@@ -1,0 +1,313 @@
+"""The training loop: one static-shape step, evaluations, checkpoints, and the files of a run."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import bacon_fast
+from bacon_fast.data.augment import Augment, ViewRequest
+from bacon_fast.data.loader import IndexSampler
+from bacon_fast.data.philox import Stream
+from bacon_fast.engine import build
+from bacon_fast.engine.checkpoint import CheckpointError, load_latest, save_checkpoint, write_atomically
+from bacon_fast.engine.config import Config
+from bacon_fast.engine.ema import EMA
+from bacon_fast.engine.evaluation import evaluate
+from bacon_fast.engine.interrupt import StopRequest
+from bacon_fast.engine.logger import RunLogger
+from bacon_fast.engine.metrics import History, compute_metrics
+from bacon_fast.engine.run_report import summarize, write_run_report
+from bacon_fast.engine.schedule import learning_rate
+from bacon_fast.methods.outputs import Batch
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer finite."""
+
+
+class StoppedError(RuntimeError):
+    """A signal asked to stop, and the state is saved. Attribute `signum` is the signal."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class Trainer:
+    """A run: everything it needs is built, or restored from `config.run_dir`, in the constructor.
+
+    Raises:
+        ValueError: a wrong setting, a split that does not fit the data, or a run directory that holds another run.
+        CheckpointError: `config.resume` is set and there is nothing to resume, or its configuration differs.
+    """
+
+    def __init__(self, config: Config) -> None:
+        if config.run_dir is None:
+            raise ValueError("run_dir: expected a directory, found None")
+        self.config, self.run_dir = config, Path(config.run_dir)
+        self.device = build.resolve_device(config.device)
+        if config.precision == "tf32" and self.device.type != "cuda":
+            raise ValueError(f"precision: tf32 needs a CUDA device, found {self.device}; use fp32 or bf16")
+        saved = self._saved_state()
+        build.use_threads(config.threads)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+
+        self.dataset = build.build_dataset(config)
+        split_file = self.run_dir / "split.json"
+        self.split = build.build_split(config, self.dataset, split_file if saved and split_file.exists() else None)
+        self._build_model()
+        self._build_data()
+        self.step, self.train_seconds = 0, 0.0
+        self.history, rows = History(), []
+        if saved:
+            rows = self._restore(saved)
+        self.logger = RunLogger(self.run_dir, config.steps, self.step, rows)
+        write_atomically(self.run_dir / "config.json", lambda path: path.write_text(config.to_json()))
+        if not split_file.exists():
+            self.split.save(split_file)
+
+    # --- construction ----------------------------------------------------------------------------------------------
+
+    def _saved_state(self) -> dict | None:
+        """State to resume from, after checking that the directory and the configuration allow it."""
+        folder = self.run_dir / "checkpoints"
+        if not self.config.resume:
+            if (self.run_dir / "config.json").exists():
+                raise ValueError(
+                    f"run_dir: {self.run_dir} holds a run already; add --resume, or name another directory"
+                )
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            return None
+        if not (self.run_dir / "config.json").exists():
+            raise CheckpointError(f"nothing to resume: {self.run_dir} holds no run")
+        if not folder.is_dir() or not any(folder.glob("step-*.pt")):
+            print(f"{self.run_dir} holds no checkpoint yet: starting it again from step 0", flush=True)
+            return None
+        path, state = load_latest(folder)
+        if differences := self.config.differences(state["config"]):
+            raise CheckpointError(f"{path} was written by another configuration:\n  " + "\n  ".join(differences))
+        return state
+
+    def _build_model(self) -> None:
+        config, split = self.config, self.split
+        build.seed_everything(config.seed)
+        counts = torch.as_tensor(split.labeled_counts)
+        method = build.build_method(
+            config, self.dataset.num_classes, counts, len(split.labeled), max(len(split.unlabeled), 1)
+        )
+        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.method = method.to(self.device, memory_format=memory_format)
+        self.optimizer = build.build_optimizer(config, self.method)
+        self.ema = EMA(self.method.network, config.ema, config.ema_buffers)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.forward = torch.compile(self.method) if config.compile else self.method
+        self.step_tensor = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def _build_data(self) -> None:
+        config, split, dataset, device = self.config, self.split, self.dataset, self.device
+        if self.method.uses_unlabeled and not len(split.unlabeled):
+            raise ValueError(f"method: {config.method} needs unlabeled images, and the split holds none")
+        self.pool = dataset.pool().to(device)
+        labels = torch.full((len(self.pool),), -1, dtype=torch.int64)
+        labels[: len(dataset.train_labels)] = dataset.train_labels
+        self.pool_labels = labels.to(device)
+        self.labeled = torch.as_tensor(split.labeled).to(device)
+        self.unlabeled = torch.as_tensor(split.unlabeled).to(device)
+        self.augment = Augment(
+            image_size=tuple(self.pool.shape[1:3]),
+            mean=dataset.mean,
+            std=dataset.std,
+            hflip=config.hflip,
+            num_ops=config.randaugment_ops,
+            cutout=config.cutout,
+        ).to(device)
+        self.labeled_sampler = IndexSampler(
+            len(split.labeled), config.batch_size, config.seed, Stream.SAMPLER_LABELED
+        ).to(device)
+        self.unlabeled_sampler = None
+        if self.method.uses_unlabeled:
+            self.unlabeled_sampler = IndexSampler(
+                len(split.unlabeled), config.unlabeled_ratio * config.batch_size, config.seed, Stream.SAMPLER_UNLABELED
+            ).to(device)
+
+    # --- state -----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict:
+        """All that a resumed run needs. Draws are functions of (seed, step), so no generator state is among it."""
+        return {
+            "config": self.config.to_dict(),
+            "bacon_fast": bacon_fast.__version__,
+            "step": self.step,
+            "train_seconds": self.train_seconds,
+            "split": self.split.hash,
+            "inference": self.inference_info(),
+            "method": self.method.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rows": self.logger.rows,
+        }
+
+    def inference_info(self) -> dict:
+        """What prediction needs beside the weights."""
+        return {
+            "class_names": list(self.dataset.class_names),
+            "image_size": list(self.pool.shape[1:3]),
+            "mean": list(self.dataset.mean),
+            "std": list(self.dataset.std),
+        }
+
+    def _restore(self, state: dict) -> list[dict]:
+        if state["split"] != self.split.hash:
+            raise CheckpointError(
+                f"split.json in {self.run_dir} has hash {self.split.hash}, the checkpoint's run used {state['split']}"
+            )
+        self.method.load_state_dict(state["method"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.train_seconds = state["step"], state["train_seconds"]
+        self.step_tensor.fill_(self.step)
+        self.history = History(
+            {k: v for k, v in row.items() if k != "kind"} for row in state["rows"] if row["kind"] == "eval"
+        )
+        return state["rows"]
+
+    def save(self) -> Path:
+        """Writes a checkpoint of the present state."""
+        return save_checkpoint(self.run_dir / "checkpoints", self.step, self.state(), self.config.keep_checkpoints)
+
+    # --- one step --------------------------------------------------------------------------------------------------
+
+    def batch(self) -> Batch:
+        """The views of the present step: labeled weak, unlabeled weak, strong (methods.md 0.3)."""
+        labeled_slots = self.labeled_sampler.indices(self.step)
+        labeled = self.labeled[labeled_slots]
+        requests = [ViewRequest(labeled, Stream.LABELED_WEAK, strong=False)]
+        if self.unlabeled_sampler is None:
+            unlabeled_slots = labeled_slots[:0]
+            unlabeled = labeled[:0]
+        else:
+            unlabeled_slots = self.unlabeled_sampler.indices(self.step)
+            unlabeled = self.unlabeled[unlabeled_slots]
+            requests += [
+                ViewRequest(unlabeled, Stream.UNLABELED_WEAK, strong=False),
+                ViewRequest(unlabeled, Stream.STRONG_0, strong=True),
+            ]
+        images = self.augment.views(
+            self.pool, requests, self.config.seed, self.step_tensor, channels_last=self.config.channels_last
+        )
+        return Batch(images, self.pool_labels[labeled], labeled_slots, unlabeled_slots, self.pool_labels[unlabeled])
+
+    def train_step(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Forward, backward, update, average (methods.md 0.3). Returns losses and statistics as 0-d tensors."""
+        config = self.config
+        rate = learning_rate(config.lr_schedule, config.lr, self.step, config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batch = self.batch()
+        # The host knows the step: two static programs, before and after the contrastive loss starts.
+        contrast = self.step > config.contrast_start * config.steps
+        half = AUTOCAST.get(config.precision)
+        with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
+            total, losses, stats = self.forward(batch, self.step_tensor, contrast)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(total).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if config.optimizer == "adam" and config.weight_decay:
+            with torch.no_grad():
+                torch._foreach_mul_(list(self.method.parameters()), 1 - config.weight_decay * rate)
+        self.ema.update(self.method.network)
+        self.step += 1
+        self.step_tensor += 1
+        return losses, stats
+
+    # --- the loop --------------------------------------------------------------------------------------------------
+
+    def fit(self) -> dict:
+        """Trains to `config.steps`, writes every file of the run, and returns the summary (also in summary.json).
+
+        The first interrupt or SIGTERM finishes the step, saves a checkpoint and raises StoppedError.
+
+        Raises:
+            DivergedError: the loss stopped being finite.
+            StoppedError: a signal asked to stop.
+        """
+        try:
+            with StopRequest() as stop:
+                self._loop(stop)
+        finally:
+            self.logger.close()
+        return self._finish()
+
+    def _loop(self, stop: StopRequest) -> None:
+        config = self.config
+        window, window_steps, started = None, 0, time.perf_counter()
+        while self.step < config.steps:
+            losses, stats = self.train_step()
+            self.logger.advance()
+            values = torch.stack([v.float() for v in (*losses.values(), *stats.values())])
+            window = values if window is None else window + values
+            window_steps += 1
+            last = self.step == config.steps
+            evaluating = last or self.step % config.eval_every == 0
+            saving = last or self.step % config.checkpoint_every == 0 or stop.signum is not None
+            if evaluating or saving or self.step % config.log_every == 0:
+                names = [f"loss/{k}" for k in losses] + [f"stats/{k}" for k in stats]
+                means = dict(zip(names, (window / window_steps).tolist()))  # the host waits for the device here
+                self.train_seconds += time.perf_counter() - started
+                self._log_train(means)
+                window, window_steps = None, 0
+                if evaluating:
+                    self._evaluate()
+                if saving:
+                    path = self.save()
+                if stop.signum is not None and not last:
+                    raise StoppedError(
+                        f"stopped at step {self.step}: saved {path}; continue with --resume", stop.signum
+                    )
+                started = time.perf_counter()
+
+    def _log_train(self, means: dict[str, float]) -> None:
+        if not math.isfinite(means["loss/total"]):
+            raise DivergedError(
+                f"the loss is {means['loss/total']} at step {self.step}: {means}. "
+                "The last checkpoint is from before; try a smaller --lr, or --precision fp32"
+            )
+        known, right = means.pop("stats/pseudo_known", 0.0), means.pop("stats/pseudo_correct", 0.0)
+        if known:
+            means["stats/pseudo_accuracy"] = right / known
+        rate = self.optimizer.param_groups[0]["lr"]
+        row = {"kind": "train", "step": self.step, **means, "lr": rate}
+        row["steps_per_second"] = self.step / self.train_seconds
+        self.logger.log(row)
+        self.logger.show_train(row)
+
+    def _evaluate(self) -> None:
+        metrics = compute_metrics(self.confusion(), self.split.labeled_counts)
+        if self.method.regularizer is not None:
+            metrics["temperatures"] = self.method.regularizer.temperatures(self.step / self.config.steps).tolist()
+        self.history.append(self.step, metrics)
+        row = {"kind": "eval", "step": self.step, **metrics}
+        self.logger.log(row)
+        self.logger.show_eval(row)
+
+    def confusion(self) -> Tensor:
+        """Confusion matrix of the averaged network on the whole test part: int64 [K,K], rows = truth."""
+        return evaluate(self.ema.network, self.augment, self.dataset, self.device)
+
+    def _finish(self) -> dict:
+        summary = summarize(self)
+        write_atomically(
+            self.run_dir / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n")
+        )
+        if self.config.report:
+            write_run_report(self, summary)
+        return summary

@@ -1,0 +1,52 @@
+"""`python -m bacon_fast.evaluate RUN`: the averaged network of a run on the test part of its dataset."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from bacon_fast.cli import with_clear_errors
+from bacon_fast.data.longtail import Split
+from bacon_fast.engine.build import build_dataset, use_threads
+from bacon_fast.engine.config import Config
+from bacon_fast.engine.evaluation import evaluate as confusion_of
+from bacon_fast.engine.metrics import compute_metrics
+from bacon_fast.run import open_run
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Evaluate a run's newest checkpoint on the full test part and print its metrics as one JSON object."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+    data_dir: Path | None = None
+    """Where the dataset lies now; default: where the run found it."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+def evaluate(arguments: Arguments) -> dict:
+    """Metrics of `compute_metrics`, with "step" and the confusion matrix (rows = truth)."""
+    use_threads(0)
+    run = open_run(arguments.run, arguments.device)
+    config = run.config
+    if arguments.data_dir is not None:
+        config = Config.from_dict(config.to_dict() | {"data_dir": arguments.data_dir})
+    dataset = build_dataset(config)
+    if tuple(dataset.class_names) != run.class_names:
+        raise ValueError(f"data_dir: expected the classes {run.class_names}, found {tuple(dataset.class_names)}")
+    confusion = confusion_of(run.network, run.normalize, dataset, run.device)
+    counts = Split.load(run.directory / "split.json").labeled_counts
+    return {"step": run.step, **compute_metrics(confusion, counts), "confusion": confusion.tolist()}
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, prog="python -m bacon_fast.evaluate")
+    with_clear_errors(lambda: print(json.dumps(evaluate(arguments))))
+
+
+if __name__ == "__main__":
+    main()

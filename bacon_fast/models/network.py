@@ -1,0 +1,38 @@
+"""Backbone with its classification heads."""
+
+import torch
+from torch import Tensor, nn
+
+from bacon_fast.models import build_backbone
+from bacon_fast.models.heads import auxiliary_head, main_head
+
+
+class Network(nn.Module):
+    """Backbone f, main head a and, for balanced methods, auxiliary head b on the same features (methods.md 0.1, C).
+
+    Args:
+        backbone: name for `build_backbone`.
+        num_classes: K.
+        balanced_head: adds the auxiliary head, which is then the one that predicts.
+        bn_momentum: weight of the newest batch in BatchNorm's running statistics.
+    """
+
+    def __init__(self, backbone: str, num_classes: int, *, balanced_head: bool, bn_momentum: float) -> None:
+        super().__init__()
+        self.backbone = build_backbone(backbone)
+        self.head = main_head(self.backbone.num_features, num_classes)
+        self.balanced_head = auxiliary_head(self.backbone.num_features, num_classes) if balanced_head else None
+        for module in self.backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = bn_momentum
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """images [N,3,H,W] -> features [N,F], main logits [N,K], auxiliary logits [N,K] or None."""
+        features = self.backbone(images)
+        return features, self.head(features), None if self.balanced_head is None else self.balanced_head(features)
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [N,F] and logits [N,K] of the head that evaluation uses (methods.md C, E.7)."""
+        features, logits, balanced = self(images)
+        return features, logits if balanced is None else balanced

@@ -1,0 +1,53 @@
+"""A finished or running run, opened for inference: `evaluate` and `predict` share it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bacon_fast.data.augment import Augment
+from bacon_fast.engine.build import resolve_device
+from bacon_fast.engine.checkpoint import CheckpointError, load_latest
+from bacon_fast.engine.config import Config
+from bacon_fast.models.network import Network
+
+
+@dataclass(frozen=True)
+class Run:
+    """The averaged network of a run's newest checkpoint, in evaluation mode, and what it needs to read images."""
+
+    directory: Path
+    config: Config
+    step: int
+    network: Network
+    normalize: Augment
+    class_names: tuple[str, ...]
+    image_size: tuple[int, int]
+    device: torch.device
+
+
+def open_run(directory: Path | str, device: str = "auto") -> Run:
+    """Opens the run in `directory`.
+
+    Raises:
+        CheckpointError: the directory holds no usable checkpoint.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"run: expected a run directory, found nothing at {directory}")
+    target = resolve_device(device)
+    _, state = load_latest(directory / "checkpoints", map_location=target)
+    config, info = Config.from_dict(state["config"]), state["inference"]
+    network = Network(
+        config.backbone,
+        len(info["class_names"]),
+        balanced_head="abc" in config.method.split("+"),
+        bn_momentum=config.bn_momentum,
+    )
+    prefix = "network."
+    network.load_state_dict({k.removeprefix(prefix): v for k, v in state["ema"].items() if k.startswith(prefix)})
+    size = tuple(info["image_size"])
+    normalize = Augment(image_size=size, mean=tuple(info["mean"]), std=tuple(info["std"])).to(target)
+    return Run(
+        directory, config, state["step"], network.to(target).eval(), normalize, tuple(info["class_names"]), size, target
+    )

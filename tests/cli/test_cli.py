@@ -1,0 +1,142 @@
+"""The command line as a user meets it: defaults, overrides, help, and errors that name what is allowed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from bacon_fast.cli import parse, train
+from bacon_fast.engine.presets import PRESETS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def call(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    return subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_no_argument_means_the_digits_preset():
+    config = parse([])
+    assert config.dataset == "digits" and config.method == "fixmatch+abc+bacon"
+    assert config.run_dir.parent == Path("runs")
+
+
+def test_a_preset_is_overridden_field_by_field():
+    config = parse(
+        ["bacon-cifar10", "--data-dir", "D", "--seed", "3", "--gamma-u", "-100", "--no-hflip", "--steps", "7"]
+    )
+    assert (config.data_dir, config.seed, config.gamma_u, config.hflip, config.steps) == (Path("D"), 3, -100, False, 7)
+    assert config.batch_size == 64 and config.preset == "bacon-cifar10"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_parses_and_survives_json(name):
+    config = parse([name])
+    assert type(config).from_dict(json.loads(config.to_json())) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["nonsense"], "bacon-cifar10"),
+        (["digits", "--method", "fixmatch+nonsense"], "fixmatch+abc+bacon"),
+        (["digits", "--protocol", "nonsense"], "bacon-cifar10-100"),
+        (["digits", "--dataset", "nonsense"], "cifar10"),
+        (["digits", "--backbone", "vgg"], "wrn-DEPTH-WIDTH"),
+        (["digits", "--device", "tpu"], "cuda"),
+        (["digits", "--lr", "-1"], "lr"),
+        (["digits", "--steps", "0"], "steps"),
+        (["digits", "--gamma-l", "0.5"], "gamma_l"),
+        (["digits", "--labeled-head", "500"], "found"),
+        (["digits", "--unlabeled-head", "500"], "needs 40 labeled + 500 unlabeled"),
+        (["digits", "--resume"], "--run-dir"),
+        (["digits", "--precision", "tf32", "--device", "cpu"], "tf32"),
+        (["bacon-cifar10"], "data_dir"),
+        (["bacon-cifar10", "--data-dir", "missing"], "--download"),
+        (["digits", "--split", "missing.json"], "missing.json"),
+    ],
+)
+def test_wrong_values_fail_at_once_and_name_the_allowed_ones(words, expected, tmp_path, capsys):
+    if "--run-dir" not in words and "--resume" not in words:
+        words = [*words, "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stop:
+        train(words)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert expected in captured.err + captured.out
+    assert not (tmp_path / "run" / "config.json").exists(), "nothing may be written before the arguments are checked"
+
+
+def test_errors_reach_the_shell_as_one_line_and_a_status():
+    result = call("train.py", "nonsense")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: preset: expected one of digits") and result.stderr.count("\n") == 1
+
+
+def test_help_lists_presets_options_and_choices():
+    text = call("train.py", "--help").stdout
+    for word in (*PRESETS, "--run-dir", "--steps", "--seed", "--method", "--resume", "--gamma-u", "fixmatch+abc+bacon"):
+        assert word in text
+
+
+def test_info_reports_versions_and_backends():
+    result = call("-m", "bacon_fast.info")
+    assert result.returncode == 0
+    for word in ("bacon_fast", "torch", "native extension: built", "cpp", "triton", "reference", "usable"):
+        assert word in result.stdout
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    words = ["--run-dir", str(folder), "--steps", "30", "--batch-size", "16", "--eval-every", "15", "--log-every", "10"]
+    result = call("train.py", "digits", *words)
+    assert result.returncode == 0, result.stderr
+    for word in ("last evaluation", "best (chosen on the test set)", "mean of last 20", "recall", "report"):
+        assert word in result.stdout
+    assert "steps/s" in result.stderr and "ETA" in result.stderr, "plain progress lines without a terminal"
+    return folder
+
+
+def test_run_writes_a_self_contained_report(run_dir):
+    text = (run_dir / "report.html").read_text()
+    assert "fixmatch+abc+bacon" in text and "data:image/png;base64," in text
+    assert "http://" not in text.replace("http://www.w3.org", "") and 'src="http' not in text
+    assert list((run_dir / "figures").glob("*.png"))
+
+
+def test_evaluate_repeats_the_run_s_last_evaluation(run_dir):
+    result = call("-m", "bacon_fast.evaluate", str(run_dir))
+    assert result.returncode == 0, result.stderr
+    metrics, summary = json.loads(result.stdout), json.loads((run_dir / "summary.json").read_text())
+    assert metrics["step"] == 30
+    assert all(metrics[name] == summary[name] for name in ("top1", "bacc", "gm", "per_class"))
+    assert sum(map(sum, metrics["confusion"])) == metrics["num_images"]
+
+
+def test_predict_prints_a_json_line_a_file_and_names_the_unreadable(run_dir, tmp_path):
+    files = []
+    for i, image in enumerate(load_digits().images[:3]):
+        files.append(tmp_path / f"{i}.png")
+        Image.fromarray((image * 255 / 16).astype("uint8")).resize((40, 40)).save(files[-1])
+    files.insert(1, tmp_path / "broken.png")
+    files[1].write_bytes(b"no image")
+    result = call("-m", "bacon_fast.predict", str(run_dir), *map(str, files))
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["file"] for row in rows] == [str(f) for f in files]
+    assert result.returncode == 1 and "error" in rows[1] and "Traceback" not in result.stderr
+    for row in (rows[0], rows[2], rows[3]):
+        assert row["class"] in {str(d) for d in range(10)} and 0 < row["probability"] <= 1
+
+
+def test_evaluate_and_predict_say_what_is_missing(tmp_path):
+    for module in ("evaluate", "predict"):
+        words = ["-m", f"bacon_fast.{module}", str(tmp_path / "none"), *(["x.png"] if module == "predict" else [])]
+        result = call(*words)
+        assert result.returncode == 2 and "Traceback" not in result.stderr and "none" in result.stderr

@@ -1,0 +1,238 @@
+"""The training loop: files of a run, resume, kill, refusals, and what one step computes."""
+
+import copy
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bacon_fast.engine.checkpoint import CheckpointError, list_checkpoints
+from bacon_fast.engine.config import METHODS, Config
+from bacon_fast.engine.presets import PRESETS
+from bacon_fast.engine.trainer import DivergedError, Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tiny(run_dir: Path, **changes) -> Config:
+    values = {
+        "run_dir": run_dir,
+        "steps": 12,
+        "batch_size": 8,
+        "contrast_start": 0.4,
+        "reliable_threshold": 0.15,  # ten classes: reliable rows, and so a contrastive loss, from the first steps
+        "threshold": 0.15,
+        "eval_every": 4,
+        "log_every": 3,
+        "checkpoint_every": 4,
+        "report": False,
+        "threads": 1,
+    }
+    return dataclasses.replace(PRESETS["digits"].config, **(values | changes))
+
+
+def final_state(run_dir: Path) -> dict:
+    return torch.load(list_checkpoints(run_dir / "checkpoints")[-1], weights_only=True)
+
+
+def assert_equal_states(one: object, two: object, path: str = "state") -> None:
+    """Bit for bit, except what times the run."""
+    assert type(one) is type(two), path
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == two.dtype and torch.equal(one, two), path
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), path
+        for key in one:
+            if key not in ("train_seconds", "steps_per_second", "run_dir", "resume", "checkpoint_every"):
+                assert_equal_states(one[key], two[key], f"{path}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(two), path
+        for i, (a, b) in enumerate(zip(one, two)):
+            assert_equal_states(a, b, f"{path}[{i}]")
+    else:
+        assert one == two, path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_writes_the_files_of_a_run(tmp_path, method):
+    trainer = Trainer(tiny(tmp_path / "run", method=method))
+    before = copy.deepcopy(trainer.method.network.state_dict())
+    summary = trainer.fit()
+    run = tmp_path / "run"
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert {"dataset", "method", "steps", "top1", "bacc", "gm", "per_class", "steps_per_second"} <= summary.keys()
+    assert summary["method"] == method and 0 <= summary["bacc"] <= 1 and len(summary["per_class"]) == 10
+    assert {"last", "mean_last_20", "best_on_test"} <= summary.keys()
+    assert Config.from_dict(json.loads((run / "config.json").read_text())) == trainer.config
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if r["kind"] == "eval"] == [4, 8, 12]
+    assert [r["step"] for r in rows if r["kind"] == "train"] == [3, 4, 6, 8, 9, 12]
+    with open(run / "metrics.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [int(r["step"]) for r in table] == [4, 8, 12]
+    assert float(table[-1]["bacc"]) == summary["bacc"]
+    assert list((run / "tensorboard").glob("events.*"))
+    assert [p.name for p in list_checkpoints(run / "checkpoints")] == ["step-00000008.pt", "step-00000012.pt"]
+    changed = trainer.method.network.state_dict()
+    parameters = [name for name, _ in trainer.method.network.named_parameters()]
+    assert all(not torch.equal(before[name], changed[name]) for name in parameters)
+
+
+def test_the_contrastive_loss_starts_when_it_should_and_trains_the_projection(tmp_path):
+    trainer = Trainer(tiny(tmp_path / "run", contrast_start=0.5))
+    projection = trainer.method.regularizer.projection.weight
+    start = projection.detach().clone()
+    for _ in range(7):  # t = 0..6: active only for t > 0.5 * 12
+        losses, _ = trainer.train_step()
+        assert losses["contrastive"].item() == 0
+    assert projection.grad is None and torch.equal(projection, start), "neither gradient nor decay before the start"
+    losses, stats = trainer.train_step()
+    assert losses["contrastive"].item() > 0 and stats["reliable"].item() > 0
+    assert not torch.equal(projection, start)
+
+
+def test_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(tmp_path):
+    Trainer(tiny(tmp_path / "whole")).fit()
+    first = Trainer(tiny(tmp_path / "parts"))
+    for _ in range(4):
+        first.train_step()
+    first.save()
+    for _ in range(2):  # steps after the checkpoint, lost with the process
+        first.train_step()
+    first.logger.close()
+    second = Trainer(tiny(tmp_path / "parts", resume=True))
+    assert second.step == 4
+    second.fit()
+    one, two = final_state(tmp_path / "whole"), final_state(tmp_path / "parts")
+    rows = [[r for r in state.pop("rows") if r["kind"] == "eval" and r["step"] > 4] for state in (one, two)]
+    assert_equal_states(one, two)
+    assert_equal_states(*rows)
+
+
+def test_killed_run_resumes_from_its_last_checkpoint_to_the_same_end(tmp_path):
+    run = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "train.py"), "digits", "--run-dir", str(run), "--steps", "60"]
+    command += ["--batch-size", "8", "--threads", "1", "--checkpoint-every", "5", "--eval-every", "60", "--no-report"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    while not list_checkpoints(run / "checkpoints") and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "the run must be killed, not finished"
+    saved = torch.load(list_checkpoints(run / "checkpoints")[-1], weights_only=True)["step"]
+    assert saved >= 5 and saved % 5 == 0
+    subprocess.run([*command, "--resume"], cwd=tmp_path, env=environment, check=True, capture_output=True)
+
+    whole = [str(tmp_path / "whole") if word == str(run) else word for word in command]
+    subprocess.run(whole, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert_equal_states(final_state(run)["method"], final_state(tmp_path / "whole")["method"])
+    assert_equal_states(final_state(run)["ema"], final_state(tmp_path / "whole")["ema"])
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_sigterm_saves_the_present_step_and_says_how_to_go_on(tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), "digits", "--run-dir", str(run), "--checkpoint-every", "100000"]
+    command += ["--batch-size", "8", "--threads", "1", "--log-every", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    for line in process.stderr:
+        if line.startswith("step "):
+            break
+    process.send_signal(signal.SIGTERM)
+    rest = process.stderr.read()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert "continue with --resume" in rest and "Traceback" not in rest
+    assert len(list_checkpoints(run / "checkpoints")) == 1
+
+
+def test_checkpoint_of_another_configuration_is_refused_with_the_differences(tmp_path):
+    Trainer(tiny(tmp_path / "run")).fit()
+    with pytest.raises(CheckpointError, match=r"lr: checkpoint 0\.03, now 0\.1") as refusal:
+        Trainer(tiny(tmp_path / "run", lr=0.1, seed=1, log_every=7, resume=True))
+    assert "seed: checkpoint 0, now 1" in str(refusal.value) and "log_every" not in str(refusal.value)
+
+
+def test_truncated_checkpoint_is_passed_over_on_resume(tmp_path):
+    Trainer(tiny(tmp_path / "run")).fit()
+    newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    newest.write_bytes(newest.read_bytes()[:5000])
+    with pytest.warns(UserWarning, match=newest.name):
+        resumed = Trainer(tiny(tmp_path / "run", resume=True))
+    assert resumed.step == 8
+    resumed.logger.close()
+
+
+def test_a_run_is_never_overwritten(tmp_path):
+    Trainer(tiny(tmp_path / "run", steps=1)).fit()
+    with pytest.raises(ValueError, match="holds a run already"):
+        Trainer(tiny(tmp_path / "run", steps=1))
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        Trainer(tiny(tmp_path / "other", resume=True))
+
+
+def test_split_can_be_given_back(tmp_path):
+    first = Trainer(tiny(tmp_path / "one", steps=1))
+    first.fit()
+    again = Trainer(tiny(tmp_path / "two", steps=1, seed=5, split=tmp_path / "one" / "split.json"))
+    again.logger.close()
+    assert again.split.hash == first.split.hash
+    other = Trainer(tiny(tmp_path / "three", steps=1, seed=5))
+    other.logger.close()
+    assert other.split.hash != first.split.hash
+
+
+def test_a_diverging_run_stops_with_advice(tmp_path):
+    trainer = Trainer(tiny(tmp_path / "run", lr=1e12))
+    with pytest.raises(DivergedError, match="smaller --lr"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_steps_follow_full_precision(tmp_path, precision):
+    losses = {}
+    for name in ("fp32", precision):
+        trainer = Trainer(tiny(tmp_path / name, precision=name, method="fixmatch+abc", threshold=0.0))
+        losses[name] = torch.stack([trainer.train_step()[0]["total"] for _ in range(3)])
+        trainer.logger.close()
+    # Three steps from the same start and the same views: only rounding differs (8 bits of mantissa in bf16).
+    torch.testing.assert_close(losses[precision], losses["fp32"], rtol=0.05, atol=0.05)
+    assert not torch.equal(losses[precision], losses["fp32"])
+
+
+def test_one_step_is_the_specified_sgd_update(tmp_path):
+    """Nesterov SGD with weight decay on matrices only, written out, from the gradient the step left behind."""
+    trainer = Trainer(tiny(tmp_path / "run", method="supervised", ema=0.9))
+    before = {n: p.detach().clone() for n, p in trainer.method.named_parameters()}
+    averages = {n: p.clone() for n, p in trainer.ema.network.named_parameters()}
+    trainer.train_step()
+    trainer.logger.close()
+    for name, parameter in trainer.method.named_parameters():
+        gradient = parameter.grad + (5e-4 * before[name] if parameter.dim() > 1 else 0)
+        expected = before[name] - 0.03 * (gradient + 0.9 * gradient)
+        torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-7)
+        network_name = name.removeprefix("network.")
+        torch.testing.assert_close(
+            trainer.ema.network.get_parameter(network_name), 0.9 * averages[network_name] + 0.1 * parameter
+        )
+
+
+def test_compiled_step_computes_the_same_losses(tmp_path):
+    results = []
+    for compiled in (False, True):
+        trainer = Trainer(tiny(tmp_path / str(compiled), steps=4, contrast_start=0.2, compile=compiled))
+        results.append(torch.stack([trainer.train_step()[0]["total"] for _ in range(3)]))
+        trainer.logger.close()
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
