@@ -171,11 +171,12 @@ class BaConLoss(nn.Module):
 
         projected = self.projection(features)
         if active:
+            centers, has_center = self.bank.present_centers()
             loss = functional.bacon_loss(
                 projected,
                 labels,
                 logits[batch:],
-                self.bank.centers,
+                centers,
                 reliable,
                 self.bank.class_counts,
                 progress=progress,
@@ -184,7 +185,7 @@ class BaConLoss(nn.Module):
                 negative_weight=self.negative_weight,
                 top_k=self.top_k,
                 neg_mode=self.neg_mode,
-                has_center=self.bank.has_center,
+                has_center=has_center,
                 min_temperature=self.min_temperature,
                 backend=self.backend,
             )

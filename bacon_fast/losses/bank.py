@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..ops import snapshot
 
 
 class MemoryBank(nn.Module):
@@ -58,6 +59,10 @@ class MemoryBank(nn.Module):
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
         return super()._apply(keep_dtype, recurse)
+
+    def present_centers(self) -> tuple[Tensor, Tensor]:
+        """Centers [K,D] and has_center [K] for a loss whose backward comes after the next `write_`."""
+        return snapshot(self.centers), snapshot(self.has_center)
 
     @torch.no_grad()
     def select_(self, slots: Tensor, labels: Tensor, gate: Tensor) -> None:
