@@ -57,7 +57,7 @@ def _digits() -> Config:
         bn_momentum=0.05,
         ema=0.99,
         contrast_start=0.25,
-        eval_every=100,
+        eval_every=50,
         log_every=50,
         checkpoint_every=250,
     )

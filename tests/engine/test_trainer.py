@@ -99,6 +99,18 @@ def test_the_contrastive_loss_starts_when_it_should_and_trains_the_projection(tm
     assert not torch.equal(projection, start)
 
 
+def test_the_contrastive_loss_reaches_the_backbone(tmp_path):
+    gradients = []
+    for weight in (0.0, 1.0):
+        trainer = Trainer(tiny(tmp_path / str(weight), contrast_start=0.0, lambda_con=weight))
+        for _ in range(3):
+            trainer.train_step()
+        gradients.append(trainer.method.network.backbone.stem.weight.grad.clone())
+        trainer.logger.close()
+    difference = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert difference > 0.05
+
+
 def test_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(tmp_path):
     Trainer(tiny(tmp_path / "whole")).fit()
     first = Trainer(tiny(tmp_path / "parts"))
