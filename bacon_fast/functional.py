@@ -6,6 +6,7 @@ name for one that is not usable raises RuntimeError with the reason.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -305,3 +306,127 @@ def _check_bank_arguments(**tensors: Tensor) -> None:
             raise TypeError(f"{name}: expected dtype {dtype}, found {tensor.dtype}")
         if tensor.device != tensors["bank"].device:
             raise ValueError(f"{name}: expected device {tensors['bank'].device}, found {tensor.device}")
+
+
+class HeadsOutput(NamedTuple):
+    """What `fixmatch_abc_loss` returns; the losses are 0-d and differentiable, the rest is for logs.
+
+    supervised, unsupervised: FixMatch's losses of the main head.
+    abc_labeled, abc_unlabeled: ABC's losses of the balanced head.
+    pseudo_rate: 0-d, share of unlabeled rows whose pseudo-label by the main head is confident.
+    abc_rate: 0-d, share of unlabeled rows that enter ``abc_unlabeled``.
+    pseudo_known, pseudo_correct: 0-d, confident rows with a known true label, and those among them that are right.
+    pseudo_counts, abc_counts: [K] int64, classes of the pseudo-labels in use, by the main and by the balanced head.
+    """
+
+    supervised: Tensor
+    unsupervised: Tensor
+    abc_labeled: Tensor
+    abc_unlabeled: Tensor
+    pseudo_rate: Tensor
+    abc_rate: Tensor
+    pseudo_known: Tensor
+    pseudo_correct: Tensor
+    pseudo_counts: Tensor
+    abc_counts: Tensor
+
+
+def fixmatch_abc_loss(
+    logits: Tensor,
+    balanced: Tensor,
+    labels: Tensor,
+    true_labels: Tensor,
+    keep_labeled: Tensor,
+    keep_unlabeled: Tensor,
+    *,
+    step: int | Tensor,
+    seed: int | None,
+    threshold: float = 0.95,
+    num_views: int = 1,
+    soft_targets: bool = False,
+    backend: str | None = None,
+) -> HeadsOutput:
+    """FixMatch's loss of the main head and ABC's of the balanced head: masks, statistics and gradients in one pass.
+
+    FixMatch (NeurIPS 2020): cross entropy on the labels, and of the strong views against the confident pseudo-labels of
+    the weak views. ABC (NeurIPS 2021): the same on a second head, a row of class c being kept with a probability that
+    falls with the size of the class. Formulas: `reference.heads.fixmatch_abc_loss`.
+
+    Args:
+        logits, balanced: [B+U+V·U,K] float, main and balanced head's logits of the B labeled rows, the U weak rows, and
+            V blocks of U strong rows. float16 and bfloat16 are computed in float32.
+        labels: [B] int64, classes of the labeled rows.
+        true_labels: [U] int64, -1 where unknown; for the statistics alone.
+        keep_labeled: [K] float, probability of keeping a labeled row of each class: N_min / N_c.
+        keep_unlabeled: [K] float, the same for unlabeled rows, by their pseudo-label: 1 - (e/E)(1 - N_min / N_c).
+        step: completed optimizer steps, an integer or a 0-d int64 tensor.
+        seed: key of the draws, 0..2^64-1; they are the counter-based ones of `data.philox`. None draws nothing: rows
+            are weighted by their probabilities, which gives the expected loss.
+        threshold: least confidence of a pseudo-label that is used.
+        num_views: V. FixMatch's loss is the mean over the views, ABC's the sum.
+        soft_targets: ABC's unlabeled rows have the balanced head's probabilities as targets instead of its class.
+        backend: None for the best one, "reference", "cpp" or "triton".
+
+    Returns:
+        HeadsOutput. A loss without rows is exactly 0. The weak rows have no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        RuntimeError: the named backend is not available here; or the gradient is differentiated.
+    """
+    _check_shape("logits", logits, "N", "K")
+    _check_shape("balanced", balanced, *logits.shape)
+    _check_shape("labels", labels, "B")
+    _check_shape("true_labels", true_labels, "U")
+    num_classes = logits.shape[1]
+    if num_classes < 1:
+        raise ValueError("logits: expected at least one class, found shape [N, 0]")
+    if not isinstance(num_views, int) or num_views < 1:
+        raise ValueError(f"num_views: expected a positive integer, found {num_views!r}")
+    rows = labels.shape[0] + (1 + num_views) * true_labels.shape[0]
+    if logits.shape[0] != rows:
+        raise ValueError(
+            f"logits: expected {rows} rows, {labels.shape[0]} labeled and {1 + num_views} times "
+            f"{true_labels.shape[0]} unlabeled ones, found {logits.shape[0]}"
+        )
+    _check_kind("logits", logits, "float")
+    if balanced.dtype != logits.dtype:
+        raise TypeError(f"balanced: expected dtype {logits.dtype}, that of logits, found {balanced.dtype}")
+    _check_kind("labels", labels, "int64")
+    _check_kind("true_labels", true_labels, "int64")
+    _check_shape("keep_labeled", keep_labeled, num_classes)
+    _check_kind("keep_labeled", keep_labeled, "float")
+    _check_shape("keep_unlabeled", keep_unlabeled, num_classes)
+    _check_kind("keep_unlabeled", keep_unlabeled, "float")
+    _check_number("threshold", threshold, low=0, low_allowed=True)
+    if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**64):
+        raise ValueError(f"seed: expected None or an integer in 0..2^64-1, found {seed!r}")
+    if not isinstance(step, Tensor):
+        step = torch.full((), step, dtype=torch.int64, device=logits.device)
+    _check_shape("step", step)
+    _check_kind("step", step, "int64")
+    for name, tensor in (
+        ("balanced", balanced),
+        ("labels", labels),
+        ("true_labels", true_labels),
+        ("keep_labeled", keep_labeled),
+        ("keep_unlabeled", keep_unlabeled),
+        ("step", step),
+    ):
+        if tensor.device != logits.device:
+            raise ValueError(f"{name}: expected device {logits.device}, that of logits, found {tensor.device}")
+    run = ops.choose_backend("fixmatch_abc_loss", backend, logits)
+    losses, stats, counts = run(
+        logits,
+        balanced,
+        labels,
+        true_labels,
+        keep_labeled.detach().float(),
+        keep_unlabeled.detach().float(),
+        step,
+        seed=seed,
+        threshold=threshold,
+        num_views=num_views,
+        soft_targets=soft_targets,
+    )
+    return HeadsOutput(*losses.unbind(), *stats.unbind(), *counts.unbind())

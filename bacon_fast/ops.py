@@ -1,12 +1,14 @@
 """The operations' backends: what torch.library has to know about the native ones, and which one serves a tensor."""
 
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import heads_ops, reference
 
 try:
     from . import _C
@@ -44,6 +46,25 @@ def _cuda(tensor: Tensor) -> str | None:
     return _native(tensor, "cuda")
 
 
+# Triton reads the variable once, when it is imported.
+_TRITON_INSTALLED, _TRITON_INTERPRETED = find_spec("triton") is not None, os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton(tensor: Tensor) -> str | None:
+    """Why Triton kernels cannot serve the tensor."""
+    if not _TRITON_INSTALLED:
+        return "triton is not installed"
+    if tensor.device.type == "cuda" or (tensor.device.type == "cpu" and _TRITON_INTERPRETED):
+        return None
+    return f"it serves cuda tensors (cpu ones under TRITON_INTERPRET=1), and these are on {tensor.device}"
+
+
+def _triton_heads(logits: Tensor) -> str | None:
+    if logits.shape[1] > heads_ops.MAX_TRITON_CLASSES:
+        return f"it serves up to {heads_ops.MAX_TRITON_CLASSES} classes, and these are {logits.shape[1]}"
+    return _triton(logits)
+
+
 def _in_place(*arguments: Any) -> None:
     """Fake of an op that returns nothing: its mutations are in its schema."""
 
@@ -51,6 +72,7 @@ def _in_place(*arguments: Any) -> None:
 if native_error is None:
     torch.library.register_fake("bacon_fast::bank_select_", _in_place)
     torch.library.register_fake("bacon_fast::bank_write_", _in_place)
+    heads_ops.register_native()
 
 
 def _bank_select_(*arguments: Tensor) -> None:
@@ -95,6 +117,11 @@ BACKENDS: dict[str, dict[str, Backend]] = {
         "cpp": Backend(_bank_write_, _cpp),
         "cuda": Backend(_bank_write_, _cuda),
         "reference": Backend(reference.bank_write_, _always),
+    },
+    "fixmatch_abc_loss": {
+        "cpp": Backend(heads_ops.run_cpp, _cpp),
+        "triton": Backend(heads_ops.run_triton, _triton_heads),
+        "reference": Backend(reference.fixmatch_abc_loss, _always),
     },
 }
 BACKEND_NAMES = ("reference", "cpp", "triton", "cuda")

@@ -12,6 +12,15 @@ TORCH_LIBRARY_FRAGMENT(bacon_fast, m) {
       "bank_write_(Tensor(a!) bank, Tensor(b!) written, Tensor(c!) class_sums, Tensor(d!) class_sizes, "
       "Tensor(e!) centers, Tensor(f!) has_center, Tensor selected_label, Tensor slots, Tensor features, Tensor gate) "
       "-> ()");
+
+  // FixMatch's and ABC's losses of both heads with their gradients (csrc/heads/cpu.cpp).
+  m.def(
+      "fixmatch_abc_cpu(Tensor logits, Tensor balanced, Tensor labels, Tensor true_labels, Tensor keep_labeled, "
+      "Tensor keep_unlabeled, Tensor step, int seed, bool expected, float threshold, int num_views, bool soft_targets) "
+      "-> (Tensor losses, Tensor stats, Tensor counts, Tensor grad_logits, Tensor grad_balanced)");
+  m.def(
+      "fixmatch_abc_backward_cpu(Tensor grad_losses, Tensor grad_logits, Tensor grad_balanced, Tensor logits, "
+      "Tensor balanced, int batch, int num_unlabeled) -> (Tensor, Tensor)");
 }
 
 PYBIND11_MODULE(_C, m) {

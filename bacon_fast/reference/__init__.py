@@ -3,5 +3,6 @@
 from .bacon import bacon_loss, balanced_temperatures
 from .bank import bank_select_, bank_write_
 from .contrastive import contrastive
+from .heads import fixmatch_abc_loss
 
-__all__ = ["bacon_loss", "balanced_temperatures", "bank_select_", "bank_write_", "contrastive"]
+__all__ = ["bacon_loss", "balanced_temperatures", "bank_select_", "bank_write_", "contrastive", "fixmatch_abc_loss"]

@@ -1,0 +1,119 @@
+"""The losses of FixMatch's main head and of ABC's balanced head in plain PyTorch.
+
+FixMatch: Sohn et al., NeurIPS 2020. ABC: Lee, Shin and Kim, "ABC: Auxiliary Balanced Classifier for Class-Imbalanced
+Semi-Supervised Learning", NeurIPS 2021. Rows of the logits are [B labeled | U weak | V times U strong].
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .philox import philox_uniform
+
+# The streams of `bacon_fast.data.philox.Stream` that the two masks are drawn from.
+STREAM_LABELED = 7
+STREAM_UNLABELED = 8
+
+
+class HeadLosses(NamedTuple):
+    """losses [4]: supervised, unsupervised, ABC labeled, ABC unlabeled. stats [4] float32: share of confident rows of
+    the main head, share of rows in ABC's unlabeled loss, number of confident rows whose true label is known, number of
+    those that are right. counts [2,K] int64: pseudo-labels in use, of the main and of the balanced head."""
+
+    losses: Tensor
+    stats: Tensor
+    counts: Tensor
+
+
+def bernoulli(probability: Tensor, seed: int | None, step: Tensor, stream: int) -> Tensor:
+    """Weights [N] of the rows: a drawn 0 or 1, or without a seed the probability itself, for the expected loss."""
+    if seed is None:
+        return probability
+    slots = torch.arange(probability.shape[0], device=probability.device)
+    return (philox_uniform(seed, step, stream, slots) < probability).to(probability.dtype)
+
+
+def mean_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Sum over the rows of weight · cross entropy, divided by the number of rows.
+
+    ``target`` is [N] int64 or [N,K] probabilities. A row of weight 0 takes no part, not even with a NaN.
+    """
+    logits = torch.where(weights[:, None] > 0, logits, 0)
+    if target.dim() == 1:
+        loss = logits.logsumexp(dim=1) - logits.gather(1, target[:, None])[:, 0]
+    else:
+        loss = -(torch.where(weights[:, None] > 0, target, 0) * logits.log_softmax(dim=1)).sum(dim=1)
+    return (weights * loss).sum() / max(logits.shape[0], 1)
+
+
+def confident_labels(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Pseudo-labels [U], and whether the largest probability reaches the threshold."""
+    return logits.argmax(dim=1), logits.softmax(dim=1).amax(dim=1) >= threshold
+
+
+def count_classes(labels: Tensor, used: Tensor, num_classes: int) -> Tensor:
+    return torch.zeros(num_classes, dtype=torch.int64, device=labels.device).index_add_(0, labels, used.long())
+
+
+def fixmatch_abc_loss(
+    logits: Tensor,
+    balanced: Tensor,
+    labels: Tensor,
+    true_labels: Tensor,
+    keep_labeled: Tensor,
+    keep_unlabeled: Tensor,
+    step: Tensor,
+    *,
+    seed: int | None,
+    threshold: float,
+    num_views: int,
+    soft_targets: bool,
+) -> HeadLosses:
+    """The arguments are those of `bacon_fast.functional.fixmatch_abc_loss`, which also validates them.
+
+        supervised     mean over labeled b of CE(logits_b, y_b)
+        unsupervised   mean over unlabeled j, mean over views v of [p_j confident] · CE(logits_jv, argmax p_j)
+        ABC labeled    mean over labeled b of M_b · CE(balanced_b, y_b)
+        ABC unlabeled  mean over unlabeled j, sum over views v of [q_j confident] · M_j · CE(balanced_jv, target_j)
+
+    with p and q the weak rows' probabilities by the two heads, target_j either argmax q_j or q_j itself, and the masks
+    M_b ~ Bernoulli(keep_labeled of y_b) and M_j ~ Bernoulli(keep_unlabeled of argmax q_j).
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    batch, num_unlabeled, num_classes = labels.shape[0], true_labels.shape[0], logits.shape[1]
+    sizes = [batch, num_unlabeled, num_views * num_unlabeled]
+    labeled, weak, strong = logits.to(dtype).split(sizes)
+    labeled_balanced, weak_balanced, strong_balanced = balanced.to(dtype).split(sizes)
+
+    pseudo, confident = confident_labels(weak.detach(), threshold)
+
+    labeled_weight = bernoulli(keep_labeled.to(dtype)[labels], seed, step, STREAM_LABELED)
+    weak_balanced = weak_balanced.detach()
+    pseudo_balanced, confident_balanced = confident_labels(weak_balanced, threshold)
+    kept = bernoulli(keep_unlabeled.to(dtype)[pseudo_balanced], seed, step, STREAM_UNLABELED)
+    unlabeled_weight = torch.where(confident_balanced, kept, 0)
+    if soft_targets:
+        target = weak_balanced.softmax(dim=1).repeat(num_views, 1)
+    else:
+        target = pseudo_balanced.repeat(num_views)
+
+    losses = [
+        mean_cross_entropy(labeled, labels, torch.ones_like(labeled_weight)),
+        mean_cross_entropy(strong, pseudo.repeat(num_views), confident.to(dtype).repeat(num_views)),
+        mean_cross_entropy(labeled_balanced, labels, labeled_weight),
+        mean_cross_entropy(strong_balanced, target, unlabeled_weight.repeat(num_views)) * num_views,
+    ]
+    known = confident & (true_labels >= 0)
+    share = max(num_unlabeled, 1)
+    stats = [
+        confident.sum() / share,
+        unlabeled_weight.sum().float() / share,
+        known.sum().float(),
+        (known & (pseudo == true_labels)).sum().float(),
+    ]
+    counts = [
+        count_classes(pseudo, confident, num_classes),
+        count_classes(pseudo_balanced, unlabeled_weight > 0, num_classes),
+    ]
+    return HeadLosses(torch.stack(losses), torch.stack(stats), torch.stack(counts))
