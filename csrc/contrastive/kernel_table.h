@@ -1,0 +1,14 @@
+// Defines the table of the instruction set that the including file has set up.
+#pragma once
+
+#include "contrastive/bacon_kernels.h"
+#include "contrastive/kernels.h"
+
+namespace bacon_fast::contrastive {
+namespace {
+
+template <class T>
+constexpr Kernels<T> kTable = {normalize_range<T>, bacon_sums<T>, bacon_gradient<T>};
+
+}  // namespace
+}  // namespace bacon_fast::contrastive

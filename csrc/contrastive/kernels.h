@@ -1,0 +1,20 @@
+// The inner loops, compiled once for each instruction set; `kernels` picks those of the machine it runs on.
+#pragma once
+
+#include "contrastive/bacon.h"
+#include "contrastive/layout.h"
+
+namespace bacon_fast::contrastive {
+
+template <class T>
+struct Kernels {
+  void (*normalize)(const Normalization<T>&, std::int64_t begin, std::int64_t end);  // vectors
+  void (*bacon_sums)(const BaconBatch<T>&, std::int64_t begin, std::int64_t end);  // units of kRowUnit rows
+  void (*bacon_gradient)(const BaconBatch<T>&, std::int64_t begin, std::int64_t end);
+};
+
+// T is float or double. Honors ATEN_CPU_CAPABILITY ("default", "avx2", "avx512") as torch itself does.
+template <class T>
+const Kernels<T>& kernels();
+
+}  // namespace bacon_fast::contrastive

@@ -1,0 +1,22 @@
+// The kernels for x86-64 machines with AVX-512.
+#if defined(__x86_64__)
+
+// The standard headers come before the target: their inline functions must stay runnable everywhere.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <new>
+
+#include "contrastive/kernels.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define BACON_FAST_VECTOR_BYTES 64
+#include "contrastive/kernel_table.h"
+
+namespace bacon_fast::contrastive {
+extern const Kernels<float> kAvx512Float = kTable<float>;
+extern const Kernels<double> kAvx512Double = kTable<double>;
+}  // namespace bacon_fast::contrastive
+
+#endif

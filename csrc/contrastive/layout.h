@@ -1,0 +1,56 @@
+// Sizes and arrays that the operators (which allocate) and the kernels of each instruction set (which compute) share.
+#pragma once
+
+#include <cstdint>
+
+namespace bacon_fast::contrastive {
+
+// Rows, columns and features are padded with zeros to multiples of these, so that no inner loop has an edge case.
+constexpr std::int64_t kRowUnit = 8;
+constexpr std::int64_t kColumnUnit = 32;
+constexpr std::int64_t kFeatureUnit = 16;
+
+constexpr std::int64_t padded(std::int64_t size, std::int64_t unit) { return (size + unit - 1) / unit * unit; }
+
+// Below this bound on every |logit| exponentials are summed as they are: no overflow, no lost term, and no search for
+// the largest logit first.
+constexpr double kDirectLimit = 40;
+
+// Up to this many elements a table of rows x columns is kept, not computed again: 4 MB of float stay in the cache.
+constexpr std::int64_t kTableLimit = 1 << 20;
+
+// Integers as wide as T: one comparison of codes masks one vector of T.
+template <class T>
+struct LaneInteger;
+template <>
+struct LaneInteger<float> {
+  using Type = std::int32_t;
+};
+template <>
+struct LaneInteger<double> {
+  using Type = std::int64_t;
+};
+template <class T>
+using Code = typename LaneInteger<T>::Type;
+
+enum VectorState : unsigned char {
+  kShort = 0,      // norm at most eps, or not normalized at all: the scale is a constant
+  kLong = 1,       // divided by its norm
+  kNotFinite = 2,  // has a NaN or an infinity
+};
+
+// Vectors to normalize and where the result goes; see units.h.
+template <class T>
+struct Normalization {
+  const T* from;
+  std::int64_t count;
+  std::int64_t dim;
+  T eps;
+  bool unit_already;
+  T* units;
+  T* panels;
+  T* inverse_norm;
+  unsigned char* state;
+};
+
+}  // namespace bacon_fast::contrastive
