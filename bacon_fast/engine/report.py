@@ -26,6 +26,7 @@ MAX_VIEWS = 10
 STATISTICS = {
     "pseudo_rate": "pseudo-label rate",
     "pseudo_accuracy": "pseudo-label accuracy",
+    "abc_rate": "pseudo-label rate of ABC",
     "reliable": "reliable rows",
     "bank_fill": "filled slots",
     "selected": "labeled slots",
@@ -220,7 +221,7 @@ def _training_pictures(data: ReportData, picture: Callable[..., Picture]) -> lis
     ]
     keys = dict.fromkeys(key for row in data.train_history for key in row)
     prefixed = {prefix: [key for key in keys if key.startswith(prefix)] for prefix in ("loss/", "stats/")}
-    losses = {key: key.removeprefix("loss/") for key in prefixed["loss/"]}
+    losses = {key: key.removeprefix("loss/").replace("_", " ") for key in prefixed["loss/"]}
     stats = {key: key.removeprefix("stats/") for key in prefixed["stats/"]}
     stats = {key: STATISTICS.get(name, name.replace("_", " ")) for key, name in stats.items()}
     pseudo = {key: label for key, label in stats.items() if "pseudo" in label}
