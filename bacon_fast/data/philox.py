@@ -9,10 +9,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-_MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+from bacon_fast.reference.philox import MASK, philox4x32
 
 
 class Stream(IntEnum):
@@ -36,26 +33,6 @@ class Stream(IntEnum):
     TRAIN_TEST = 12
 
 
-def philox4x32(counter: tuple[Tensor, ...], key: tuple[int, int]) -> Tensor:
-    """The Philox4x32-10 block function.
-
-    Args:
-        counter: four int64 tensors of broadcastable shapes S with values in [0, 2^32).
-        key: two integers in [0, 2^32).
-
-    Returns:
-        int64 [*S, 4] with values in [0, 2^32).
-    """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        # 32 x 32 -> 64 bit products: int64 wraps around, and both halves of the wrapped product are the right bits.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
-        k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _MASK, (k1 + _KEY_INCREMENTS[1]) & _MASK
-    return torch.stack((c0, c1, c2, c3), dim=-1)
-
-
 def philox(seed: int, step: int | Tensor, view: int, slot: Tensor, words: int) -> Tensor:
     """Random 32-bit words of each slot.
 
@@ -76,7 +53,7 @@ def philox(seed: int, step: int | Tensor, view: int, slot: Tensor, words: int) -
         TypeError, ValueError: an argument that is not as described.
     """
     check_seed(seed)
-    if not 0 <= view <= _MASK:
+    if not 0 <= view <= MASK:
         raise ValueError(f"view: expected an integer in [0, 2^32), found {view}")
     if slot.dtype != torch.int64 or slot.dim() != 1:
         raise TypeError(f"slot: expected int64 [N], found {slot.dtype} {list(slot.shape)}")
@@ -84,8 +61,8 @@ def philox(seed: int, step: int | Tensor, view: int, slot: Tensor, words: int) -
         raise ValueError(f"words: expected at least 1, found {words}")
     step = as_step_tensor(step, slot.device)
     blocks = torch.arange((words + 3) // 4, device=slot.device)
-    counter = (slot[:, None] & _MASK, step & _MASK, torch.full_like(blocks, int(view)), blocks)
-    return philox4x32(counter, (seed & _MASK, seed >> 32)).flatten(1)[:, :words]
+    counter = (slot[:, None] & MASK, step & MASK, torch.full_like(blocks, int(view)), blocks)
+    return philox4x32(counter, (seed & MASK, seed >> 32)).flatten(1)[:, :words]
 
 
 def uniform(seed: int, step: int | Tensor, view: int, slot: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -121,7 +98,7 @@ def check_seed(seed: int) -> None:
 def as_step_tensor(step: int | Tensor, device: torch.device) -> Tensor:
     """A step counter as a 0-d int64 tensor on `device`; a tensor that is one already comes back as it is."""
     if not isinstance(step, Tensor):
-        if not 0 <= step <= _MASK:
+        if not 0 <= step <= MASK:
             raise ValueError(f"step: expected an integer in [0, 2^32), found {step}")
         return torch.full((), step, dtype=torch.int64, device=device)  # a fill: no copy from the host
     if step.dim() != 0 or step.dtype != torch.int64 or step.device != device:

@@ -13,8 +13,8 @@ from bacon_fast.data.datasets import ImageDataset, load_dataset
 from bacon_fast.data.longtail import PROTOCOLS, Split, make_split
 from bacon_fast.engine.config import Config
 from bacon_fast.losses.bacon import BaConLoss
-from bacon_fast.methods.abc import ABC
 from bacon_fast.methods.fixmatch import FixMatch
+from bacon_fast.methods.fixmatch_abc import FixMatchABC
 from bacon_fast.methods.method import Method
 from bacon_fast.methods.supervised import Supervised
 from bacon_fast.models.network import Network
@@ -81,15 +81,23 @@ def build_method(
     base_name, *others = config.method.split("+")
     balanced = "abc" in others
     network = Network(config.backbone, num_classes, balanced_head=balanced, bn_momentum=config.bn_momentum)
+    backend = None if config.loss_backend == "auto" else config.loss_backend
     if base_name == "supervised":
         base = Supervised()
+    elif balanced:
+        base = FixMatchABC(
+            labeled_counts,
+            threshold=config.threshold,
+            lambda_u=config.lambda_u,
+            lambda_abc=config.lambda_abc,
+            steps=config.steps,
+            epochs=config.epochs,
+            seed=config.seed,
+            backend=backend,
+        )
     else:
         base = FixMatch(threshold=config.threshold, lambda_u=config.lambda_u)
-    balancer = regularizer = None
-    if balanced:
-        balancer = ABC(
-            labeled_counts, threshold=config.threshold, steps=config.steps, epochs=config.epochs, seed=config.seed
-        )
+    regularizer = None
     if "bacon" in others:
         regularizer = BaConLoss(
             network.backbone.num_features,
@@ -106,17 +114,9 @@ def build_method(
             count_threshold=config.threshold,
             neg_mode=config.neg_mode,
             variant=config.variant,
-            backend=None if config.loss_backend == "auto" else config.loss_backend,
+            backend=backend,
         )
-    return Method(
-        network,
-        base,
-        balancer,
-        regularizer,
-        steps=config.steps,
-        lambda_abc=config.lambda_abc,
-        lambda_con=config.lambda_con,
-    )
+    return Method(network, base, regularizer, steps=config.steps, lambda_con=config.lambda_con)
 
 
 def build_optimizer(config: Config, method: Method) -> torch.optim.Optimizer:

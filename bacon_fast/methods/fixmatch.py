@@ -18,7 +18,9 @@ class FixMatch(nn.Module):
         super().__init__()
         self.threshold, self.lambda_u = threshold, lambda_u
 
-    def forward(self, out: Outputs, labels: Tensor, true_labels: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def forward(
+        self, out: Outputs, labels: Tensor, true_labels: Tensor, step: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses `supervised` and `unsupervised`, both 0-d float32.
 
         `true_labels` int64 [U] (-1 where unknown) serve only the logged pseudo-label accuracy.

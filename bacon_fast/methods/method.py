@@ -1,10 +1,10 @@
-"""What one training step computes: base learner + class balancer + contrastive regularizer."""
+"""What one training step computes: a base learner, balanced or not, and a contrastive regularizer."""
 
 from torch import Tensor, nn
 
 from bacon_fast.losses.bacon import BaConLoss
-from bacon_fast.methods.abc import ABC
 from bacon_fast.methods.fixmatch import FixMatch
+from bacon_fast.methods.fixmatch_abc import FixMatchABC
 from bacon_fast.methods.outputs import Batch, Outputs
 from bacon_fast.methods.supervised import Supervised
 from bacon_fast.models.network import Network
@@ -15,27 +15,24 @@ class Method(nn.Module):
 
     Args:
         network: backbone and heads.
-        base: FixMatch or Supervised.
-        balancer: ABC, or None.
+        base: Supervised, FixMatch, or FixMatchABC, which needs a network with a balanced head.
         regularizer: BaConLoss, or None.
         steps: T, for BaCon's temperature schedule.
-        lambda_abc, lambda_con: weights of the balancer's and the regularizer's losses.
+        lambda_con: weight of the regularizer's loss.
     """
 
     def __init__(
         self,
         network: Network,
-        base: FixMatch | Supervised,
-        balancer: ABC | None = None,
+        base: Supervised | FixMatch | FixMatchABC,
         regularizer: BaConLoss | None = None,
         *,
         steps: int,
-        lambda_abc: float = 1.0,
         lambda_con: float = 1.0,
     ) -> None:
         super().__init__()
-        self.network, self.base, self.balancer, self.regularizer = network, base, balancer, regularizer
-        self.steps, self.lambda_abc, self.lambda_con = steps, lambda_abc, lambda_con
+        self.network, self.base, self.regularizer = network, base, regularizer
+        self.steps, self.lambda_con = steps, lambda_con
 
     @property
     def uses_unlabeled(self) -> bool:
@@ -54,11 +51,7 @@ class Method(nn.Module):
         """
         features, logits, balanced = self.network(batch.images)
         out = Outputs(features, logits, balanced, len(batch.labels), len(batch.unlabeled_slots))
-        losses, stats = self.base(out, batch.labels, batch.true_labels)
-        if self.balancer is not None:
-            terms, more = self.balancer(out, batch.labels, step)
-            losses |= {name: self.lambda_abc * value for name, value in terms.items()}
-            stats |= more
+        losses, stats = self.base(out, batch.labels, batch.true_labels, step)
         if self.regularizer is not None:
             contrastive, more = self.regularizer(
                 out.anchor_features,

@@ -10,7 +10,7 @@ class Supervised(nn.Module):
     """Mean cross entropy of the labeled rows; needs no unlabeled images."""
 
     def forward(
-        self, out: Outputs, labels: Tensor, true_labels: Tensor | None = None
+        self, out: Outputs, labels: Tensor, true_labels: Tensor, step: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Loss `supervised`, 0-d float32."""
         return {"supervised": F.cross_entropy(out.labeled_logits.float(), labels)}, {}

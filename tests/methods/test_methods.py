@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from bacon_fast.data.philox import Stream, uniform
-from bacon_fast.methods.abc import ABC
 from bacon_fast.methods.fixmatch import FixMatch
+from bacon_fast.methods.fixmatch_abc import FixMatchABC
 from bacon_fast.methods.outputs import Outputs
 from bacon_fast.methods.supervised import Supervised
 
 B, U, K = 7, 19, 4
 STEPS, EPOCHS = 300, 10
+STEP = torch.tensor(0)
+UNKNOWN = torch.full((U,), -1)
 
 
 def outputs(scale: float = 4.0, seed: int = 0, dtype: torch.dtype = torch.float32) -> Outputs:
@@ -20,6 +22,11 @@ def outputs(scale: float = 4.0, seed: int = 0, dtype: torch.dtype = torch.float3
     rows = B + 2 * U
     main, balanced = (scale * torch.randn(rows, K, generator=generator) for _ in range(2))
     return Outputs(torch.randn(rows, 8, generator=generator), main.to(dtype), balanced.to(dtype), B, U)
+
+
+def balanced(counts: torch.Tensor, **changes) -> FixMatchABC:
+    values = {"threshold": 0.95, "lambda_u": 1.0, "lambda_abc": 1.0, "steps": STEPS, "epochs": EPOCHS, "seed": 0}
+    return FixMatchABC(counts, **(values | changes))
 
 
 def labels() -> torch.Tensor:
@@ -39,7 +46,7 @@ def cross_entropy(row: list[float], label: int) -> float:
 def test_fixmatch_against_a_loop():
     out, y = outputs(), labels()
     true = torch.tensor([-1, *[j % K for j in range(1, U)]])
-    losses, stats = FixMatch(threshold=0.95, lambda_u=2.0)(out, y, true)
+    losses, stats = FixMatch(threshold=0.95, lambda_u=2.0)(out, y, true, STEP)
     supervised = sum(cross_entropy(out.logits[b].tolist(), int(y[b])) for b in range(B)) / B
     unsupervised, confident, right, known = 0.0, 0, 0, 0
     for j in range(U):
@@ -60,7 +67,7 @@ def test_fixmatch_against_a_loop():
 def test_fixmatch_without_a_confident_row_is_exactly_zero_with_zero_gradient():
     out = outputs(scale=0.01)
     out.logits.requires_grad_()
-    losses, _ = FixMatch(threshold=0.95, lambda_u=1.0)(out, labels(), torch.full((U,), -1))
+    losses, _ = FixMatch(threshold=0.95, lambda_u=1.0)(out, labels(), UNKNOWN, STEP)
     assert losses["unsupervised"].item() == 0
     (gradient,) = torch.autograd.grad(losses["unsupervised"], out.logits)
     assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -69,7 +76,7 @@ def test_fixmatch_without_a_confident_row_is_exactly_zero_with_zero_gradient():
 def test_no_gradient_through_pseudo_labels():
     out = outputs()
     out.logits.requires_grad_()
-    losses, _ = FixMatch(threshold=0.5, lambda_u=1.0)(out, labels(), torch.full((U,), -1))
+    losses, _ = FixMatch(threshold=0.5, lambda_u=1.0)(out, labels(), UNKNOWN, STEP)
     (gradient,) = torch.autograd.grad(losses["unsupervised"], out.logits)
     assert not gradient[: B + U].any() and gradient[B + U :].any()
 
@@ -77,9 +84,9 @@ def test_no_gradient_through_pseudo_labels():
 @pytest.mark.parametrize("step", [0, 29, 30, 299])
 def test_abc_against_a_loop(step):
     counts = torch.tensor([100, 40, 20, 5])
-    abc = ABC(counts, threshold=0.95, steps=STEPS, epochs=EPOCHS, seed=3)
+    abc = balanced(counts, lambda_u=2.0, lambda_abc=3.0, seed=3)
     out, y = outputs(), labels()
-    losses, stats = abc(out, y, torch.tensor(step))
+    losses, stats = abc(out, y, UNKNOWN, torch.tensor(step))
 
     labeled_draw = uniform(3, step, Stream.ABC_LABELED, torch.arange(B)).tolist()
     unlabeled_draw = uniform(3, step, Stream.ABC_UNLABELED, torch.arange(U)).tolist()
@@ -95,14 +102,17 @@ def test_abc_against_a_loop(step):
         if max(p) >= 0.95 and unlabeled_draw[j] < keep:
             unlabeled += cross_entropy(out.balanced[B + U + j].tolist(), guess)
             kept_rows += 1
-    assert losses["abc_labeled"].item() == pytest.approx(labeled / B, rel=1e-6)
-    assert losses["abc_unlabeled"].item() == pytest.approx(unlabeled / U, rel=1e-6)
+    assert losses["abc_labeled"].item() == pytest.approx(3 * labeled / B, rel=1e-6)
+    assert losses["abc_unlabeled"].item() == pytest.approx(3 * unlabeled / U, rel=1e-6)
+    main, main_stats = FixMatch(threshold=0.95, lambda_u=2.0)(out, y, UNKNOWN, STEP)
+    for name, value in (main | main_stats).items():
+        torch.testing.assert_close((losses | stats)[name], value, rtol=1e-6, atol=0)
     assert stats["abc_rate"].item() == pytest.approx(kept_rows / U)
 
 
 def test_abc_masks_have_the_specified_probabilities_and_change_every_step():
     counts = torch.tensor([100, 10])
-    abc = ABC(counts, threshold=0.0, steps=1000, epochs=1000, seed=1)
+    abc = balanced(counts, threshold=0.0, steps=1000, epochs=1000, seed=1)
     steps = torch.arange(1000)
     draws = torch.stack([uniform(1, s, Stream.ABC_LABELED, torch.arange(50)) for s in steps])
     kept = (draws < abc.keep[0]).float()
@@ -115,19 +125,19 @@ def test_abc_masks_have_the_specified_probabilities_and_change_every_step():
 
 def test_abc_refuses_a_class_without_labels():
     with pytest.raises(ValueError, match=r"labeled_counts.*\[1\]"):
-        ABC(torch.tensor([3, 0, 2]), threshold=0.95, steps=1, epochs=1, seed=0)
+        balanced(torch.tensor([3, 0, 2]))
 
 
 def test_losses_are_float32_under_half_precision_logits():
     out = outputs(dtype=torch.bfloat16)
-    losses, _ = FixMatch(threshold=0.5, lambda_u=1.0)(out, labels(), torch.full((U,), -1))
-    terms, _ = ABC(torch.tensor([9, 5, 3, 1]), threshold=0.5, steps=9, epochs=3, seed=0)(out, labels(), torch.tensor(4))
+    losses, _ = FixMatch(threshold=0.5, lambda_u=1.0)(out, labels(), UNKNOWN, STEP)
+    terms, _ = balanced(torch.tensor([9, 5, 3, 1]), threshold=0.5)(out, labels(), UNKNOWN, STEP)
     assert {v.dtype for v in (losses | terms).values()} == {torch.float32}
 
 
 def test_supervised_uses_labeled_rows_only():
     out, y = outputs(), labels()
-    losses, _ = Supervised()(out, y)
+    losses, _ = Supervised()(out, y, UNKNOWN, STEP)
     expected = sum(cross_entropy(out.logits[b].tolist(), int(y[b])) for b in range(B)) / B
     assert list(losses) == ["supervised"]
     assert losses["supervised"].item() == pytest.approx(expected, rel=1e-6)
