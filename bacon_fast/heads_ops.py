@@ -21,7 +21,7 @@ _BACKWARD = (
     "int num_unlabeled) -> (Tensor, Tensor)"
 )
 _NUM_INPUTS = 12
-MAX_TRITON_CLASSES = 16384  # one program holds rows of logits in its registers
+MAX_TRITON_CLASSES = 8192  # one program holds rows of logits in its registers
 
 
 def _fake_forward(logits: Tensor, balanced: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

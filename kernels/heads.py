@@ -39,10 +39,10 @@ class HeadsConfig:
 
 
 def heads_config(num_classes: int) -> HeadsConfig:
-    """About 512 logits a program while there are few classes, one row where there are many."""
+    """Four logits a thread: several tiles are alive at once, and with more of them registers would spill."""
     block_classes = max(16, triton.next_power_of_2(num_classes))
-    block_rows = max(1, 512 // block_classes)
-    return HeadsConfig(block_rows, block_classes, max(1, min(16, block_rows * block_classes // 512)))
+    block_rows = max(1, 128 // block_classes)
+    return HeadsConfig(block_rows, block_classes, min(16, block_rows * block_classes // 128))
 
 
 @triton.jit

@@ -348,6 +348,21 @@ def test_the_result_does_not_vary(backend):
         torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def poisoned_memory():
+    """PyTorch fills every new tensor with NaN, or with the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1000).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [(6, 9, 7, 2), (0, 3, 40, 1), (3, 0, 4, 1)])
+def test_nothing_is_left_uninitialized(poisoned_memory, backend, sizes):
+    assert_matches_oracle(random_batch(*sizes), backend=backend, step=5, seed=1, soft_targets=False)
+
+
 def test_cpp_uses_several_threads_where_there_is_work():
     arguments = random_batch(300, 300, 200, dtype=torch.float32, scale=10.0)
     found, gradients = run(arguments, backend=BACKENDS[0], step=1, seed=1)
