@@ -5,47 +5,28 @@ code, "triton" and "cuda" the GPU code. ``backend=None`` takes the best one usab
 name for one that is not usable raises RuntimeError with the reason.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops, reference
+from .checks import check_devices, check_kind, check_number, check_shape
+from .contrastive_losses import info_nce, sscl_loss, sup_con_loss
+
+__all__ = [
+    "bacon_loss",
+    "balanced_temperatures",
+    "bank_select_",
+    "bank_write_",
+    "class_centers",
+    "fixmatch_abc_loss",
+    "info_nce",
+    "sscl_loss",
+    "sup_con_loss",
+]
 
 NEG_MODES = ("authors", "paper")
-
-
-def _check_shape(name: str, tensor: Tensor, *expected: int | str) -> None:
-    """Raises unless ``tensor`` has the shape ``expected``, where a string stands for any size and is its name."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, found {type(tensor).__name__}")
-    fits = tensor.dim() == len(expected) and all(
-        isinstance(size, str) or size == found for size, found in zip(expected, tensor.shape)
-    )
-    if not fits:
-        wanted = ", ".join(str(size) for size in expected)
-        raise ValueError(f"{name}: expected shape [{wanted}], found {list(tensor.shape)}")
-
-
-def _check_kind(name: str, tensor: Tensor, kind: str) -> None:
-    if kind == "float":
-        fits = tensor.dtype.is_floating_point
-    elif kind == "bool":
-        fits = tensor.dtype == torch.bool
-    elif kind == "int64":
-        fits = tensor.dtype == torch.int64
-    else:
-        fits = not tensor.dtype.is_complex and tensor.dtype != torch.bool
-    if not fits:
-        raise TypeError(f"{name}: expected dtype {kind}, found {tensor.dtype}")
-
-
-def _check_number(name: str, value: float, *, low: float, low_allowed: bool = False) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number, found {type(value).__name__}")
-    if not math.isfinite(value) or value < low or (value == low and not low_allowed):
-        raise ValueError(f"{name}: expected a number {'>=' if low_allowed else '>'} {low}, found {value}")
 
 
 def balanced_temperatures(
@@ -61,8 +42,8 @@ def balanced_temperatures(
     tau_c = temperature · (1 - bta · (1 - progress)² · sqrt(class_counts_c / max class_counts)), at least
     ``min_temperature``. Arguments as in `bacon_loss`.
     """
-    _check_shape("class_counts", class_counts, "K")
-    _check_kind("class_counts", class_counts, "number")
+    check_shape("class_counts", class_counts, "K")
+    check_kind("class_counts", class_counts, "number")
     return reference.balanced_temperatures(class_counts, progress, temperature, bta, min_temperature)
 
 
@@ -119,27 +100,27 @@ def bacon_loss(
         TypeError, ValueError: an argument does not fit; the message names it.
         RuntimeError: the named backend is not available here.
     """
-    _check_shape("features", features, "R", "D")
-    _check_shape("labels", labels, "B")
+    check_shape("features", features, "R", "D")
+    check_shape("labels", labels, "B")
     rows, dim, batch = features.shape[0], features.shape[1], labels.shape[0]
     if batch > rows:
         raise ValueError(f"labels: expected at most {rows} entries, one a row of features, found {batch}")
-    _check_shape("centers", centers, "K", dim)
+    check_shape("centers", centers, "K", dim)
     num_classes = centers.shape[0]
     if num_classes < 1:
         raise ValueError("centers: expected at least one class, found shape [0, D]")
-    _check_shape("logits", logits, rows - batch, num_classes)
-    _check_shape("selected", selected, rows)
-    _check_shape("class_counts", class_counts, num_classes)
-    _check_kind("features", features, "float")
-    _check_kind("labels", labels, "int64")
-    _check_kind("logits", logits, "float")
-    _check_kind("centers", centers, "float")
-    _check_kind("selected", selected, "bool")
-    _check_kind("class_counts", class_counts, "number")
+    check_shape("logits", logits, rows - batch, num_classes)
+    check_shape("selected", selected, rows)
+    check_shape("class_counts", class_counts, num_classes)
+    check_kind("features", features, "float")
+    check_kind("labels", labels, "int64")
+    check_kind("logits", logits, "float")
+    check_kind("centers", centers, "float")
+    check_kind("selected", selected, "bool")
+    check_kind("class_counts", class_counts, "number")
     if has_center is not None:
-        _check_shape("has_center", has_center, num_classes)
-        _check_kind("has_center", has_center, "bool")
+        check_shape("has_center", has_center, num_classes)
+        check_kind("has_center", has_center, "bool")
     for name, tensor in (
         ("labels", labels),
         ("logits", logits),
@@ -151,14 +132,14 @@ def bacon_loss(
         if tensor is not None and tensor.device != features.device:
             raise ValueError(f"{name}: expected device {features.device}, that of features, found {tensor.device}")
     if isinstance(progress, Tensor):
-        _check_shape("progress", progress)
+        check_shape("progress", progress)
     else:
-        _check_number("progress", progress, low=0, low_allowed=True)
-    _check_number("temperature", temperature, low=0)
-    _check_number("bta", bta, low=0, low_allowed=True)
+        check_number("progress", progress, low=0, low_allowed=True)
+    check_number("temperature", temperature, low=0)
+    check_number("bta", bta, low=0, low_allowed=True)
     if negative_weight is not None:
-        _check_number("negative_weight", negative_weight, low=0)
-    _check_number("min_temperature", min_temperature, low=0, low_allowed=True)
+        check_number("negative_weight", negative_weight, low=0)
+    check_number("min_temperature", min_temperature, low=0, low_allowed=True)
     if not isinstance(top_k, int) or top_k < 1:
         raise ValueError(f"top_k: expected a positive integer, found {top_k!r}")
     if neg_mode not in NEG_MODES:
@@ -279,11 +260,45 @@ def bank_write_(
     )
 
 
+def class_centers(
+    bank: Tensor, labels: Tensor, num_classes: int, written: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean feature of each class over a whole memory bank: what `bank_select_` and `bank_write_` keep up to date.
+
+    Args:
+        bank: [n,D] float, one feature a slot, within ±4096. Not normalized.
+        labels: [n] int64, class of each slot, 0..K-1, or -1 for none.
+        num_classes: K.
+        written: [n] bool, the slots that hold a feature; None: all do. What the others hold, NaN included, is not read.
+
+    Returns:
+        centers [K,D] float32, 0 where a class has no slot, and has_center [K] bool. The sums are exact, so the order of
+        the slots does not matter.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    check_shape("bank", bank, "n", "D")
+    check_kind("bank", bank, "float")
+    check_shape("labels", labels, bank.shape[0])
+    check_kind("labels", labels, "int64")
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes: expected a positive integer, found {num_classes!r}")
+    if written is None:
+        written = torch.ones_like(labels, dtype=torch.bool)
+    check_shape("written", written, bank.shape[0])
+    check_kind("written", written, "bool")
+    check_devices("bank", bank, labels=labels, written=written)
+    return reference.bank.class_centers(
+        *reference.bank.class_sums_and_sizes(bank.detach(), written, labels, num_classes)
+    )
+
+
 def _check_bank_arguments(**tensors: Tensor) -> None:
     """Raises unless the buffers of a memory bank and a batch for it fit each other."""
-    _check_shape("bank", tensors["bank"], "n", "D")
-    _check_shape("slots", tensors["slots"], "R")
-    _check_shape("class_sizes", tensors["class_sizes"], "K")
+    check_shape("bank", tensors["bank"], "n", "D")
+    check_shape("slots", tensors["slots"], "R")
+    check_shape("class_sizes", tensors["class_sizes"], "K")
     (num_slots, dim), rows, num_classes = tensors["bank"].shape, tensors["slots"].shape[0], len(tensors["class_sizes"])
     expected = {
         "selected_label": ((num_slots,), torch.int64),
@@ -301,7 +316,7 @@ def _check_bank_arguments(**tensors: Tensor) -> None:
     }
     for name, tensor in tensors.items():
         shape, dtype = expected[name]
-        _check_shape(name, tensor, *shape)
+        check_shape(name, tensor, *shape)
         if tensor.dtype != dtype:
             raise TypeError(f"{name}: expected dtype {dtype}, found {tensor.dtype}")
         if tensor.device != tensors["bank"].device:
@@ -374,10 +389,10 @@ def fixmatch_abc_loss(
         TypeError, ValueError: an argument does not fit; the message names it.
         RuntimeError: the named backend is not available here; or the gradient is differentiated.
     """
-    _check_shape("logits", logits, "N", "K")
-    _check_shape("balanced", balanced, *logits.shape)
-    _check_shape("labels", labels, "B")
-    _check_shape("true_labels", true_labels, "U")
+    check_shape("logits", logits, "N", "K")
+    check_shape("balanced", balanced, *logits.shape)
+    check_shape("labels", labels, "B")
+    check_shape("true_labels", true_labels, "U")
     num_classes = logits.shape[1]
     if num_classes < 1:
         raise ValueError("logits: expected at least one class, found shape [N, 0]")
@@ -389,22 +404,22 @@ def fixmatch_abc_loss(
             f"logits: expected {rows} rows, {labels.shape[0]} labeled and {1 + num_views} times "
             f"{true_labels.shape[0]} unlabeled ones, found {logits.shape[0]}"
         )
-    _check_kind("logits", logits, "float")
+    check_kind("logits", logits, "float")
     if balanced.dtype != logits.dtype:
         raise TypeError(f"balanced: expected dtype {logits.dtype}, that of logits, found {balanced.dtype}")
-    _check_kind("labels", labels, "int64")
-    _check_kind("true_labels", true_labels, "int64")
-    _check_shape("keep_labeled", keep_labeled, num_classes)
-    _check_kind("keep_labeled", keep_labeled, "float")
-    _check_shape("keep_unlabeled", keep_unlabeled, num_classes)
-    _check_kind("keep_unlabeled", keep_unlabeled, "float")
-    _check_number("threshold", threshold, low=0, low_allowed=True)
+    check_kind("labels", labels, "int64")
+    check_kind("true_labels", true_labels, "int64")
+    check_shape("keep_labeled", keep_labeled, num_classes)
+    check_kind("keep_labeled", keep_labeled, "float")
+    check_shape("keep_unlabeled", keep_unlabeled, num_classes)
+    check_kind("keep_unlabeled", keep_unlabeled, "float")
+    check_number("threshold", threshold, low=0, low_allowed=True)
     if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**64):
         raise ValueError(f"seed: expected None or an integer in 0..2^64-1, found {seed!r}")
     if not isinstance(step, Tensor):
         step = torch.full((), step, dtype=torch.int64, device=logits.device)
-    _check_shape("step", step)
-    _check_kind("step", step, "int64")
+    check_shape("step", step)
+    check_kind("step", step, "int64")
     for name, tensor in (
         ("balanced", balanced),
         ("labels", labels),

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import heads_ops, reference
+from . import bacon_family, bacon_ops, contrastive_ops, heads_ops, reference
 
 try:
     from . import _C
@@ -65,6 +66,15 @@ def _triton_heads(logits: Tensor) -> str | None:
     return _triton(logits)
 
 
+def _triton_contrastive(vectors: Tensor) -> str | None:
+    if (reason := _triton(vectors)) is None:
+        from .kernels.config import MAX_DIM
+
+        if vectors.shape[1] > MAX_DIM:
+            reason = f"it serves vectors of up to {MAX_DIM} elements, and these have {vectors.shape[1]}"
+    return reason
+
+
 def _in_place(*arguments: Any) -> None:
     """Fake of an op that returns nothing: its mutations are in its schema."""
 
@@ -72,6 +82,7 @@ def _in_place(*arguments: Any) -> None:
 if native_error is None:
     torch.library.register_fake("bacon_fast::bank_select_", _in_place)
     torch.library.register_fake("bacon_fast::bank_write_", _in_place)
+    bacon_ops.register_native()
     heads_ops.register_native()
 
 
@@ -106,7 +117,14 @@ def snapshot(buffer: Tensor) -> Tensor:
 # Operation -> its backends, the preferred one first.
 BACKENDS: dict[str, dict[str, Backend]] = {
     "bacon_loss": {
+        "cpp": Backend(bacon_ops.run_cpp, _cpp),
+        "triton": Backend(partial(bacon_family.bacon_loss, backend="triton"), _triton_contrastive),
         "reference": Backend(reference.bacon_loss, _always),
+    },
+    "contrastive": {
+        "cpp": Backend(partial(contrastive_ops.contrastive, backend="cpp"), _cpp),
+        "triton": Backend(partial(contrastive_ops.contrastive, backend="triton"), _triton_contrastive),
+        "reference": Backend(reference.contrastive, _always),
     },
     "bank_select_": {
         "cpp": Backend(_bank_select_, _cpp),

@@ -165,18 +165,20 @@ def subjects() -> dict[str, Callable[[int], None]]:
     }
     for name, (dtype, precision) in kinds.items():
         run = functools.partial(contrastive, dtype=dtype, precision=precision)
+        bacon = {"own": 1, "codes": 3, "form": "sum", "match": "ignore"}
+        queue = {"own": 1, "form": "sum", "detached": True}
         instances = {
-            "bacon-192x32": {"rows": 192, "dim": 32, "own": 1, "codes": 3, "groups": 10, "form": "sum", "match": "ignore"},
-            "bacon-7168x128": {
-                "rows": 7168, "dim": 128, "own": 1, "codes": 3, "groups": 1000, "form": "sum", "match": "ignore"
-            },
+            "bacon-192x32": {"rows": 192, "dim": 32, "groups": 10} | bacon,
+            "bacon-7168x128": {"rows": 7168, "dim": 128, "groups": 1000} | bacon,
+            "ssc-1060x64": {"rows": 1060, "dim": 64, "codes": 1},
             "ssc-4096x128": {"rows": 4096, "dim": 128, "codes": 1},
-            "infonce-4096x65536x128": {"rows": 4096, "dim": 128, "columns": 65536, "own": 1, "form": "sum", "detached": True},
-            "sscl-256x65536x64": {"rows": 256, "dim": 64, "columns": 65536, "own": 4, "form": "prod", "detached": True},
+            "infonce-4096x65536x128": {"rows": 4096, "dim": 128, "columns": 65536} | queue,
+            "infonce-256x4096x512": {"rows": 256, "dim": 512, "columns": 4096} | queue,
+            "sscl-256x65536x64": {"rows": 256, "dim": 64, "columns": 65536} | queue | {"own": 4, "form": "prod"},
             "supcon-memory-512x8192x256": {"rows": 512, "dim": 256, "columns": 8192, "codes": 1},
+            "supcon-1024x256": {"rows": 1024, "dim": 256, "codes": 1},
             "supcon-1024x512": {"rows": 1024, "dim": 512, "codes": 1},
-            "infonce-256x4096x512": {"rows": 256, "dim": 512, "columns": 4096, "own": 1, "form": "sum", "detached": True},
-        }  # fmt: skip
+        }
         for instance, shape in instances.items():
             found[f"{instance}-{name}"] = functools.partial(run, **shape)
     return found

@@ -1,4 +1,8 @@
-"""Launch configurations of the contrastive kernels: pure functions of shape, dtype and architecture."""
+"""Launch configurations of the contrastive kernels: pure functions of shape, dtype and architecture.
+
+`python -m bacon_fast.kernels.aot` shows that the tiles fit: no spilled register, shared memory within the limit, for
+every loss and padded dimension.
+"""
 
 from dataclasses import dataclass
 
@@ -7,48 +11,59 @@ import torch
 # Streaming multiprocessors of the usual card of an architecture: how many programs fill it.
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 103: 148, 120: 170}
 INTERPRETER = 0  # the "architecture" of Triton's interpreter, where small tiles let small inputs span several
+MAX_DIM = 512  # the most elements of a vector that a program can keep
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How a kernel tiles similarities: a program keeps one block resident and streams the blocks of its split past it."""
+    """How a kernel tiles similarities: a program keeps one block resident and streams those of its split past it."""
 
     block_resident: int
     block_streamed: int
-    block_dim: int
+    block_slice: int  # elements of a vector that are multiplied at a time
+    block_dim: int  # elements of a vector, padded
     splits: int
     num_warps: int
     num_stages: int
 
 
-def next_power_of_two(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()
-
-
 def block_dim(dim: int) -> int:
-    """The padded feature size; a tensor-core product needs 16."""
-    return max(16, next_power_of_two(dim))
+    """The padded size of a vector: a power of two, at least the 16 of a tensor-core product."""
+    return max(16, 1 << max(dim - 1, 0).bit_length())
 
 
 def rows_per_program(dim: int) -> int:
-    """Block of the kernels that treat vectors one by one: about 4096 elements a program."""
-    return max(1, min(64, 4096 // block_dim(dim)))
+    """Block of the kernels that treat vectors one by one: about 1024 elements a program."""
+    return min(32, 1024 // block_dim(dim))
 
 
-def tile_config(resident: int, streamed: int, dim: int, dtype: torch.dtype, arch: int, accumulates: bool) -> TileConfig:
+def tile_config(
+    kernel: str, resident: int, streamed: int, dim: int, dtype: torch.dtype, input_precision: str, arch: int
+) -> TileConfig:
     """Tiles for ``resident`` vectors, each against ``streamed`` others, of ``dim`` elements.
 
-    ``accumulates``: the kernel also keeps a sum of vectors [block_resident, block_dim] in registers.
+    ``kernel``: "statistics"; "mean", which also keeps a sum of vectors [block_resident, block_dim]; or "gradient",
+    which keeps such a sum and more scalars.
     """
     padded = block_dim(dim)
+    num_warps = 8
     if arch == INTERPRETER:
-        block_resident, block_streamed, num_warps, num_stages = 16, 16, 1, 1
-        fill = 4
+        block_resident, block_streamed, block_slice, num_warps = 16, 16, 16, 1
+    elif dtype in (torch.float32, torch.float64) and input_precision != "tf32":
+        # Exact float32 products hold several copies of their operands in registers.
+        block_resident, block_streamed = (16 if padded > 256 else 32), (16 if kernel == "gradient" else 32)
+        block_slice = min(padded, 32)
+    elif padded > 256:
+        block_resident, block_streamed, block_slice = 32, 32, 32
+    elif padded > 128:
+        block_resident, block_streamed, block_slice, num_warps = 32, 32, 64, 4
+    elif 90 <= arch < 120:  # tensor cores work by warpgroup, on 64 rows
+        block_resident, block_streamed, block_slice = (128, 64, padded) if kernel == "mean" else (64, 32, padded)
     else:
-        block_resident, block_streamed, num_warps, num_stages = 64, 64, 4, 2
-        fill = MULTIPROCESSORS.get(arch, 132)
-    programs = -(-resident // block_resident)
-    tiles = -(-streamed // block_streamed)
-    # Few resident blocks leave the card idle: the streamed side is divided too, at least four tiles a split.
-    splits = max(1, min(fill // max(programs, 1), tiles // 4))
-    return TileConfig(block_resident, block_streamed, padded, splits, num_warps, num_stages)
+        block_resident, block_streamed, block_slice = (64 if kernel == "mean" else 32), 64, padded
+    # Few resident blocks leave the card idle: the streamed vectors are divided too, at least four blocks a split.
+    programs = max(1, -(-resident // block_resident))
+    fill = 4 if arch == INTERPRETER else MULTIPROCESSORS.get(arch, 132)
+    splits = max(1, min(fill // programs, -(-streamed // block_streamed) // 4))
+    num_stages = 1 if arch == INTERPRETER else 2
+    return TileConfig(block_resident, block_streamed, block_slice, padded, splits, num_warps, num_stages)

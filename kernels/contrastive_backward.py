@@ -1,4 +1,4 @@
-"""Backward of the contrastive family: gradients of rows, columns and own columns, for any upstream gradient of the rows.
+"""Backward of the contrastive family: gradients of rows, columns and own columns for any upstream gradient.
 
 Similarities are computed again, tile by tile. A program owns a block of vectors and sums over the others, so nothing
 is accumulated atomically. The same kernel serves rows (as anchors), columns (as somebody's positives and negatives, the
@@ -35,7 +35,7 @@ from .contrastive_math import (
 from .launch import accumulator_dtype, architecture, dot_dtypes, launch
 
 # Rows of the coefficients [NUM_COEFFICIENTS, R]: the gradient of a positive's logit x is
-# POSITIVE_WEIGHT · exp(±x - POSITIVE_SHIFT) - POSITIVE_UNIFORM, that of a negative's logit v NEGATIVE_WEIGHT · exp(v - n).
+# POSITIVE_WEIGHT · exp(±x - POSITIVE_SHIFT) - POSITIVE_UNIFORM, that of a negative's v is NEGATIVE_WEIGHT · exp(v - n).
 POSITIVE_WEIGHT = tl.constexpr(0)
 POSITIVE_SHIFT = tl.constexpr(1)
 POSITIVE_UNIFORM = tl.constexpr(2)
@@ -156,7 +156,7 @@ def _similarity_gradient(
     MATCH_IS_POSITIVE: tl.constexpr,
     SIGN: tl.constexpr,
 ):
-    """Gradient of the loss with respect to a tile of similarities; anchors lie along ``AXIS``, columns along the other."""
+    """Gradient of the loss by a tile of similarities; anchors lie along ``AXIS`` of it, columns along the other."""
     across: tl.constexpr = 1 - AXIS  # the axis that an anchor's values are broadcast over
     accumulator = s.dtype
     shift = tl.load(stats + NEGATIVES * num_rows + anchor, mask=anchor_inside, other=0.0)
@@ -226,6 +226,7 @@ def _gradient_kernel(
     PRECISION: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Gradient of normalized vectors x, summed over the vectors y of one split: partial [splits, num_x, dim].
@@ -237,7 +238,9 @@ def _gradient_kernel(
     x_index = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
     x_inside = x_index < num_x
     accumulator = x_inverse_norm.dtype.element_ty
-    x = load_vectors(x_vectors, x_index, x_inside, dim, x_stride, x_stride_dim, BLOCK_D)
+    x = None
+    if BLOCK_K == BLOCK_D:
+        x = load_vectors(x_vectors, x_index, x_inside, dim, x_stride, x_stride_dim, BLOCK_D)
     x_inverse = tl.load(x_inverse_norm + x_index, mask=x_inside, other=0.0)
     total = tl.zeros([BLOCK_X, BLOCK_D], accumulator)
     first = split * y_per_split
@@ -246,8 +249,13 @@ def _gradient_kernel(
         y_inside = y_index < num_y
         y_inverse = tl.load(y_inverse_norm + y_index, mask=y_inside, other=0.0)
         y_finite = is_finite(y_inverse)
-        y = load_vectors(y_vectors, y_index, y_inside & y_finite, dim, y_stride, y_stride_dim, BLOCK_D)
-        s = similarities(x, x_inverse, y, y_inverse, DOT, PRECISION)
+        y_keep = y_inside & y_finite
+        y = load_vectors(y_vectors, y_index, y_keep, dim, y_stride, y_stride_dim, BLOCK_D)
+        s = similarities(
+            x, x_vectors, x_index, x_inside, x_inverse, x_stride, x_stride_dim,
+            y, y_vectors, y_index, y_keep, y_inverse, y_stride, y_stride_dim,
+            dim, DOT, PRECISION, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
         gradient = tl.zeros([BLOCK_X, BLOCK_Y], accumulator)
         if AS_ANCHOR:
             gradient += _similarity_gradient(
@@ -430,7 +438,7 @@ def contrastive_backward(
 
     def unit_gradient(x, x_inverse, y, y_inverse, as_anchor: bool, as_column: bool) -> Tensor:
         """Gradient of the normalized x [splits,X,D]."""
-        tiles = config or tile_config(x.shape[0], y.shape[0], dim, x.dtype, arch, True)
+        tiles = config or tile_config("gradient", x.shape[0], y.shape[0], dim, x.dtype, input_precision, arch)
         partial = x.new_empty(tiles.splits, x.shape[0], dim, dtype=dtype)
         launch(
             _gradient_kernel,
@@ -465,6 +473,7 @@ def contrastive_backward(
             PRECISION=input_precision,
             BLOCK_X=tiles.block_resident,
             BLOCK_Y=tiles.block_streamed,
+            BLOCK_K=tiles.block_slice,
             BLOCK_D=tiles.block_dim,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,

@@ -27,6 +27,7 @@ from .contrastive_math import (
     is_finite,
     load_vectors,
     log_add_exp,
+    log_of_sum,
     matches,
     norms,
     own_columns,
@@ -130,6 +131,7 @@ def _statistics_kernel(
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Running log-sums of the positives' and negatives' logits of a block of rows, over the columns of one split.
@@ -140,7 +142,9 @@ def _statistics_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_inside = row < num_rows
     accumulator = row_inverse.dtype.element_ty
-    x = load_vectors(rows, row, row_inside, dim, row_stride, row_stride_dim, BLOCK_D)
+    x = None
+    if BLOCK_K == BLOCK_D:
+        x = load_vectors(rows, row, row_inside, dim, row_stride, row_stride_dim, BLOCK_D)
     x_inverse = tl.load(row_inverse + row, mask=row_inside, other=0.0)
     positive = tl.load(positive_scale + row, mask=row_inside, other=0.0).to(accumulator)[:, None]
     negative = tl.load(negative_scale + row, mask=row_inside, other=0.0).to(accumulator)[:, None]
@@ -167,8 +171,15 @@ def _statistics_kernel(
         y_inverse = tl.load(column_inverse + column, mask=column_inside, other=0.0)
         # A column that is not finite is read as zeros; its inverse norm is NaN and makes its similarities NaN.
         y_finite = is_finite(y_inverse)
-        y = load_vectors(columns, column, column_inside & y_finite, dim, column_stride, column_stride_dim, BLOCK_D)
-        s = similarities(x, x_inverse, y, y_inverse, DOT, PRECISION)
+        y_keep = column_inside & y_finite
+        y = None
+        if BLOCK_K == BLOCK_D or partial_mean is not None:
+            y = load_vectors(columns, column, y_keep, dim, column_stride, column_stride_dim, BLOCK_D)
+        s = similarities(
+            x, rows, row, row_inside, x_inverse, row_stride, row_stride_dim,
+            y, columns, column, y_keep, y_inverse, column_stride, column_stride_dim,
+            dim, DOT, PRECISION, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
 
         is_negative = row_inside[:, None] & column_inside[None, :]
         if self_column is not None:
@@ -232,8 +243,8 @@ def _loss(negatives, positives, mean, count, offset, FORM: tl.constexpr, LOG_FLO
     if LOG_FLOOR is not None:
         denominator = log_add_exp(denominator, tl.full(denominator.shape, LOG_FLOOR, denominator.dtype))
     zero = tl.zeros(denominator.shape, denominator.dtype)
-    if FORM == "mean":
-        loss = log_add_exp(positives, denominator) - mean
+    if FORM == "mean":  # log(exp(p) + exp(N)) - a, exact also where N is negligible and p = a
+        loss = (positives - mean) + log_add_exp(denominator - positives, zero)
     elif FORM == "sum":
         loss = log_add_exp(denominator - positives, zero)
     else:
@@ -298,12 +309,8 @@ def _row_loss_kernel(
         count += present.to(accumulator)
         total += tl.where(present, logit, 0.0)
 
-    negatives = tl.where(
-        negative_sum == 0.0, EMPTY, negative_max + tl.log(tl.where(negative_sum == 0.0, 1.0, negative_sum))
-    )
-    positives = tl.where(
-        positive_sum == 0.0, EMPTY, positive_max + tl.log(tl.where(positive_sum == 0.0, 1.0, positive_sum))
-    )
+    negatives = log_of_sum(negative_max, negative_sum)
+    positives = log_of_sum(positive_max, positive_sum)
     mean = total / tl.maximum(count, 1.0)
     tl.store(stats + ROW_NEGATIVES * num_rows + row, negatives, mask=inside)
     tl.store(stats + POSITIVES * num_rows + row, positives, mask=inside)
@@ -355,7 +362,7 @@ def _group_loss_kernel(
         running_max = highest
     highest = tl.max(running_max, axis=0)
     total = tl.sum(running_sum * tl.exp(running_max - highest), axis=0)
-    shared = tl.where(total == 0.0, EMPTY, highest + tl.log(tl.where(total == 0.0, 1.0, total)))
+    shared = log_of_sum(highest, total)
     for start in range(0, num_rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
         member = tl.load(group + row, mask=row < num_rows, other=-1) == this
@@ -433,9 +440,9 @@ def contrastive_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments as in the reference, integer codes in int32, all but rows, columns and own contiguous.
 
-    ``keep_mean``: also keep the mean of the negatives, from which the backward derives the rows' gradient without looking
-    at the columns again; requires that no column is a positive of a row. ``input_precision``: of the products of float32
-    vectors, "ieee", "tf32x3" or "tf32".
+    ``keep_mean``: also keep the mean of the negatives, from which the backward derives the rows' gradient without
+    looking at the columns again; requires that no column is a positive of a row. ``input_precision``: of the products
+    of float32 vectors, "ieee", "tf32x3" or "tf32".
 
     Returns:
         loss [R], statistics [NUM_STATS + M, R], inverse norms of the columns [C] (empty if they are the rows), and the
@@ -446,7 +453,8 @@ def contrastive_forward(
     dtype = accumulator_dtype(rows.dtype)
     num_own = 0 if own is None else own.shape[1]
     num_columns = num_rows if columns is None else columns.shape[0]
-    config = config or tile_config(num_rows, num_columns, dim, rows.dtype, arch, keep_mean)
+    kernel = "mean" if keep_mean else "statistics"
+    config = config or tile_config(kernel, num_rows, num_columns, dim, rows.dtype, input_precision, arch)
     has_match = column_code is not None and match == "positive"
     log_floor = math.log(floor) if floor > 0 else None
 
@@ -497,6 +505,7 @@ def contrastive_forward(
         PRECISION=input_precision,
         BLOCK_R=config.block_resident,
         BLOCK_C=config.block_streamed,
+        BLOCK_K=config.block_slice,
         BLOCK_D=config.block_dim,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -1,8 +1,8 @@
 """What the forward and the backward kernels of the contrastive family share: layouts of their buffers and formulas.
 
-Logarithms of empty sums are EMPTY, which is finite, so that no inf - inf arises. Values that a mask takes out are replaced,
-never multiplied by 0, so that their NaN goes with them. Every computation takes its dtype from its inputs: float64
-works wherever float32 does.
+Logarithms of empty sums are EMPTY, which is finite, so that no inf - inf arises. Values that a mask takes out are
+replaced, never multiplied by 0, so that their NaN goes with them. Every computation takes its dtype from its inputs:
+float64 works wherever float32 does.
 """
 
 import triton
@@ -38,6 +38,12 @@ def log1p(x):
 @triton.jit
 def log_add_exp(a, b):
     return tl.maximum(a, b) + log1p(tl.exp(-tl.abs(a - b)))
+
+
+@triton.jit
+def log_of_sum(peak, total):
+    """peak + log(total), EMPTY for an empty sum: one with a term has total >= 1, the term of its peak."""
+    return tl.where(total == 0.0, EMPTY, peak + tl.log(tl.where(total == 0.0, 1.0, total)))
 
 
 @triton.jit
@@ -97,9 +103,29 @@ def own_columns(
 
 
 @triton.jit
-def similarities(x, x_inverse, y, y_inverse, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """Cosines [X, Y] of raw vectors x and y. Rounding x·y once beats normalizing half-precision vectors first."""
-    product = tl.dot(x.to(DOT), tl.trans(y.to(DOT)), input_precision=PRECISION, out_dtype=x_inverse.dtype)
+def similarities(
+    x, x_base, x_index, x_keep, x_inverse, x_stride, x_stride_dim,
+    y, y_base, y_index, y_keep, y_inverse, y_stride, y_stride_dim,
+    dim, DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Cosines [X, Y] of raw vectors. Rounding x·y once beats normalizing half-precision vectors first.
+
+    BLOCK_K = BLOCK_D multiplies the tiles x and y. A smaller BLOCK_K reads them again in slices of that many elements:
+    whole float32 tiles, split for "tf32x3", do not fit into the registers.
+    """
+    accumulator: tl.constexpr = x_inverse.dtype
+    if BLOCK_K == BLOCK_D:
+        product = tl.dot(x.to(DOT), tl.trans(y.to(DOT)), input_precision=PRECISION, out_dtype=accumulator)
+    else:
+        product = tl.zeros([x_inverse.shape[0], y_inverse.shape[0]], accumulator)
+        for k in range(0, dim, BLOCK_K):
+            x_start = x_base + tl.cast(k, tl.int64) * x_stride_dim
+            y_start = y_base + tl.cast(k, tl.int64) * y_stride_dim
+            x_slice = load_vectors(x_start, x_index, x_keep, dim - k, x_stride, x_stride_dim, BLOCK_K)
+            y_slice = load_vectors(y_start, y_index, y_keep, dim - k, y_stride, y_stride_dim, BLOCK_K)
+            product = tl.dot(
+                x_slice.to(DOT), tl.trans(y_slice.to(DOT)), product, input_precision=PRECISION, out_dtype=accumulator
+            )
     return product * x_inverse[:, None] * y_inverse[None, :]
 
 

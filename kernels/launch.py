@@ -34,7 +34,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 def dot_dtypes(dtype: torch.dtype) -> tuple[tl.dtype, tl.dtype]:
     """Operand dtypes of the products vector · vector and gradient · vector.
 
-    Gradients of float16 vectors stay float32 (tf32 in the product): a loss scale would take them out of float16's range.
+    Gradients of float16 vectors stay float32 (tf32 in the product): a loss scale takes them out of float16's range.
     The interpreter's product of bfloat16 is wrong (triton 3.6), so it gets float32.
     """
     similarity = torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
@@ -42,7 +42,7 @@ def dot_dtypes(dtype: torch.dtype) -> tuple[tl.dtype, tl.dtype]:
     return TRITON_DTYPE[similarity], TRITON_DTYPE[gradient]
 
 
-# Takes launches in place of the device when it is set: kernels.aot collects them to compile for cards that are not here.
+# Takes the launches in place of the device when it is set: kernels.aot compiles them for cards that are not here.
 recorder: Callable[..., None] | None = None
 
 

@@ -153,7 +153,8 @@ def contrastive(
     if form == "mean":
         p = masked_logsumexp(x, is_positive)
         a = torch.where(is_positive, x, 0).sum(dim=1) / num_positives.clamp_min(1)
-        loss = torch.where(bounded, torch.logaddexp(p, negative), p) - a
+        # log(exp(p) + exp(N)) - a, exact also where N is negligible and p = a.
+        loss = p - a + torch.where(bounded, torch.logaddexp(negative - p, torch.zeros_like(p)), 0)
     else:
         sign = 1 if form == "sum" else -1
         exponent = negative - sign * masked_logsumexp(sign * x, is_positive)

@@ -1,0 +1,255 @@
+"""The contrastive family as torch.library ops: schemas, fakes, autograd, and how each backend is called.
+
+Arguments and formulas are those of `reference.contrastive`. The backward is an op too, so that torch.compile sees both;
+it has no derivative of its own.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TENSORS = (
+    "rows",
+    "columns",
+    "own",
+    "row_code",
+    "column_code",
+    "self_column",
+    "positive_scale",
+    "own_scale",
+    "negative_scale",
+    "negative_bias",
+    "negative_offset",
+    "group",
+)
+_REQUIRED = ("rows", "row_code", "positive_scale", "negative_scale")
+_ARGUMENTS = ", ".join(f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in _TENSORS) + ", SymInt num_groups"
+_OPTIONS = "str form, str match, float floor, float eps, bool columns_normalized, str backend"
+# What the forward leaves to the backward, in the accumulator's dtype; the C++ code uses the first only.
+_SAVED = "Tensor stats, Tensor column_inverse_norm, Tensor mean_column"
+_CPP_STATS = 5  # kNumStats in csrc/contrastive/family.h
+_TRITON_STATS = 7  # NUM_STATS in kernels/contrastive_math.py; the own logits follow
+
+torch.library.define(
+    "bacon_fast::contrastive", f"({_ARGUMENTS}, *, {_OPTIONS}, bool keep_mean) -> (Tensor row_loss, {_SAVED})"
+)
+torch.library.define(
+    "bacon_fast::contrastive_backward",
+    f"(Tensor grad_row_loss, {_SAVED}, {_ARGUMENTS}, *, {_OPTIONS}, bool needs_rows, "
+    "bool needs_columns, bool needs_own) -> (Tensor grad_rows, Tensor grad_columns, Tensor grad_own)",
+)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _input_precision(dtype: torch.dtype) -> str:
+    """How tensor cores multiply: float32 as torch.set_float32_matmul_precision says; of float16's gradients tf32."""
+    if dtype == torch.float64:
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _native_arguments(arguments: tuple) -> tuple:
+    """The C++ ops take every vector: what is None here is filled in."""
+    named = dict(zip(_TENSORS, arguments))
+    rows = named["rows"]
+    count, zero = rows.shape[0], torch.zeros_like(named["negative_scale"])
+    columns = rows if named["columns"] is None else named["columns"]
+    named["columns"] = columns
+    for name, default in (
+        ("column_code", partial(named["row_code"].new_full, (columns.shape[0], 1), -1)),
+        ("self_column", partial(named["row_code"].new_full, (count,), -1)),
+        ("negative_bias", lambda: zero),
+        ("negative_offset", lambda: zero),
+    ):
+        if named[name] is None:
+            named[name] = default()
+    return (*named.values(), arguments[-1])
+
+
+@torch.library.impl("bacon_fast::contrastive", ("cpu", "cuda"))
+def _forward(*arguments: Any, backend: str, keep_mean: bool, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = arguments[0]
+    if backend == "cpp":
+        row_loss, stats = torch.ops.bacon_fast.contrastive_forward_cpu(*_native_arguments(arguments), **options)
+        return row_loss, stats, row_loss.new_empty(0), row_loss.new_empty(0, rows.shape[1])
+    from .kernels.contrastive_forward import contrastive_forward
+
+    with torch.cuda.device_of(rows):
+        precision = _input_precision(rows.dtype)
+        return contrastive_forward(*arguments, **options, keep_mean=keep_mean, input_precision=precision)
+
+
+@torch.library.register_fake("bacon_fast::contrastive")
+def _(rows, columns, own, *arguments, backend, keep_mean, **options):
+    dtype = accumulator_dtype(rows.dtype)
+    if backend == "cpp":
+        num_stats, num_inverse = _CPP_STATS, 0
+    else:
+        num_stats = _TRITON_STATS + (0 if own is None else own.shape[1])
+        num_inverse = 0 if columns is None else columns.shape[0]
+    return (
+        rows.new_empty(rows.shape[0], dtype=dtype),
+        rows.new_empty(num_stats, rows.shape[0], dtype=dtype),
+        rows.new_empty(num_inverse, dtype=dtype),
+        rows.new_empty(rows.shape[0] if keep_mean else 0, rows.shape[1], dtype=dtype),
+    )
+
+
+@torch.library.impl("bacon_fast::contrastive_backward", ("cpu", "cuda"))
+def _backward(
+    grad_row_loss: Tensor,
+    stats: Tensor,
+    column_inverse_norm: Tensor,
+    mean_column: Tensor,
+    *arguments: Any,
+    backend: str,
+    needs_rows: bool,
+    needs_columns: bool,
+    needs_own: bool,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = arguments[:2]
+    grad = grad_row_loss.to(stats.dtype).contiguous()
+    if backend == "cpp":
+        shared = columns is None
+        grad_rows, grad_columns, grad_own = torch.ops.bacon_fast.contrastive_backward_cpu(
+            grad,
+            stats,
+            *_native_arguments(arguments),
+            needs_rows=needs_rows,
+            needs_columns=needs_columns or (shared and needs_rows),
+            needs_own=needs_own,
+            **options,
+        )
+        if shared and needs_rows:
+            return grad_rows.add_(grad_columns), rows.new_empty(0), grad_own
+        return grad_rows, grad_columns, grad_own
+    from .kernels.contrastive_backward import contrastive_backward
+
+    with torch.cuda.device_of(rows):
+        return contrastive_backward(
+            grad,
+            stats,
+            column_inverse_norm,
+            mean_column,
+            *arguments,
+            **options,
+            needs_rows=needs_rows,
+            needs_columns=needs_columns,
+            needs_own=needs_own,
+            input_precision=_input_precision(rows.dtype),
+        )
+
+
+@torch.library.register_fake("bacon_fast::contrastive_backward")
+def _(
+    grad_row_loss, stats, column_inverse_norm, mean_column, rows, columns, own, *arguments,
+    needs_rows, needs_columns, needs_own, **options,
+):  # fmt: skip
+    def gradient(of: Tensor | None, needed: bool) -> Tensor:
+        return rows.new_empty(of.shape if needed and of is not None else 0)
+
+    return gradient(rows, needs_rows), gradient(columns, needs_columns), gradient(own, needs_own)
+
+
+def _setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.num_groups = inputs
+    ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "keep_mean"}
+    ctx.save_for_backward(*output[1:], *tensors)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_row_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:3]
+    grads: list[Tensor | None] = [None] * (len(_TENSORS) + 1)
+    if grad_row_loss is not None and any(needs):
+        gradients = torch.ops.bacon_fast.contrastive_backward(
+            grad_row_loss,
+            *ctx.saved_tensors,
+            ctx.num_groups,
+            **ctx.options,
+            needs_rows=needs[0],
+            needs_columns=needs[1],
+            needs_own=needs[2],
+        )
+        grads[:3] = [gradient if needed else None for gradient, needed in zip(gradients, needs)]
+    return tuple(grads)
+
+
+def _refuse(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError('bacon_fast::contrastive has no second derivative; backend="reference" has')
+
+
+torch.library.register_autograd("bacon_fast::contrastive", _differentiate, setup_context=_setup)
+torch.library.register_autograd("bacon_fast::contrastive_backward", _refuse)
+
+
+def contrastive(
+    rows: Tensor,
+    columns: Tensor | None,
+    own: Tensor | None,
+    row_code: Tensor,
+    column_code: Tensor | None,
+    self_column: Tensor | None,
+    positive_scale: Tensor,
+    own_scale: Tensor | None,
+    negative_scale: Tensor,
+    negative_bias: Tensor | None,
+    negative_offset: Tensor | None,
+    group: Tensor | None,
+    num_groups: int,
+    *,
+    form: str,
+    match: str,
+    floor: float = 0.0,
+    eps: float = 1e-12,
+    columns_normalized: bool = False,
+    backend: str,
+) -> Tensor:
+    """`reference.contrastive` by the backend "cpp" or "triton"."""
+    dtype = accumulator_dtype(rows.dtype)
+
+    def codes(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(torch.int32).contiguous()
+
+    def scalars(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().to(dtype).contiguous()
+
+    # Columns that need no gradient and are nobody's positives act on the rows through the mean of the negatives alone.
+    keep_mean = (
+        backend == "triton"
+        and torch.is_grad_enabled()
+        and rows.requires_grad
+        and columns is not None
+        and not columns.requires_grad
+        and (column_code is None or match == "ignore")
+    )
+    row_loss, *_ = torch.ops.bacon_fast.contrastive(
+        rows,
+        columns,
+        own,
+        codes(row_code),
+        codes(column_code),
+        codes(self_column),
+        scalars(positive_scale),
+        scalars(own_scale),
+        scalars(negative_scale),
+        scalars(negative_bias),
+        scalars(negative_offset),
+        codes(group),
+        num_groups,
+        form=form,
+        match=match,
+        floor=floor,
+        eps=eps,
+        columns_normalized=columns_normalized and columns is not None,
+        backend=backend,
+        keep_mean=keep_mean,
+    )
+    return row_loss
