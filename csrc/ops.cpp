@@ -13,6 +13,27 @@ TORCH_LIBRARY_FRAGMENT(bacon_fast, m) {
       "Tensor(e!) centers, Tensor(f!) has_center, Tensor selected_label, Tensor slots, Tensor features, Tensor gate) "
       "-> ()");
 
+  // The contrastive family (csrc/contrastive/cpu.cpp); arguments and formulas: bacon_fast/reference/contrastive.py.
+  m.def(
+      "contrastive_forward_cpu("
+      "Tensor rows, Tensor columns, Tensor? own, Tensor row_code, Tensor column_code, Tensor self_column, "
+      "Tensor positive_scale, Tensor? own_scale, Tensor negative_scale, Tensor negative_bias, Tensor negative_offset, "
+      "Tensor? group, int num_groups, *, str form, str match, float floor, float eps, bool columns_normalized) -> "
+      "(Tensor row_loss, Tensor stats)");
+  m.def(
+      "contrastive_backward_cpu(Tensor grad_row_loss, Tensor stats, "
+      "Tensor rows, Tensor columns, Tensor? own, Tensor row_code, Tensor column_code, Tensor self_column, "
+      "Tensor positive_scale, Tensor? own_scale, Tensor negative_scale, Tensor negative_bias, Tensor negative_offset, "
+      "Tensor? group, int num_groups, *, str form, str match, float floor, float eps, bool columns_normalized, "
+      "bool needs_rows, bool needs_columns, bool needs_own) -> (Tensor grad_rows, Tensor grad_columns, Tensor grad_own)");
+
+  // BaCon's loss and gradient in one pass (csrc/contrastive/bacon_cpu.cpp).
+  m.def(
+      "bacon_step_cpu(Tensor features, Tensor labels, Tensor logits, Tensor centers, Tensor? has_center, "
+      "Tensor selected, Tensor class_counts, Tensor progress, float temperature, float bta, float? negative_weight, "
+      "int top_k, str neg_mode, float min_temperature) -> (Tensor loss, Tensor grad_features)");
+  m.def("bacon_step_backward_cpu(Tensor grad_loss, Tensor grad_features, Tensor features) -> Tensor");
+
   // FixMatch's and ABC's losses of both heads with their gradients (csrc/heads/cpu.cpp).
   m.def(
       "fixmatch_abc_cpu(Tensor logits, Tensor balanced, Tensor labels, Tensor true_labels, Tensor keep_labeled, "
@@ -21,6 +42,13 @@ TORCH_LIBRARY_FRAGMENT(bacon_fast, m) {
   m.def(
       "fixmatch_abc_backward_cpu(Tensor grad_losses, Tensor grad_logits, Tensor grad_balanced, Tensor logits, "
       "Tensor balanced, int batch, int num_unlabeled) -> (Tensor, Tensor)");
+
+  // Augmentation (csrc/augment): one request is an index tensor with its stream, 0 for weak or 1 for strong, first slot.
+  m.def(
+      "augment_views(Tensor pool, Tensor[] indices, int[] streams, int[] strong, int[] first_slots, int seed, "
+      "Tensor step, Tensor table, Tensor ranges, int padding, bool hflip, int num_ops, bool cutout, ScalarType dtype, "
+      "bool channels_last) -> Tensor");
+  m.def("augment_ops(Tensor images, Tensor ops, Tensor magnitudes) -> Tensor");
 }
 
 PYBIND11_MODULE(_C, m) {

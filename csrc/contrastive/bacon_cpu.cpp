@@ -106,7 +106,7 @@ class BaconStep {
  private:
   void allocate() {
     const int64_t width = padded(dim_, kFeatureUnit);
-    reals_ = Buffer<T>(padded_rows_ * (width + dim_ + 7));
+    reals_ = Buffer<T>(padded_rows_ * (width + dim_ + 8));
     codes_ = Buffer<Code<T>>(padded_rows_ * (num_codes_ + 1));
     std::fill_n(codes_.data(), codes_.size(), Code<T>(-1));
     sums_ = Buffer<double>(padded_rows_);
@@ -125,7 +125,7 @@ class BaconStep {
     T* panels = take(padded_rows_ * dim_);
     batch_.features = {
         features_.template const_data_ptr<T>(), rows_, dim_, T(kCosineEps), false, units, panels, take(padded_rows_),
-        states_.data()};
+        take(padded_rows_), states_.data()};
     batch_.codes = codes_.data();
     batch_.classes = codes_.data() + padded_rows_ * num_codes_;
     batch_.anchor = flags_.data();

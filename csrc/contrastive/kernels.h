@@ -2,6 +2,7 @@
 #pragma once
 
 #include "contrastive/bacon.h"
+#include "contrastive/family.h"
 #include "contrastive/layout.h"
 
 namespace bacon_fast::contrastive {
@@ -11,6 +12,9 @@ struct Kernels {
   void (*normalize)(const Normalization<T>&, std::int64_t begin, std::int64_t end);  // vectors
   void (*bacon_sums)(const BaconBatch<T>&, std::int64_t begin, std::int64_t end);  // units of kRowUnit rows
   void (*bacon_gradient)(const BaconBatch<T>&, std::int64_t begin, std::int64_t end);
+  void (*family_sums)(const Family<T>&, std::int64_t begin, std::int64_t end);
+  void (*family_row_gradient)(const Family<T>&, std::int64_t begin, std::int64_t end);
+  void (*family_column_gradient)(const Family<T>&, std::int64_t begin, std::int64_t end);  // units of kColumnUnit
 };
 
 // T is float or double. Honors ATEN_CPU_CAPABILITY ("default", "avx2", "avx512") as torch itself does.

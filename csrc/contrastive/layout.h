@@ -12,9 +12,9 @@ constexpr std::int64_t kFeatureUnit = 16;
 
 constexpr std::int64_t padded(std::int64_t size, std::int64_t unit) { return (size + unit - 1) / unit * unit; }
 
-// Below this bound on every |logit| exponentials are summed as they are: no overflow, no lost term, and no search for
-// the largest logit first.
-constexpr double kDirectLimit = 40;
+// Below this bound on every |logit| exponentials are summed as they are, without a search for the largest logit first:
+// none overflows, and divided by the sum of any that fit into memory none leaves float's normal range.
+constexpr double kDirectLimit = 30;
 
 // Up to this many elements a table of rows x columns is kept, not computed again: 4 MB of float stay in the cache.
 constexpr std::int64_t kTableLimit = 1 << 20;
@@ -49,7 +49,8 @@ struct Normalization {
   bool unit_already;
   T* units;
   T* panels;
-  T* inverse_norm;
+  T* norm;
+  T* scale;  // unit = scale · vector
   unsigned char* state;
 };
 

@@ -35,31 +35,29 @@ BACON_FAST_INLINE bool scale_vector(const T* raw, T scale, std::int64_t dim, std
 // Normalizes vectors begin..end-1 of `from` [count, dim]; those past count (padding) become zeros.
 //   units [padded count, padded dim]  read by `combine_tile` and as the left side of `similarity_tile`. What is not
 //                                     finite is 0 here: a weight of 0 times NaN would be NaN.
-//   panels                            the right side of `similarity_tile`, [panel, dim, column], NaN kept; or nullptr.
+//   panels                            the right side of `similarity_tile`, [panel, dim, column], NaN kept.
+// Either may be nullptr; without units no vector is marked as not finite.
 template <class T>
 void normalize_range(const Normalization<T>& set, std::int64_t begin, std::int64_t end) {
   const std::int64_t dim = set.dim, width = padded(dim, kFeatureUnit);
   for (std::int64_t i = begin; i < end; ++i) {
-    T* unit = set.units + i * width;
+    T* unit = set.units ? set.units + i * width : nullptr;
     T* panel = set.panels ? set.panels + i / kPanel<T> * kPanel<T> * dim + i % kPanel<T> : nullptr;
     if (i >= set.count) {
-      for (std::int64_t d = 0; d < width; ++d) unit[d] = 0;
+      for (std::int64_t d = 0; unit && d < width; ++d) unit[d] = 0;
       for (std::int64_t d = 0; panel && d < dim; ++d) panel[d * kPanel<T>] = 0;
-      set.inverse_norm[i] = 0;
+      set.norm[i] = set.scale[i] = 0;
       set.state[i] = kShort;
       continue;
     }
     const T* raw = set.from + i * dim;
-    T scale = 1;
-    unsigned char state = kShort;
-    if (!set.unit_already) {
-      const T norm = std::sqrt(dot(raw, raw, dim));
-      state = norm > set.eps ? kLong : kShort;
-      scale = 1 / (norm < set.eps ? set.eps : norm);
-    }
-    if (!scale_vector(raw, scale, dim, width, unit)) state |= kNotFinite;
+    const T norm = std::sqrt(dot(raw, raw, dim));
+    const T scale = set.unit_already ? T(1) : 1 / (norm < set.eps ? set.eps : norm);
+    unsigned char state = !set.unit_already && norm > set.eps ? kLong : kShort;
+    if (unit && !scale_vector(raw, scale, dim, width, unit)) state |= kNotFinite;
     for (std::int64_t d = 0; panel && d < dim; ++d) panel[d * kPanel<T>] = raw[d] * scale;
-    set.inverse_norm[i] = scale;
+    set.norm[i] = norm;
+    set.scale[i] = scale;
     set.state[i] = state;
   }
 }
@@ -78,7 +76,7 @@ void normalize_backward(const Normalization<T>& set, std::int64_t i, const T* gr
   }
   // A vector shorter than eps is divided by the constant eps.
   const T along = set.state[i] & kLong ? dot(grad_unit, unit, set.dim) : T(0);
-  const T scale = set.inverse_norm[i];
+  const T scale = set.scale[i];
   std::int64_t d = 0;
   for (; d + kLanes<T> <= set.dim; d += kLanes<T>) {
     store(grad + d, (load<V>(grad_unit + d) - along * load<V>(unit + d)) * scale);
