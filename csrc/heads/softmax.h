@@ -25,7 +25,25 @@ inline float exp_not_positive(float x) {
   return p * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
 }
 
-inline double exp_not_positive(double x) { return std::exp(x); }
+#if defined(__x86_64__)
+#define BACON_FAST_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define BACON_FAST_CLONES
+#endif
+
+// Overwrites `values` with exp(value - largest) and returns their sum.
+BACON_FAST_CLONES inline float exp_and_sum(float* values, int64_t count, float largest) {
+  for (int64_t k = 0; k < count; ++k) values[k] = exp_not_positive(values[k] - largest);
+  float sum = 0;
+  for (int64_t k = 0; k < count; ++k) sum += values[k];
+  return sum;
+}
+
+inline double exp_and_sum(double* values, int64_t count, double largest) {
+  double sum = 0;
+  for (int64_t k = 0; k < count; ++k) sum += values[k] = std::exp(values[k] - largest);
+  return sum;
+}
 
 template <class T>
 struct Softmax {
@@ -39,8 +57,7 @@ struct Softmax {
     for (int64_t k = 0; k < count; ++k) {
       if (values[k] > largest) largest = values[k], top = k;
     }
-    for (int64_t k = 0; k < count; ++k) values[k] = exp_not_positive(values[k] - largest);
-    for (int64_t k = 0; k < count; ++k) sum += values[k];
+    sum = exp_and_sum(values, count, largest);
     lse = largest + std::log(sum);
   }
 };
