@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 from . import launch
 from .contrastive_backward import contrastive_backward
 from .contrastive_forward import contrastive_forward
+from .heads import heads_backward, heads_forward
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes a program may have
 POINTERS = {
@@ -154,6 +155,18 @@ def contrastive(
     contrastive_backward(row(), stats, inverse, mean, *arguments, **options, **needs)
 
 
+def heads(arch: int, num_classes: int, dtype: torch.dtype, *, num_views: int = 1, soft_targets: bool = False) -> None:
+    """FixMatch's and ABC's losses, 64 labeled and 128 unlabeled rows; their tiles are the same for every ``arch``."""
+    meta = functools.partial(torch.empty, device="meta")
+    index = functools.partial(meta, dtype=torch.int64)
+    batch, unlabeled = 64, 128
+    rows = [meta(batch + (1 + num_views) * unlabeled, num_classes, dtype=dtype) for _ in range(2)]
+    keep = [meta(num_classes), meta(num_classes)]
+    inputs = (*rows, index(batch), index(unlabeled), *keep, index(()))
+    losses, _, _, *gradients = heads_forward(*inputs, 2**40, False, 0.95, num_views, soft_targets)
+    heads_backward(losses, *gradients, *rows, batch, unlabeled)
+
+
 def subjects() -> dict[str, Callable[[int], None]]:
     """Name -> what to compile: the losses at the shapes they are trained with."""
     found = {}
@@ -181,6 +194,13 @@ def subjects() -> dict[str, Callable[[int], None]]:
         }
         for instance, shape in instances.items():
             found[f"{instance}-{name}"] = functools.partial(run, **shape)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for num_classes in (10, 100, 1000, 8192):
+            name = f"heads-320x{num_classes}-{str(dtype).removeprefix('torch.')}"
+            found[name] = functools.partial(heads, num_classes=num_classes, dtype=dtype)
+    found["heads-448x10-soft-float32"] = functools.partial(
+        heads, num_classes=10, dtype=torch.float32, num_views=2, soft_targets=True
+    )
     return found
 
 
