@@ -7,17 +7,17 @@ import platform
 import torch
 
 import bacon_fast
-from bacon_fast.backends import BACKENDS, why_unavailable
+from bacon_fast import ops
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow", "scikit-learn", "tyro")
 
 
 def native_extension() -> str:
     """One line on `bacon_fast._C`."""
-    try:
-        from bacon_fast import _C
-    except ImportError as error:
-        return f"not built ({error}); run `make setup`"
+    if ops.native_error is not None:
+        return f"{ops.native_error}; run `make setup`"
+    from bacon_fast import _C
+
     return "built, with CUDA" if _C.built_with_cuda else "built, without CUDA (no nvcc, or BACON_FAST_CUDA=0)"
 
 
@@ -32,19 +32,22 @@ def report() -> str:
     cores = len(os.sched_getaffinity(0))
     lines += ["devices", f"  cpu           {cores} cores usable, {torch.backends.cpu.get_cpu_capability()}"]
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        memory = properties.total_memory / 2**30
-        lines.append(
-            f"  cuda:{index}        {properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
-        )
+        device = torch.cuda.get_device_properties(index)
+        memory = device.total_memory / 2**30
+        lines.append(f"  cuda:{index}        {device.name}, sm_{device.major}{device.minor}, {memory:.0f} GiB")
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         lines.append(f"  cuda          none usable (torch is {built}; no device or driver found)")
-    lines += [f"native extension: {native_extension()}", "backends"]
-    for device in ("cpu", "cuda"):
-        for name in BACKENDS:
-            reason = why_unavailable(name, device)
-            lines.append(f"  {name:<12}{device:<6}{'usable' if reason is None else f'not usable: {reason}'}")
+    lines.append(f"native extension: {native_extension()}")
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        lines.append(f"backends on {device}, the preferred one first")
+        for operation, table in ops.BACKENDS.items():
+            probe = torch.empty(0, 1, device=device)
+            reasons = {name: backend.why_not(probe) for name, backend in table.items()}
+            usable = [name for name, reason in reasons.items() if reason is None]
+            lines.append(f"  {operation:<20}{', '.join(usable)}")
+            lines += [f"    not {name}: {reason}" for name, reason in reasons.items() if reason is not None]
     return "\n".join(lines)
 
 
