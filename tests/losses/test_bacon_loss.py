@@ -394,6 +394,18 @@ def test_bad_arguments_are_named(change, error, message):
         bacon_loss(**(valid() | change))
 
 
+def test_an_interpreted_kernel_is_no_default(monkeypatch):
+    def interpreted(*arguments, **options):
+        raise AssertionError("ran")
+
+    usable = ops.Backend(interpreted, lambda tensor: None)
+    table = {"triton": usable, "reference": ops.BACKENDS["bacon_loss"]["reference"]}
+    monkeypatch.setitem(ops.BACKENDS, "bacon_loss", table)
+    assert bacon_loss(**valid()).isfinite()
+    with pytest.raises(AssertionError, match="ran"):
+        bacon_loss(**valid(), backend="triton")
+
+
 def test_an_unusable_backend_says_why(monkeypatch):
     never = ops.Backend(ops.BACKENDS["bacon_loss"]["reference"].run, lambda tensor: "there is no compiler")
     table = {"triton": never, "reference": ops.BACKENDS["bacon_loss"]["reference"]}
