@@ -53,9 +53,14 @@ class Launch(NamedTuple):
 
 
 class Usage(NamedTuple):
+    """What one program takes: registers a thread, bytes of local memory a thread, bytes of shared memory."""
+
     registers: int
-    stack: int
+    local: int
     shared: int
+
+    def fits(self, arch: int) -> bool:
+        return self.local == 0 and self.shared <= SHARED_LIMIT[arch]
 
 
 def describe(kernel, arguments, constants, num_warps: int, num_stages: int) -> Launch:
@@ -224,12 +229,12 @@ def main() -> int:
     options = parser.parse_args()
     names = [name for name in subjects() if options.only in name]
     failures = 0
-    print(f"{'kernel':32}{'arch':>5}{'warps':>7}{'regs':>6}{'stack':>7}{'shared':>8}  first needed by")
+    print(f"{'kernel':32}{'arch':>5}{'warps':>7}{'regs':>6}{'local':>7}{'shared':>8}  first needed by")
     for name, kernel, arch, item, usage in measure(names, options.arch):
-        fits = usage.stack == 0 and usage.shared <= SHARED_LIMIT[arch]
+        fits = usage.fits(arch)
         failures += not fits
         print(
-            f"{kernel:32}{arch:5}{item.num_warps:7}{usage.registers:6}{usage.stack:7}{usage.shared:8}  {name}"
+            f"{kernel:32}{arch:5}{item.num_warps:7}{usage.registers:6}{usage.local:7}{usage.shared:8}  {name}"
             f"{'' if fits else '  <-- does not fit'}",
             flush=True,
         )

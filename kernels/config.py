@@ -48,7 +48,7 @@ def tile_config(
     padded = block_dim(dim)
     num_warps = 8
     if arch == INTERPRETER:
-        block_resident, block_streamed, block_slice, num_warps = 16, 16, 16, 1
+        block_resident, block_streamed, block_slice, num_warps = 32, 32, min(padded, 32), 1
     elif dtype in (torch.float32, torch.float64) and input_precision != "tf32":
         # Exact float32 products hold several copies of their operands in registers.
         block_resident, block_streamed = (16 if padded > 256 else 32), (16 if kernel == "gradient" else 32)
@@ -62,8 +62,7 @@ def tile_config(
     else:
         block_resident, block_streamed, block_slice = (64 if kernel == "mean" else 32), 64, padded
     # Few resident blocks leave the card idle: the streamed vectors are divided too, at least four blocks a split.
-    programs = max(1, -(-resident // block_resident))
-    fill = 4 if arch == INTERPRETER else MULTIPROCESSORS.get(arch, 132)
-    splits = max(1, min(fill // programs, -(-streamed // block_streamed) // 4))
-    num_stages = 1 if arch == INTERPRETER else 2
+    fill, least, num_stages = (4, 1, 1) if arch == INTERPRETER else (MULTIPROCESSORS.get(arch, 132), 4, 2)
+    programs, blocks = -(-resident // block_resident), -(-streamed // block_streamed)
+    splits = max(1, min(fill // max(1, programs), blocks // least))
     return TileConfig(block_resident, block_streamed, block_slice, padded, splits, num_warps, num_stages)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import TileConfig, block_dim, rows_per_program, tile_config
+from .config import block_dim, rows_per_program, tile_config
 from .contrastive_math import (
     DENOMINATOR,
     EMPTY,
@@ -394,7 +394,6 @@ def contrastive_backward(
     needs_own: bool,
     input_precision: str,
     arch: int | None = None,
-    config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows [R,D], columns [C,D] and own [R,M,D], each in its input's dtype, empty where not needed.
 
@@ -438,7 +437,7 @@ def contrastive_backward(
 
     def unit_gradient(x, x_inverse, y, y_inverse, as_anchor: bool, as_column: bool) -> Tensor:
         """Gradient of the normalized x [splits,X,D]."""
-        tiles = config or tile_config("gradient", x.shape[0], y.shape[0], dim, x.dtype, input_precision, arch)
+        tiles = tile_config("gradient", x.shape[0], y.shape[0], dim, x.dtype, input_precision, arch)
         partial = x.new_empty(tiles.splits, x.shape[0], dim, dtype=dtype)
         launch(
             _gradient_kernel,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import TileConfig, block_dim, rows_per_program, tile_config
+from .config import block_dim, rows_per_program, tile_config
 from .contrastive_math import (
     DENOMINATOR,
     EMPTY,
@@ -436,7 +436,6 @@ def contrastive_forward(
     keep_mean: bool,
     input_precision: str,
     arch: int | None = None,
-    config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments as in the reference, integer codes in int32, all but rows, columns and own contiguous.
 
@@ -454,7 +453,7 @@ def contrastive_forward(
     num_own = 0 if own is None else own.shape[1]
     num_columns = num_rows if columns is None else columns.shape[0]
     kernel = "mean" if keep_mean else "statistics"
-    config = config or tile_config(kernel, num_rows, num_columns, dim, rows.dtype, input_precision, arch)
+    config = tile_config(kernel, num_rows, num_columns, dim, rows.dtype, input_precision, arch)
     has_match = column_code is not None and match == "positive"
     log_floor = math.log(floor) if floor > 0 else None
 
