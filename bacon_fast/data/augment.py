@@ -4,14 +4,17 @@ All random numbers are Philox counters of (seed, step, stream, slot): the views 
 nor on their neighbors in the batch nor on what ran before. `draw_weak` and `draw_strong` give the draws themselves.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from bacon_fast.data.philox import philox, to_range, to_uniform
+from bacon_fast.data import native_augment
+from bacon_fast.data.philox import as_step_tensor, check_seed, philox, to_range, to_uniform
 from bacon_fast.data.pixel_ops import FUNCTIONS
+from bacon_fast.ops import BACKENDS, Backend, choose_backend
 
 OPS: tuple[str, ...] = tuple(FUNCTIONS)
 """The operations of RandAugment; `ops` arguments hold indices into this tuple."""
@@ -36,7 +39,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WEAK_WORDS = 3  # top, left, flip; strong views add Cutout's size and center, then (operation, magnitude) pairs
 
 
-def apply_ops(images: Tensor, ops: Tensor, magnitudes: Tensor) -> Tensor:
+def apply_ops(images: Tensor, ops: Tensor, magnitudes: Tensor, *, backend: str | None = None) -> Tensor:
     """Applies to each image its own chain of S operations, bit for bit as Pillow 13 does.
 
     Args:
@@ -45,12 +48,15 @@ def apply_ops(images: Tensor, ops: Tensor, magnitudes: Tensor) -> Tensor:
         magnitudes: float64 [N, S], the value itself: blend factor (brightness, color, contrast, sharpness), bits to
             keep (posterize, truncated to an integer), pixels (translate), degrees counterclockwise (rotate), slope
             (shear), threshold (solarize); ignored by autocontrast, equalize and identity.
+        backend: "reference" (PyTorch), "cpp" (native, CPU), "cuda" (native, GPU) or None, the best one usable; all of
+            them give the same bits.
 
     Returns:
         uint8 [N, H, W, 3].
 
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong shape or, on a CPU, an operation outside of `OPS`.
+        RuntimeError: `backend` is not usable here; the message says why.
     """
     _check_images("images", images)
     for name, tensor, dtype in (("ops", ops, torch.int64), ("magnitudes", magnitudes, torch.float64)):
@@ -58,10 +64,15 @@ def apply_ops(images: Tensor, ops: Tensor, magnitudes: Tensor) -> Tensor:
             raise TypeError(f"{name}: expected {dtype}, found {tensor.dtype}")
         if tensor.dim() != 2 or len(tensor) != len(images) or tensor.shape != ops.shape:
             raise ValueError(f"{name}: expected [{len(images)}, S] with one S, found {list(tensor.shape)}")
-    on_host = images.device.type == "cpu"
-    if on_host and ops.numel() and not 0 <= int(ops.min()) <= int(ops.max()) < len(OPS):
+    if images.device.type == "cpu" and ops.numel() and not 0 <= int(ops.min()) <= int(ops.max()) < len(OPS):
         raise ValueError(f"ops: expected values in 0..{len(OPS) - 1}, found {int(ops.min())}..{int(ops.max())}")
-    apply_one = _apply_grouped if on_host else _apply_masked
+    images = images.contiguous()
+    return choose_backend("apply_ops", backend, images)(images, ops, magnitudes)
+
+
+def _apply_ops(images: Tensor, ops: Tensor, magnitudes: Tensor) -> Tensor:
+    """The reference of `apply_ops`."""
+    apply_one = _apply_grouped if images.device.type == "cpu" else _apply_masked
     for s in range(ops.shape[1]):
         images = apply_one(images, ops[:, s], magnitudes[:, s])
     return images
@@ -246,7 +257,7 @@ class Augment(nn.Module):
         columns = self._reflect(draws.left, self.width)
         columns = torch.where(draws.flip[:, None], columns.flip(1), columns)
         views = images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
-        views = apply_ops(views, draws.ops, draws.magnitudes)
+        views = _apply_ops(views, draws.ops, draws.magnitudes)
         return self._fill_box(views, draws.cutout)
 
     def _reflect(self, start: Tensor, size: int) -> Tensor:
@@ -277,6 +288,7 @@ class Augment(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        backend: str | None = None,
     ) -> Tensor:
         """All views of a step, normalized, as one batch.
 
@@ -287,25 +299,33 @@ class Augment(nn.Module):
             step: integer, or a 0-d int64 tensor on the device of `pool` (never read by the host).
             dtype: float32, bfloat16 or float16.
             channels_last: memory format of the output.
+            backend: "reference" (PyTorch), "cpp" (one thread a view), "cuda" (one launch, one thread block a view) or
+                None, the best one usable; all of them give the same bits. None warns when it has to take the reference.
 
         Returns:
             `dtype` [sum of n, 3, H, W].
+
+        Raises:
+            TypeError, ValueError: an argument that is not as described.
+            IndexError: on a CPU, an index outside of the pool.
+            RuntimeError: `backend` is not usable here; the message says why.
         """
         self._check_size("pool", pool)
         if not requests:
             raise ValueError("requests: expected at least one, found none")
         if dtype not in _DTYPES:
             raise TypeError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, found {dtype}")
-        views = []
+        check_seed(seed)
         for request in requests:
             if request.indices.dtype != torch.int64 or request.indices.dim() != 1:
                 raise TypeError(
                     f"indices: expected int64 [n], found {request.indices.dtype} {list(request.indices.shape)}"
                 )
-            draw = self.draw_strong if request.strong else self.draw_weak
-            draws = draw(len(request.indices), seed, step, request.stream, request.first_slot)
-            views.append(self.replay(pool, draws, request.indices))
-        return self.normalize(torch.cat(views), dtype, channels_last)
+        run = choose_backend("augment_views", backend, pool)
+        if backend is None and run is _reference_views:
+            reason = native_augment.why_not(pool)
+            warnings.warn(f"the views are made by PyTorch instead of native code: {reason}", stacklevel=2)
+        return run(self, pool, requests, seed, as_step_tensor(step, pool.device), dtype, channels_last)
 
     def _check_size(self, name: str, images: Tensor) -> None:
         _check_images(name, images)
@@ -313,8 +333,37 @@ class Augment(nn.Module):
             raise ValueError(f"{name}: expected size {self.height}x{self.width}, found {list(images.shape[1:3])}")
 
 
+def _reference_views(
+    augment: Augment,
+    pool: Tensor,
+    requests: Sequence[ViewRequest],
+    seed: int,
+    step: Tensor,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    views = []
+    for request in requests:
+        draw = augment.draw_strong if request.strong else augment.draw_weak
+        draws = draw(len(request.indices), seed, step, request.stream, request.first_slot)
+        views.append(augment.replay(pool, draws, request.indices))
+    return augment.normalize(torch.cat(views), dtype, channels_last)
+
+
 def _check_images(name: str, images: Tensor) -> None:
     if images.dtype != torch.uint8:
         raise TypeError(f"{name}: expected torch.uint8, found {images.dtype}")
     if images.dim() != 4 or images.shape[3] != 3:
         raise ValueError(f"{name}: expected [N, H, W, 3], found {list(images.shape)}")
+
+
+def _register(operation: str, native: Callable[..., Tensor], reference: Callable[..., Tensor]) -> None:
+    BACKENDS[operation] = {
+        "cpp": Backend(native, native_augment.why_not_on("cpu")),
+        "cuda": Backend(native, native_augment.why_not_on("cuda")),
+        "reference": Backend(reference, lambda tensor: None),
+    }
+
+
+_register("apply_ops", native_augment.apply_ops, _apply_ops)
+_register("augment_views", native_augment.views, _reference_views)

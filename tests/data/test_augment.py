@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bacon_fast.data.augment import OPS, Augment, Draws, ViewRequest
 from bacon_fast.data.philox import Stream, philox
+from bacon_fast.ops import native_error
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 P_VALUE = 1e-4  # the draws are fixed, so a passing test stays one
@@ -201,6 +202,10 @@ def test_normalize_is_torchvisions(dtype, channels_last):
 # --- views -----------------------------------------------------------------------------------------------------------
 
 
+native = pytest.mark.skipif(native_error is not None, reason=str(native_error))
+backends = pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=native)])
+
+
 def requests() -> list[ViewRequest]:
     labeled, unlabeled = torch.tensor([5, 0, 5]), torch.tensor([7, 1, 2, 39])
     return [
@@ -211,28 +216,87 @@ def requests() -> list[ViewRequest]:
     ]
 
 
-def test_views_are_the_parts_one_after_the_other():
+@backends
+def test_views_are_the_parts_one_after_the_other(backend):
     module, pool = augment(), noise(40)
-    views = module.views(pool, requests(), 7, 9)
+    views = module.views(pool, requests(), 7, 9, backend=backend)
     parts = [(module.strong if r.strong else module.weak)(pool[r.indices], 7, 9, r.stream) for r in requests()]
     assert views.shape == (11, 3, 32, 32) and views.equal(module.normalize(torch.cat(parts)))
 
 
-def test_views_do_not_depend_on_how_a_batch_is_divided():
+@backends
+def test_views_do_not_depend_on_how_a_batch_is_divided(backend):
     module, pool = augment(), noise(40)
     indices = torch.arange(13, 33)
-    whole = module.views(pool, [ViewRequest(indices, Stream.STRONG_0, strong=True)], 7, 9)
+    whole = module.views(pool, [ViewRequest(indices, Stream.STRONG_0, strong=True)], 7, 9, backend=backend)
     first = ViewRequest(indices[:8], Stream.STRONG_0, strong=True)
     second = ViewRequest(indices[8:], Stream.STRONG_0, strong=True, first_slot=8)
-    assert whole.equal(torch.cat([module.views(pool, [r], 7, 9) for r in (first, second)]))
+    assert whole.equal(torch.cat([module.views(pool, [r], 7, 9, backend=backend) for r in (first, second)]))
 
 
-def test_step_may_be_a_tensor_and_changes_the_views():
+@backends
+def test_step_may_be_a_tensor_and_changes_the_views(backend):
     module, pool = augment(), noise(40)
-    views = module.views(pool, requests(), 7, 9)
-    assert module.views(pool, requests(), 7, torch.tensor(9)).equal(views)
-    assert not module.views(pool, requests(), 7, 10).equal(views)
-    assert not module.views(pool, requests(), 8, 9).equal(views)
+
+    def views(seed, step):
+        return module.views(pool, requests(), seed, step, backend=backend)
+
+    assert views(7, torch.tensor(9)).equal(views(7, 9))
+    assert not views(7, 10).equal(views(7, 9))
+    assert not views(8, 9).equal(views(7, 9))
+
+
+@native
+@pytest.mark.parametrize("size", [(16, 16), (32, 32), (33, 20), (64, 64), (96, 96), (5, 3)], ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_native_views_are_the_references_bit_for_bit(size, dtype, channels_last):
+    module, pool = augment(size), noise(40, *size)
+    indices = torch.arange(80) % 40
+    wanted = [ViewRequest(indices[:9], 0, False), ViewRequest(indices, 2, True, first_slot=2**31)]
+    reference, result = (
+        module.views(pool, wanted, 2**64 - 3, 2**32 - 1, dtype=dtype, channels_last=channels_last, backend=backend)
+        for backend in ("reference", "cpp")
+    )
+    assert result.dtype == dtype and result.stride() == reference.stride()
+    assert result.equal(reference)
+
+
+@native
+@pytest.mark.parametrize(
+    "changes", [{"hflip": False}, {"cutout": False}, {"num_ops": 0}, {"num_ops": 7}, {"padding": 0}, {"padding": 15}]
+)
+def test_native_views_follow_every_setting(changes):
+    module, pool = augment(16, **changes), noise(60, 16, 16)
+    wanted = [ViewRequest(torch.arange(60), 1, False), ViewRequest(torch.arange(60), 2, True)]
+    assert module.views(pool, wanted, 0, 1).equal(module.views(pool, wanted, 0, 1, backend="reference"))
+
+
+@native
+def test_native_ops_keep_the_contract_of_torch_library():
+    module, pool = augment(16), noise(6, 16, 16)
+    views = (pool, [torch.tensor([1, 5]), torch.tensor([2])], [1, 2], [0, 1], [0, 3], 7, torch.tensor(4))
+    settings = (module.table, module.ranges, 2, True, 3, True, torch.bfloat16, True)
+    torch.library.opcheck(torch.ops.bacon_fast.augment_views, views + settings)
+    ops = torch.randint(14, (6, 2))
+    torch.library.opcheck(torch.ops.bacon_fast.augment_ops, (pool, ops, torch.rand(6, 2, dtype=torch.float64)))
+
+
+@native
+def test_native_views_refuse_an_index_outside_of_the_pool():
+    for index in (-1, 40):
+        with pytest.raises(IndexError, match=rf"indices: expected values in 0\.\.39, found {index}"):
+            augment().views(noise(40), [ViewRequest(torch.tensor([3, index]), 0, False)], 0, 0)
+
+
+def test_a_fallback_to_the_reference_is_said():
+    module, pool = augment(), noise(40)
+    strided = pool.transpose(1, 2)
+    with pytest.warns(UserWarning, match="made by PyTorch instead of native code: .*contiguous"):
+        views = module.views(strided, requests(), 7, 9)
+    assert views.equal(module.views(strided.contiguous(), requests(), 7, 9))
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run augment_views here"):
+        module.views(pool, requests(), 7, 9, backend="cuda")
 
 
 def test_nothing_waits_for_the_device():
@@ -243,7 +307,7 @@ def test_nothing_waits_for_the_device():
         indices = torch.empty(8, dtype=torch.int64, device="cuda")
         step = torch.empty((), dtype=torch.int64, device="cuda")
         wanted = [ViewRequest(indices, 1, False), ViewRequest(indices, 2, True)]
-        views = module.views(pool, wanted, 0, step, dtype=torch.bfloat16, channels_last=True)
+        views = module.views(pool, wanted, 0, step, dtype=torch.bfloat16, channels_last=True, backend="reference")
     assert views.shape == (16, 3, 16, 16) and views.device.type == "cuda"
 
 

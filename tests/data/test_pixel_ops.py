@@ -1,11 +1,16 @@
-"""All 14 operations, bit for bit against Pillow: sizes, random and edge magnitudes, ordinary and degenerate images."""
+"""All 14 operations of every CPU backend, bit for bit against Pillow: sizes, magnitudes, ordinary and odd images."""
 
 import pytest
 import torch
 from pillow_oracle import OPERATIONS, pillow_ops
 
 from bacon_fast.data.augment import _MAGNITUDES, OPS, _apply_grouped, _apply_masked, apply_ops
+from bacon_fast.ops import native_error
 
+backends = pytest.mark.parametrize(
+    "backend",
+    ["reference", pytest.param("cpp", marks=pytest.mark.skipif(native_error is not None, reason=str(native_error)))],
+)
 SIZES = [(16, 16), (32, 32), (33, 20), (64, 64), (2, 5), (1, 1)]
 BLENDS = [0.0, 0.05, 0.5, 0.95, 1.0, 1.9]
 EDGES = {
@@ -68,16 +73,19 @@ def test_operations_in_the_documented_order():
 
 @pytest.mark.parametrize("size", SIZES, ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize("op", OPS)
-def test_random_magnitudes(op, size):
+@backends
+def test_random_magnitudes(op, size, backend):
     images = torch.cat([images_of(kind, 40 if kind == "noise" else 8, size, seed=OPS.index(op)) for kind in KINDS])
     ops = torch.full((len(images), 1), OPS.index(op))
     magnitudes = magnitudes_of(op, len(images), size, 7)[:, None]
-    assert_same(apply_ops(images, ops, magnitudes), pillow_ops(images, ops, magnitudes), ops, magnitudes)
+    result = apply_ops(images, ops, magnitudes, backend=backend)
+    assert_same(result, pillow_ops(images, ops, magnitudes), ops, magnitudes)
 
 
 @pytest.mark.parametrize("size", SIZES, ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize("op", sorted(EDGES))
-def test_edge_magnitudes(op, size):
+@backends
+def test_edge_magnitudes(op, size, backend):
     edges = EDGES[op]
     extent = {"translate_x": size[1], "translate_y": size[0]}.get(op)
     if extent:
@@ -85,7 +93,8 @@ def test_edge_magnitudes(op, size):
     images = torch.cat([images_of(kind, len(edges), size) for kind in KINDS])
     ops = torch.full((len(images), 1), OPS.index(op))
     magnitudes = torch.tensor(edges, dtype=torch.float64).repeat(len(KINDS))[:, None]
-    assert_same(apply_ops(images, ops, magnitudes), pillow_ops(images, ops, magnitudes), ops, magnitudes)
+    result = apply_ops(images, ops, magnitudes, backend=backend)
+    assert_same(result, pillow_ops(images, ops, magnitudes), ops, magnitudes)
 
 
 def random_chains(n: int, length: int, size: tuple[int, int]):
@@ -94,10 +103,12 @@ def random_chains(n: int, length: int, size: tuple[int, int]):
     return ops, columns.gather(0, ops[None])[0]
 
 
-def test_each_image_has_its_own_chain():
+@backends
+def test_each_image_has_its_own_chain(backend):
     images = images_of("smooth", 150, (32, 32))
     ops, magnitudes = random_chains(150, 3, (32, 32))
-    assert_same(apply_ops(images, ops, magnitudes), pillow_ops(images, ops, magnitudes), ops, magnitudes)
+    result = apply_ops(images, ops, magnitudes, backend=backend)
+    assert_same(result, pillow_ops(images, ops, magnitudes), ops, magnitudes)
 
 
 def test_device_path_equals_host_path():
@@ -110,7 +121,8 @@ def test_device_path_equals_host_path():
     assert _apply_masked(images, ops, magnitudes).equal(_apply_grouped(images, ops, magnitudes))
 
 
-def test_autocontrast_of_every_level():
+@backends
+def test_autocontrast_of_every_level(backend):
     """All 256 levels between 3,000 of the 32,640 pairs of extremes: float64 arithmetic decides each of these bits."""
     low, high = torch.triu_indices(256, 256, offset=1)
     chosen = torch.randperm(len(low), generator=generator(0))[:3000]
@@ -119,29 +131,29 @@ def test_autocontrast_of_every_level():
     images = levels[:, None, :, None].expand(-1, -1, -1, 3).to(torch.uint8)
     ops = torch.zeros((len(images), 1), dtype=torch.int64)
     magnitudes = torch.zeros((len(images), 1), dtype=torch.float64)
-    assert apply_ops(images, ops, magnitudes).equal(pillow_ops(images, ops, magnitudes))
+    assert apply_ops(images, ops, magnitudes, backend=backend).equal(pillow_ops(images, ops, magnitudes))
 
 
-def test_inputs_are_left_alone_and_may_be_strided():
+@backends
+def test_inputs_are_left_alone_and_may_be_strided(backend):
     whole = images_of("noise", 40, (20, 24))
     copy = whole.clone()
     strided = whole[::2, 2:18, 1::2].transpose(1, 2)
     ops, magnitudes = random_chains(20, 3, strided.shape[1:3])
     assert not strided.is_contiguous()
-    assert apply_ops(strided, ops, magnitudes).equal(apply_ops(strided.contiguous(), ops, magnitudes))
+    transposed = ops.T.contiguous().T, magnitudes.T.contiguous().T
+    expected = pillow_ops(strided, ops, magnitudes)
+    assert apply_ops(strided, *transposed, backend=backend).equal(expected)
     assert whole.equal(copy)
 
 
-def test_empty_batches_and_empty_chains():
+@backends
+def test_empty_batches_and_empty_chains(backend):
     images = images_of("noise", 3, (8, 8))
     none = torch.zeros((3, 0), dtype=torch.int64)
-    assert apply_ops(images, none, none.double()).equal(images)
-    assert apply_ops(images[:0], torch.zeros((0, 2), dtype=torch.int64), torch.zeros(0, 2).double()).shape == (
-        0,
-        8,
-        8,
-        3,
-    )
+    assert apply_ops(images, none, none.double(), backend=backend).equal(images)
+    two = torch.zeros((0, 2), dtype=torch.int64)
+    assert apply_ops(images[:0], two, two.double(), backend=backend).shape == (0, 8, 8, 3)
 
 
 @pytest.mark.parametrize(
@@ -166,3 +178,15 @@ def test_bad_arguments(changes, error, message):
     }
     with pytest.raises(error, match=message):
         apply_ops(**good | changes)
+
+
+def test_backends_that_cannot_serve_say_why():
+    arguments = (
+        torch.zeros((2, 4, 4, 3), dtype=torch.uint8),
+        torch.zeros((2, 1), dtype=torch.int64),
+        torch.zeros(2, 1).double(),
+    )
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run apply_ops here: it serves cuda tensors"):
+        apply_ops(*arguments, backend="cuda")
+    with pytest.raises(ValueError, match="backend: expected None or one of"):
+        apply_ops(*arguments, backend="pillow")
