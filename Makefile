@@ -1,5 +1,7 @@
 # Two commands do everything on a fresh machine: `make train` and `make test`. Needs Python 3.11 or 3.12, a C++ compiler, make.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The first that runs: a version manager's stand-in may be on PATH without the version behind it.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -9,6 +11,7 @@ NATIVE := $(shell find csrc -type f)
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || { echo "error: needs Python 3.11 or 3.12 on PATH, or PYTHON=..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch torchvision triton numpy pybind11 ninja setuptools wheel
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[dev]"
@@ -27,6 +30,12 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+aot: setup
+	$(BIN)/python -m bacon_fast.kernels.aot
+
+bench: setup
+	$(BIN)/python benchmarks/loss.py --device cpu $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info bacon_fast/_C*.so
