@@ -63,7 +63,7 @@ def sup_con_loss(
 
     Args:
         features: [N,D] float, D up to 512 on a GPU. Need not be normalized. Half precision is computed in float32.
-        labels: [N] int64, >= 0; with prototypes, labels below K name the classes of the prototypes.
+        labels: [N] int64 in 0..2^31-1; with prototypes, labels below K name the classes of the prototypes.
         prototypes: [K,D] float or None, one row a class.
         weights: [N] float, >= 0, weight of each feature's loss; None means 1. Receives no gradient.
         prototype_weight: weight of each prototype's loss.
@@ -237,8 +237,8 @@ def sscl_loss(
         gamma: > 0, one over the temperature.
         margin: added to the negatives' similarities; negative relaxes.
         form: "prod" or "sum".
-        query_classes, queue_classes: [R] and [C] int64 >= 0: a queue entry of the query's class is no negative. None,
-            as in the paper: all entries are.
+        query_classes, queue_classes: [R] and [C] int64 in 0..2^31-1: a queue entry of the query's class is no
+            negative. None, as in the paper: all entries are.
         reduction: "mean" or "none".
         backend: None for the best one, "reference", "cpp" or "triton".
 

@@ -79,9 +79,8 @@ def _forward(*arguments: Any, backend: str, keep_mean: bool, **options: Any) -> 
         return row_loss, stats, row_loss.new_empty(0), row_loss.new_empty(0, rows.shape[1])
     from .kernels.contrastive_forward import contrastive_forward
 
-    with torch.cuda.device_of(rows):
-        precision = _input_precision(rows.dtype)
-        return contrastive_forward(*arguments, **options, keep_mean=keep_mean, input_precision=precision)
+    precision = _input_precision(rows.dtype)
+    return contrastive_forward(*arguments, **options, keep_mean=keep_mean, input_precision=precision)
 
 
 @torch.library.register_fake("bacon_fast::contrastive")
@@ -131,19 +130,18 @@ def _backward(
         return grad_rows, grad_columns, grad_own
     from .kernels.contrastive_backward import contrastive_backward
 
-    with torch.cuda.device_of(rows):
-        return contrastive_backward(
-            grad,
-            stats,
-            column_inverse_norm,
-            mean_column,
-            *arguments,
-            **options,
-            needs_rows=needs_rows,
-            needs_columns=needs_columns,
-            needs_own=needs_own,
-            input_precision=_input_precision(rows.dtype),
-        )
+    return contrastive_backward(
+        grad,
+        stats,
+        column_inverse_norm,
+        mean_column,
+        *arguments,
+        **options,
+        needs_rows=needs_rows,
+        needs_columns=needs_columns,
+        needs_own=needs_own,
+        input_precision=_input_precision(rows.dtype),
+    )
 
 
 @torch.library.register_fake("bacon_fast::contrastive_backward")
@@ -152,7 +150,7 @@ def _(
     needs_rows, needs_columns, needs_own, **options,
 ):  # fmt: skip
     def gradient(of: Tensor | None, needed: bool) -> Tensor:
-        return rows.new_empty(of.shape if needed and of is not None else 0)
+        return of.new_empty(of.shape) if needed and of is not None else rows.new_empty(0)
 
     return gradient(rows, needs_rows), gradient(columns, needs_columns), gradient(own, needs_own)
 
@@ -212,8 +210,10 @@ def contrastive(
     columns_normalized: bool = False,
     backend: str,
 ) -> Tensor:
-    """`reference.contrastive` by the backend "cpp" or "triton"."""
+    """`reference.contrastive` by the backend "cpp" or "triton"; rows and columns have to have one dtype."""
     dtype = accumulator_dtype(rows.dtype)
+    if columns is not None and columns.dtype != rows.dtype:
+        raise TypeError(f"columns: expected dtype {rows.dtype}, that of rows, found {columns.dtype}")
 
     def codes(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(torch.int32).contiguous()

@@ -509,8 +509,8 @@ def contrastive_backward(
         )
 
     grad_rows = torch.empty_like(rows, memory_format=torch.contiguous_format) if needs_rows else rows.new_empty(0)
-    grad_columns = rows.new_empty(columns.shape if needs_columns and columns is not None else 0)
-    grad_own = rows.new_empty(own.shape if needs_own and own is not None else 0)
+    grad_columns = columns.new_empty(columns.shape) if needs_columns and columns is not None else rows.new_empty(0)
+    grad_own = own.new_empty(own.shape) if needs_own and own is not None else rows.new_empty(0)
     if needs_rows or needs_own:
         from_mean = mean_column.shape[0] == num_rows and num_rows > 0
         if not needs_rows:

@@ -47,8 +47,9 @@ recorder: Callable[..., None] | None = None
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 4, num_stages: int = 2, **constants) -> None:
-    """Runs ``kernel`` over ``grid`` on the current device; an empty grid is no work."""
+    """Runs ``kernel`` over ``grid`` on the device of its tensors; an empty grid is no work."""
     if recorder is not None:
         recorder(kernel, arguments, constants, num_warps, num_stages)
     elif 0 not in grid:
-        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+        with torch.cuda.device_of(next(value for value in arguments if isinstance(value, Tensor))):
+            kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)

@@ -19,10 +19,11 @@ def available(name: str) -> str | None:
     return ops.BACKENDS["contrastive"][name].why_not(torch.empty(1, 1))
 
 
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(available(name) is not None, reason=str(available(name))))
-    for name in ("cpp", "triton")
-]
+def needs(name: str):
+    return pytest.mark.skipif(available(name) is not None, reason=str(available(name)))
+
+
+BACKENDS = [pytest.param(name, marks=needs(name)) for name in ("cpp", "triton")]
 ALL_BACKENDS = ["reference", *BACKENDS]
 
 
@@ -59,6 +60,7 @@ def test_as_accurate_as_torch(backend, index, dtype):
     assert_as_accurate_as_torch(run_on(backend), CASES[index], form, dtype)
 
 
+@needs("triton")
 @pytest.mark.parametrize("arch", [80, 90, 120])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiles_of_real_cards(monkeypatch, arch, dtype):
@@ -348,6 +350,7 @@ def test_compiles_to_one_graph(backend, dynamic):
     torch.testing.assert_close(linear.weight.grad, expected)
 
 
+@needs("triton")
 def test_one_pass_where_the_columns_need_no_gradient():
     """The forward keeps the mean of the negatives if and only if that serves the backward."""
     case = Case("queue", 5, 40, 6, own=1, codes=1, match="ignore")
@@ -387,6 +390,7 @@ def mutated(monkeypatch, kernel: str, **changes) -> None:
         monkeypatch.setattr(module, "launch", changed)
 
 
+@needs("triton")
 @pytest.mark.parametrize(
     "kernel, changes, message",
     [
@@ -406,6 +410,28 @@ def test_the_matrix_would_notice(monkeypatch, kernel, changes, message):
         assert_as_accurate_as_torch(run_on("triton"), case, "mean", torch.float32)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_columns_of_another_dtype_are_refused(backend):
+    arguments, options = problem(CASES[1], torch.float32)
+    arguments[1] = arguments[1].half()
+    with pytest.raises(TypeError, match=r"columns: expected dtype torch\.float32, that of rows, found torch\.float16"):
+        run_on(backend)(*arguments, **options, form="sum")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_own_columns_of_another_dtype(backend):
+    """Float32 centers beside half-precision rows, each with the gradient in its own dtype."""
+    arguments, options = problem(CASES[1], torch.bfloat16)
+    arguments[2] = problem(CASES[1], torch.float32)[0][2]
+    grad = upstream(CASES[1], torch.bfloat16)
+    loss, gradients = loss_and_gradients(run_on(backend), CASES[1], arguments, grad, **options, form="sum")
+    expected, wanted = loss_and_gradients(reference.contrastive, CASES[1], arguments, grad, **options, form="sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert gradients[0].dtype == torch.bfloat16 and gradients[2].dtype == torch.float32
+    torch.testing.assert_close(gradients[2], wanted[2], rtol=1e-4, atol=1e-5)
+
+
+@needs("triton")
 def test_too_many_dimensions_for_triton_are_refused():
     reason = ops.BACKENDS["contrastive"]["triton"].why_not(torch.empty(1, MAX_DIM + 1))
     assert reason == f"it serves vectors of up to {MAX_DIM} elements, and these have {MAX_DIM + 1}"

@@ -1,0 +1,50 @@
+"""Ahead-of-time compilation: what the launchers would launch compiles and fits, on GPUs that are not here."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bacon_fast.kernels import aot, config, launch
+
+
+@pytest.mark.parametrize("arch", ["80", "90", "100", "120"])
+def test_a_subset_compiles_and_fits(arch):
+    """`make aot` compiles all. In a process of its own: the kernels of the interpreter, used here, do not compile."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subject = {"80": "ssc-1060x64-float16", "90": "infonce-4096x65536x128-bfloat16"}.get(arch, "bacon-192x32-bfloat16")
+    command = [sys.executable, "-m", "bacon_fast.kernels.aot", "--arch", arch, "--only", subject]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    assert "all fit: nothing spills" in lines[-1]
+    assert any(line.startswith("statistics_kernel") and f" {arch} " in line for line in lines)
+
+
+def test_what_does_not_fit_is_refused():
+    assert aot.Usage(registers=255, local=0, shared=99 * 1024).fits(120)
+    assert not aot.Usage(registers=255, local=8, shared=0).fits(90)
+    assert not aot.Usage(registers=32, local=0, shared=100 * 1024).fits(120)
+    assert aot.Usage(registers=32, local=0, shared=100 * 1024).fits(80)
+
+
+def test_launches_are_recorded_and_not_run():
+    """Every subject records its kernels with the launcher's own configuration; equal launches once."""
+    launches = aot.record(lambda: aot.contrastive(90, 4096, 128, torch.bfloat16, columns=65536, own=1, detached=True))
+    names = [item.kernel.__name__ for item in launches]
+    assert names.count("_statistics_kernel") == 1 and "_gradient_kernel" not in names  # one pass over the queue
+    statistics = launches[names.index("_statistics_kernel")]
+    tiles = config.tile_config("mean", 4096, 65536, 128, torch.bfloat16, "tf32x3", 90)
+    constants = dict(statistics.constants)
+    assert (constants["BLOCK_R"], constants["BLOCK_C"]) == (tiles.block_resident, tiles.block_streamed)
+    assert statistics.num_warps == tiles.num_warps
+    assert dict(statistics.signature)["rows"] == "*bf16" and dict(statistics.signature)["partial"] == "*fp32"
+    assert constants["column_code"] is None and constants["row_stride_dim"] == 1
+    assert launch.recorder is None
+
+
+@pytest.mark.parametrize("name", aot.subjects())
+def test_every_subject_has_launches(name):
+    assert aot.record(lambda: aot.subjects()[name](90))
