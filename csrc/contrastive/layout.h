@@ -16,8 +16,8 @@ constexpr std::int64_t padded(std::int64_t size, std::int64_t unit) { return (si
 // none overflows, and divided by the sum of any that fit into memory none leaves float's normal range.
 constexpr double kDirectLimit = 30;
 
-// Up to this many elements a table of rows x columns is kept, not computed again: 4 MB of float stay in the cache.
-constexpr std::int64_t kTableLimit = 1 << 20;
+// Up to this many elements a table of rows x columns is kept, not computed again: 8 MB of float stay in the cache.
+constexpr std::int64_t kTableLimit = 1 << 21;
 
 // Integers as wide as T: one comparison of codes masks one vector of T.
 template <class T>

@@ -156,9 +156,9 @@ def test_options_match_a_loop(options, neg_mode):
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.02])
-@pytest.mark.parametrize("rows", [1030, 300])
+@pytest.mark.parametrize("rows", [1450, 300])
 def test_large_batch_matches_the_reference(rows, temperature):
-    """Several tiles of columns; with 1030 rows also without the table of similarities."""
+    """Several tiles of columns; with 1450 rows also without the table of similarities."""
     batch = make_batch(rows, 100, 20, 24) | {"progress": 0.3, "temperature": temperature}
     batch["class_counts"] = batch["class_counts"].double()
     expected, expected_gradient = loss_and_gradient(reference_loss, batch)

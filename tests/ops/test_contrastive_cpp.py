@@ -187,8 +187,8 @@ def test_several_tiles_match_the_reference(form, match, grouped, dim):
 
 @pytest.mark.parametrize("scale", [6.0, 80.0])
 def test_without_a_table_of_weights(scale):
-    """Above 2^20 pairs rows and columns compute their similarities each for themselves."""
-    problem = make_problem(700, 1600, 12, num_own=0, form="mean", scale=scale, num_classes=30)
+    """Above 2^21 pairs rows and columns compute their similarities each for themselves."""
+    problem = make_problem(700, 3100, 12, num_own=0, form="mean", scale=scale, num_classes=30)
     assert_matches(reference.contrastive, *problem)
 
 
