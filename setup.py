@@ -40,10 +40,18 @@ def extension():
     use_cuda = CUDA_HOME is not None and torch.version.cuda is not None
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
     # No -march=native: a wheel must run elsewhere. Hot loops carry function-level target clones instead.
-    cxx_flags = ["-O3", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-fno-math-errno"]
+    # at::parallel_for is a template that runs on one thread unless its caller is compiled with OpenMP.
+    cxx_flags = ["-O3", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-fno-math-errno", "-fopenmp"]
+    link_flags = ["-fopenmp"]
     include_dirs = [str(ROOT / "csrc")]
     if not use_cuda:
-        return CppExtension("bacon_fast._C", sources, include_dirs=include_dirs, extra_compile_args={"cxx": cxx_flags})
+        return CppExtension(
+            "bacon_fast._C",
+            sources,
+            include_dirs=include_dirs,
+            extra_compile_args={"cxx": cxx_flags},
+            extra_link_args=link_flags,
+        )
     sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu"))
     return CUDAExtension(
         "bacon_fast._C",
@@ -51,6 +59,7 @@ def extension():
         include_dirs=include_dirs,
         define_macros=[("BACON_FAST_WITH_CUDA", None)],
         extra_compile_args={"cxx": cxx_flags, "nvcc": ["-O3", "-std=c++20", "--threads=2"]},
+        extra_link_args=link_flags,
     )
 
 

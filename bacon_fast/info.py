@@ -7,6 +7,7 @@ import platform
 import torch
 
 import bacon_fast
+import bacon_fast.data.augment  # registers its operations' backends
 from bacon_fast import ops
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow", "scikit-learn", "tyro")

@@ -62,7 +62,7 @@ class Config:
     download: bool = False
     """Let torchvision download the dataset into --data-dir."""
     image_size: int | None = None
-    """Side in pixels that images are resized to; default: the dataset's own (folder and arrays: 32)."""
+    """Side in pixels that images are resized to; default: the dataset's own."""
     classes: tuple[str, ...] | None = None
     """Class order of an image folder (class 0 is the head); default: classes.txt in the folder, else sorted names."""
     protocol: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(PROTOCOLS) + "}")] = "digits"
