@@ -71,7 +71,7 @@ class BaconStep {
         dim_(features.size(1)),
         num_classes_(centers.size(0)),
         num_codes_(std::min(options.top_k, num_classes_)),
-        padded_rows_(padded(rows_, kColumnUnit)),
+        padded_rows_(padded(rows_, kVectorUnit)),
         features_(as_type(features, at::CppTypeToScalarType<T>::value)),
         centers_(as_type(centers, at::CppTypeToScalarType<T>::value)),
         labels_(labels.contiguous()),
@@ -90,10 +90,10 @@ class BaconStep {
     constexpr int64_t kGrain = 1 << 17;
     const int64_t unit_cost = std::max<int64_t>(1, kRowUnit * padded_rows_ * (dim_ + 16));
     const int64_t units = padded_rows_ / kRowUnit, grain = kGrain / unit_cost;
-    const int64_t blocks = padded_rows_ / kColumnUnit;
+    const int64_t blocks = padded_rows_ / kVectorUnit;
     at::parallel_for(0, blocks, 4 * grain, [&](int64_t begin, int64_t end) {
-      kernel.normalize(batch_.features, begin * kColumnUnit, end * kColumnUnit);
-      choose_classes(begin * kColumnUnit, std::min(end * kColumnUnit, rows_));
+      kernel.normalize(batch_.features, begin * kVectorUnit, end * kVectorUnit);
+      choose_classes(begin * kVectorUnit, std::min(end * kVectorUnit, rows_));
     });
     settle_ties();
     count();

@@ -43,7 +43,7 @@ BACON_FAST_INLINE Mask<T> is_code(
 template <class T>
 T* bacon_similarities(
     const BaconBatch<T>& b, std::int64_t row, std::int64_t first, std::int64_t count, T* tile, std::int64_t& stride) {
-  const std::int64_t width = padded(b.dim, kFeatureUnit), columns = padded(b.rows, kColumnUnit);
+  const std::int64_t width = padded(b.dim, kFeatureUnit), columns = padded(b.rows, kVectorUnit);
   T* out = b.table ? b.table + row * columns + first : tile;
   stride = b.table ? columns : kBaconTile;
   for (std::int64_t i = 0; i < kRowUnit; i += kTileRows) {
@@ -68,7 +68,7 @@ template <class T, int kCodes, bool kDirect>
 void bacon_sum_row(const BaconBatch<T>& b, std::int64_t row, std::int64_t first, std::int64_t count, T* values) {
   using V = Vector<T>;
   using M = Mask<T>;
-  const std::int64_t stride = padded(b.rows, kColumnUnit);
+  const std::int64_t stride = padded(b.rows, kVectorUnit);
   const std::int64_t inside = b.rows - first < count ? b.rows - first : count;  // the rest is padding
   const Code<T> own = b.classes[row];
   const auto for_vectors = [&](auto&& visit) __attribute__((always_inline)) {
@@ -117,7 +117,7 @@ void bacon_sums(const BaconBatch<T>& b, std::int64_t begin, std::int64_t end) {
   const auto sum_row = b.direct ? usual ? bacon_sum_row<T, kUsualCodes, true> : bacon_sum_row<T, 0, true>
                                 : usual ? bacon_sum_row<T, kUsualCodes, false> : bacon_sum_row<T, 0, false>;
   alignas(64) T tile[kRowUnit * kBaconTile];
-  const std::int64_t columns = padded(b.rows, kColumnUnit);
+  const std::int64_t columns = padded(b.rows, kVectorUnit);
   for (std::int64_t row = begin * kRowUnit; row < end * kRowUnit; row += kRowUnit) {
     for (std::int64_t r = row; r < row + kRowUnit; ++r) {
       b.sums[r] = 0;
@@ -148,7 +148,7 @@ template <class T, int kCodes, bool kDirect>
 void bacon_weights_row(
     const BaconBatch<T>& b, std::int64_t row, std::int64_t first, std::int64_t count, const T* values, T* weights) {
   using V = Vector<T>;
-  const std::int64_t stride = padded(b.rows, kColumnUnit);
+  const std::int64_t stride = padded(b.rows, kVectorUnit);
   const V zero{}, push = broadcast(b.push[row]);
   const Code<T> own = b.classes[row];
   Code<T> codes[kUsualCodes];
@@ -174,7 +174,7 @@ void bacon_weights_row(
 
 template <class T>
 void bacon_gradient(const BaconBatch<T>& b, std::int64_t begin, std::int64_t end) {
-  const std::int64_t columns = padded(b.rows, kColumnUnit), width = padded(b.dim, kFeatureUnit);
+  const std::int64_t columns = padded(b.rows, kVectorUnit), width = padded(b.dim, kFeatureUnit);
   const bool usual = b.num_codes == kUsualCodes;
   const auto weights_row = b.direct ? usual ? bacon_weights_row<T, kUsualCodes, true> : bacon_weights_row<T, 0, true>
                                     : usual ? bacon_weights_row<T, kUsualCodes, false> : bacon_weights_row<T, 0, false>;
@@ -199,7 +199,7 @@ void bacon_gradient(const BaconBatch<T>& b, std::int64_t begin, std::int64_t end
       }
       for (std::int64_t i = 0; i < kRowUnit; i += kTileRows) {
         combine_tile<T>(
-            count, weights + i * kBaconTile, kBaconTile, 1, b.features.units + first * width, width,
+            count, weights + i * kBaconTile, kBaconTile, 1, b.features.units + first * width, width, width,
             grad_units.data + i * width, width);
       }
     }

@@ -36,23 +36,31 @@ class Forward {
       : work_(a, false),
         row_loss_(row_loss),
         stats_(stats),
-        sums_(3 * work_.padded_rows),
-        counts_(work_.padded_rows),
-        shifts_(2 * work_.padded_rows),
-        own_logits_(work_.rows * work_.num_own) {
+        sums_(3 * work_.family.chunks * work_.padded_rows),
+        shifts_(2 * work_.family.chunks * work_.padded_rows),
+        counts_(work_.family.chunks * work_.padded_rows),
+        own_logits_(work_.rows * work_.num_own),
+        totals_(work_.rows) {
     Family<T>& f = work_.family;
+    const int64_t size = f.chunks * work_.padded_rows;
     f.negative_sum = sums_.data();
-    f.positive_sum = f.negative_sum + work_.padded_rows;
-    f.positive_similarity = f.positive_sum + work_.padded_rows;
+    f.positive_sum = f.negative_sum + size;
+    f.positive_similarity = f.positive_sum + size;
     f.positive_count = counts_.data();
     f.negative_shift = shifts_.data();
-    f.positive_shift = shifts_.data() + work_.padded_rows;
+    f.positive_shift = f.negative_shift + size;
     f.own_logit = own_logits_.data();
   }
 
   void run() {
     const Family<T>& f = work_.family;
-    work_.for_rows(work_.dim + 16, [&](int64_t begin, int64_t end) { kernels<T>().family_sums(f, begin, end); });
+    work_.for_chunks(work_.dim + 16, [&](int64_t chunk, int64_t begin, int64_t end) {
+      kernels<T>().family_sums(f, chunk, begin, end);
+    });
+    at::parallel_for(0, work_.rows, kRowGrain, [&](int64_t begin, int64_t end) {
+      kernels<T>().family_own_logits(f, begin, end);
+      for (int64_t r = begin; r < end; ++r) totals_[r] = total(r);
+    });
     reduce_groups();
     at::parallel_for(0, work_.rows, kRowGrain, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) finish(r);
@@ -60,26 +68,61 @@ class Forward {
   }
 
  private:
-  bool broken(int64_t r) const { return std::isnan(work_.family.negative_sum[r]); }
+  // Of one row over all columns; the logarithms are of sums of exponentials.
+  struct Total {
+    double log_negative, log_positive, positive_logit;
+    int64_t num_positives;
+    bool broken;
+  };
 
-  // log sum over the negatives of each group: of rows whose vectors are finite, in the order of the rows.
+  double log_sum(int64_t r, const double* sums, const T* shifts) const {
+    double largest = kNegativeInfinity, sum = 0;
+    for (int64_t c = 0; c < work_.family.chunks; ++c) {
+      largest = std::max(largest, double(shifts[c * work_.padded_rows + r]));
+    }
+    // All shifts are infinite if there was nothing to sum, or nothing but NaN.
+    if (largest == kNegativeInfinity) largest = 0;
+    for (int64_t c = 0; c < work_.family.chunks; ++c) {
+      const int64_t at = c * work_.padded_rows + r;
+      if (sums[at] != 0) sum += std::isinf(shifts[at]) ? sums[at] : sums[at] * std::exp(shifts[at] - largest);
+    }
+    return std::log(sum) + largest;
+  }
+
+  Total total(int64_t r) const {
+    const Family<T>& f = work_.family;
+    Total t = {log_sum(r, f.negative_sum, f.negative_shift), log_sum(r, f.positive_sum, f.positive_shift), 0, 0, false};
+    for (int64_t c = 0; c < f.chunks; ++c) {
+      const int64_t at = c * work_.padded_rows + r;
+      t.num_positives += f.positive_count[at];
+      t.positive_logit += double(f.own_sign) * double(work_.positive_scale[r]) * f.positive_similarity[at];
+    }
+    for (int64_t m = r * work_.num_own; m < (r + 1) * work_.num_own; ++m) {
+      if (std::isnan(f.own_scale[m])) continue;  // the row has no such positive
+      ++t.num_positives;
+      t.positive_logit += f.own_logit[m];
+      t.log_positive = log_add(t.log_positive, f.own_sign * f.own_logit[m]);
+    }
+    t.broken = (f.row_vectors.state[r] & kNotFinite) || std::isnan(t.log_negative) || std::isnan(t.log_positive);
+    return t;
+  }
+
+  // log sum over the negatives of each group: of rows that are finite, in the order of the rows.
   void reduce_groups() {
     const Arguments& a = work_.arguments;
-    const Family<T>& f = work_.family;
     group_log_.assign(a.num_groups, kNegativeInfinity);
     group_broken_.assign(a.num_groups, 0);
     const int* group = a.group.defined() ? a.group.const_data_ptr<int>() : nullptr;
     std::vector<double> largest(a.num_groups, kNegativeInfinity), sum(a.num_groups, 0.0);
-    std::vector<double> of_row(work_.rows);
-    for (int64_t r = 0; r < work_.rows; ++r) of_row[r] = std::log(f.negative_sum[r]) + f.negative_shift[r];
     for (int64_t r = 0; r < work_.rows; ++r) {
       const int64_t g = group ? group[r] : r;
-      group_broken_[g] |= broken(r);
-      if (!broken(r)) largest[g] = std::max(largest[g], of_row[r]);
+      group_broken_[g] |= totals_[r].broken;
+      if (!totals_[r].broken) largest[g] = std::max(largest[g], totals_[r].log_negative);
     }
     for (int64_t r = 0; r < work_.rows; ++r) {
       const int64_t g = group ? group[r] : r;
-      if (!broken(r) && of_row[r] != kNegativeInfinity) sum[g] += std::exp(of_row[r] - largest[g]);
+      if (totals_[r].broken || totals_[r].log_negative == kNegativeInfinity) continue;
+      sum[g] += std::exp(totals_[r].log_negative - largest[g]);
     }
     for (int64_t g = 0; g < a.num_groups; ++g) {
       if (sum[g] > 0) group_log_[g] = std::log(sum[g]) + largest[g];
@@ -92,17 +135,8 @@ class Forward {
     const int64_t g = a.group.defined() ? a.group.const_data_ptr<int>()[r] : r;
     const double sign = f.own_sign;
 
-    // Positives: matching columns and own columns together.
-    int64_t count = f.positive_count[r];
-    double total = sign * double(work_.positive_scale[r]) * f.positive_similarity[r];
-    double positive = count > 0 ? std::log(f.positive_sum[r]) + f.positive_shift[r] : kNegativeInfinity;
-    for (int64_t m = r * work_.num_own; m < (r + 1) * work_.num_own; ++m) {
-      if (std::isnan(f.own_scale[m])) continue;
-      ++count;
-      total += f.own_logit[m];
-      positive = log_add(positive, sign * f.own_logit[m]);
-    }
-
+    const int64_t count = totals_[r].num_positives;
+    const double positive = totals_[r].log_positive;
     const double log_sum = group_log_[g];
     double negative = log_sum == kNegativeInfinity ? log_sum : log_sum + a.negative_offset.const_data_ptr<T>()[r];
     const double of_group = negative;
@@ -111,11 +145,11 @@ class Forward {
     const double share = of_group == kNegativeInfinity ? 0 : std::exp(of_group - negative);
 
     double loss = 0, negative_weight = 0, positive_weight = 0, mean = 0;
-    if (count > 0 && (group_broken_[g] || std::isnan(positive))) {
+    if (count > 0 && group_broken_[g]) {
       loss = negative_weight = kNaN;
     } else if (count > 0 && a.form == Form::kMean) {
       const double all = log_add(positive, negative);
-      loss = all - total / double(count);
+      loss = all - totals_[r].positive_logit / double(count);
       negative_weight = std::exp(negative - all) * share;
       positive_weight = std::exp(positive - all);
       mean = 1 / double(count);
@@ -142,8 +176,10 @@ class Forward {
   T* row_loss_;
   T* stats_;
   Buffer<double> sums_;
+  Buffer<T> shifts_;
   Buffer<int64_t> counts_;
-  Buffer<T> shifts_, own_logits_;
+  Buffer<T> own_logits_;
+  Buffer<Total> totals_;
   std::vector<double> group_log_;
   std::vector<char> group_broken_;
 };
@@ -152,29 +188,42 @@ class Forward {
 template <class T>
 class Backward {
  public:
-  Backward(const Arguments& a, const T* grad_row_loss, const T* stats)
-      : work_(a, true), grad_row_loss_(grad_row_loss), stats_(stats), scalars_(5 * work_.padded_rows) {
-    weigh();
-  }
-
-  void run(T* grad_rows, T* grad_columns, T* grad_own) {
+  Backward(const Arguments& a, const T* grad_row_loss, const T* stats, T* grad_rows, T* grad_columns, T* grad_own)
+      : work_(a, grad_columns != nullptr), grad_row_loss_(grad_row_loss), stats_(stats), scalars_(5 * work_.padded_rows) {
     Family<T>& f = work_.family;
     f.grad_rows = grad_rows;
     f.grad_columns = grad_columns;
     f.grad_own = grad_own;
+    weigh();
+  }
+
+  void run() {
+    Family<T>& f = work_.family;
+    const int64_t products = 2 * work_.dim + 16;
     Buffer<T> table;
-    if (grad_rows && grad_columns && work_.padded_rows * work_.padded_columns <= kTableLimit) {
+    if (f.grad_rows && f.grad_columns && work_.padded_rows * work_.padded_columns <= kTableLimit) {
       table = Buffer<T>(work_.padded_rows * work_.padded_columns);
       f.table = table.data();
     }
-    const int64_t products = 2 * work_.dim + 16;
-    if (grad_rows || grad_own) {
-      work_.for_rows(products, [&](int64_t begin, int64_t end) { kernels<T>().family_row_gradient(f, begin, end); });
+    Buffer<T> grad_units;
+    if (f.grad_rows) {
+      grad_units = Buffer<T>(f.chunks * work_.padded_rows * work_.width);
+      f.grad_units = grad_units.data();
+      work_.for_chunks(products, [&](int64_t chunk, int64_t begin, int64_t end) {
+        kernels<T>().family_row_gradient(f, chunk, begin, end);
+      });
+    }
+    if (f.grad_rows || f.grad_own) {
+      at::parallel_for(0, work_.rows, kRowGrain, [&](int64_t begin, int64_t end) {
+        kernels<T>().family_finish_rows(f, begin, end);
+      });
       mark_broken_rows();
     }
-    if (grad_columns) {
-      work_.for_columns(
-          products, [&](int64_t begin, int64_t end) { kernels<T>().family_column_gradient(f, begin, end); });
+    if (f.grad_columns) {
+      const int64_t cost = kVectorUnit * work_.padded_rows * products;
+      at::parallel_for(0, work_.padded_columns / kVectorUnit, grain(cost), [&](int64_t begin, int64_t end) {
+        kernels<T>().family_column_gradient(f, begin, end);
+      });
     }
   }
 
@@ -274,9 +323,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_backward(
     const auto pointer = [](const at::Tensor& tensor, bool needed) {
       return needed ? tensor.mutable_data_ptr<scalar_t>() : nullptr;
     };
-    Backward<scalar_t>(arguments, upstream.const_data_ptr<scalar_t>(), saved.const_data_ptr<scalar_t>())
-        .run(pointer(grad_rows, needs_rows), pointer(grad_columns, needs_columns),
-             pointer(grad_own, needs_own && own));
+    Backward<scalar_t>(
+        arguments, upstream.const_data_ptr<scalar_t>(), saved.const_data_ptr<scalar_t>(),
+        pointer(grad_rows, needs_rows), pointer(grad_columns, needs_columns), pointer(grad_own, needs_own && own))
+        .run();
   });
   return {
       grad_rows.to(rows.scalar_type()), grad_columns.to(columns.scalar_type()),

@@ -15,6 +15,9 @@ enum Stat {
   kNumStats
 };
 
+// Tiles of similarities have a column after the other, and the rows, in units of kVectorUnit, side by side in vectors:
+// what belongs to a row is in registers, and columns, of which there may be very many, are read as they are.
+//
 // Logits are linear in the similarity s of a row and a column: scale · s + bias.
 template <class T>
 struct Family {
@@ -22,15 +25,20 @@ struct Family {
   bool match_positive;  // matching columns are positives; else they are ignored
   bool direct;          // exponentials need no shift, see kDirectLimit
 
-  Normalization<T> row_vectors;     // no panels
-  Normalization<T> column_vectors;  // units only in the backward
-  const Code<T>* row_code;          // [padded rows]
-  const Code<T>* column_codes;      // [num_codes, padded columns]
-  const Code<T>* self_column;       // [padded rows], -1 for none
-  const T* own;                     // [rows, num_own, dim], not normalized
-  const T* own_scale;               // [rows, num_own], NaN where the row has no such positive
-  T own_sign;                       // -1 in the form "prod": logits enter the sums negated
+  Normalization<T> row_vectors;
+  const Code<T>* row_code;     // [padded rows]
+  const Code<T>* self_column;  // [padded rows], -1 for none
+  const T* own;                // [rows, num_own, dim], not normalized
+  const T* own_scale;          // [rows, num_own], NaN where the row has no such positive
+  T own_sign;                  // -1 in the form "prod": logits enter the sums negated
   T eps;
+
+  // Columns either as units, or as they came if nothing has to be padded or replaced: then the factors normalize them.
+  const T* column_vectors;  // [padded columns, column_stride]
+  std::int64_t column_stride;
+  const T* column_factor;  // [columns] similarity = factor · row unit · column vector; NaN for what is not finite
+  bool columns_raw;
+  const std::int32_t* column_code;  // [columns, num_codes]
 
   // Of each padded row: what makes its similarities to logits, those of positives negated in the form "prod". In the
   // backward the biases contain minus the logarithm of the sum that the exponential is divided by.
@@ -39,15 +47,19 @@ struct Family {
   const T* positive_scale;
   const T* positive_bias;
 
-  // Forward, of each padded row: sums of exp(logit - shift) over its negatives and its matching columns; the shifts are
-  // 0 if direct.
+  // Columns are taken in chunks, whose results are added in their order: there may be fewer units of rows than threads.
+  std::int64_t chunk_columns;
+  std::int64_t chunks;
+
+  // Forward, of each chunk and padded row: sums of exp(logit - shift) over negatives and over matching columns, shifts
+  // (0 if direct), sum of the matching columns' similarities, and their number.
   double* negative_sum;
   double* positive_sum;
   T* negative_shift;
   T* positive_shift;
-  double* positive_similarity;  // sum of the matching columns' similarities
+  double* positive_similarity;
   std::int64_t* positive_count;
-  T* own_logit;  // [rows, num_own]
+  T* own_logit;  // [rows, num_own], NaN if not finite
 
   // Backward: d loss / d similarity is negative_push · exp(logit) of a negative, positive_pull · exp(logit) -
   // positive_mean of a positive. All three are 0 for a row without gradient.
@@ -56,10 +68,12 @@ struct Family {
   const T* positive_mean;
   const T* own_pull;  // the same before the scale of the similarity, for own columns
   const T* own_mean;
-  T* table;             // d loss / d similarity [padded rows, padded columns], or nullptr to compute it twice
-  T* grad_rows;         // [rows, dim]
-  T* grad_columns;      // [columns, dim]
-  T* grad_own;          // [rows, num_own, dim] or nullptr
+  T* table;       // d loss / d similarity [padded columns, padded rows], or nullptr to compute it twice
+  T* grad_units;  // [chunks, padded rows, padded dim], d loss / d row units
+  T* grad_rows;   // [rows, dim], or nullptr as the two below
+  T* grad_columns;  // [columns, dim]
+  T* grad_own;      // [rows, num_own, dim]
+  Normalization<T> column_set;  // for the gradient of the columns
 };
 
 }  // namespace bacon_fast::contrastive

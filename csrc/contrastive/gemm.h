@@ -60,19 +60,19 @@ void similarity_tile(
   }
 }
 
-// out[i, :] += sum over k of weights[i, k] · vectors[k, :] for kTileRows rows i; vectors has whole vectors a row.
+// out[i, :] += sum over k of weights[i, k] · vectors[k, :] for kTileRows rows i; width is a multiple of kLanes.
 template <class T>
 void combine_tile(
     std::int64_t depth, const T* weights, std::int64_t weights_row, std::int64_t weights_step, const T* vectors,
-    std::int64_t width, T* out, std::int64_t out_row) {
+    std::int64_t vectors_row, std::int64_t width, T* out, std::int64_t out_row) {
   std::int64_t column = 0;
   for (; column + kPanel<T> <= width; column += kPanel<T>) {
     multiply_tile<T, 2>(
-        depth, weights, weights_row, weights_step, vectors + column, width, out + column, out_row, true);
+        depth, weights, weights_row, weights_step, vectors + column, vectors_row, out + column, out_row, true);
   }
   for (; column < width; column += kLanes<T>) {
     multiply_tile<T, 1>(
-        depth, weights, weights_row, weights_step, vectors + column, width, out + column, out_row, true);
+        depth, weights, weights_row, weights_step, vectors + column, vectors_row, out + column, out_row, true);
   }
 }
 

@@ -10,8 +10,8 @@ namespace {
 
 template <class T>
 constexpr Kernels<T> kTable = {
-    normalize_range<T>, bacon_sums<T>,           bacon_gradient<T>,
-    family_sums<T>,     family_row_gradient<T>, family_column_gradient<T>,
+    normalize_range<T>,     bacon_sums<T>,        bacon_gradient<T>,     family_sums<T>,
+    family_row_gradient<T>, family_own_logits<T>, family_finish_rows<T>, family_column_gradient<T>,
 };
 
 }  // namespace

@@ -10,11 +10,17 @@ namespace bacon_fast::contrastive {
 template <class T>
 struct Kernels {
   void (*normalize)(const Normalization<T>&, std::int64_t begin, std::int64_t end);  // vectors
-  void (*bacon_sums)(const BaconBatch<T>&, std::int64_t begin, std::int64_t end);  // units of kRowUnit rows
+  // Units of kRowUnit rows.
+  void (*bacon_sums)(const BaconBatch<T>&, std::int64_t begin, std::int64_t end);
   void (*bacon_gradient)(const BaconBatch<T>&, std::int64_t begin, std::int64_t end);
-  void (*family_sums)(const Family<T>&, std::int64_t begin, std::int64_t end);
-  void (*family_row_gradient)(const Family<T>&, std::int64_t begin, std::int64_t end);
-  void (*family_column_gradient)(const Family<T>&, std::int64_t begin, std::int64_t end);  // units of kColumnUnit
+  // Units of kVectorUnit rows.
+  void (*family_sums)(const Family<T>&, std::int64_t chunk, std::int64_t begin, std::int64_t end);
+  void (*family_row_gradient)(const Family<T>&, std::int64_t chunk, std::int64_t begin, std::int64_t end);
+  // Rows.
+  void (*family_own_logits)(const Family<T>&, std::int64_t begin, std::int64_t end);
+  void (*family_finish_rows)(const Family<T>&, std::int64_t begin, std::int64_t end);
+  // Units of kVectorUnit columns.
+  void (*family_column_gradient)(const Family<T>&, std::int64_t begin, std::int64_t end);
 };
 
 // T is float or double. Honors ATEN_CPU_CAPABILITY ("default", "avx2", "avx512") as torch itself does.

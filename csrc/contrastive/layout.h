@@ -5,9 +5,9 @@
 
 namespace bacon_fast::contrastive {
 
-// Rows, columns and features are padded with zeros to multiples of these, so that no inner loop has an edge case.
-constexpr std::int64_t kRowUnit = 8;
-constexpr std::int64_t kColumnUnit = 32;
+// Padding with zeros to multiples of these spares the inner loops their edge cases.
+constexpr std::int64_t kRowUnit = 8;      // vectors that lie one after the other, as left side of a product
+constexpr std::int64_t kVectorUnit = 32;  // vectors that lie side by side, as right side
 constexpr std::int64_t kFeatureUnit = 16;
 
 constexpr std::int64_t padded(std::int64_t size, std::int64_t unit) { return (size + unit - 1) / unit * unit; }

@@ -192,16 +192,72 @@ def test_without_a_table_of_weights(scale):
     assert_matches(reference.contrastive, *problem)
 
 
+class TestQueue:
+    """Few rows against many columns without gradient: cut into chunks, and read where they are if they allow it."""
+
+    def problem(self, **changes):
+        problem, num_groups, options = make_problem(
+            **{"num_rows": 40, "num_columns": 8200, "dim": 128, "form": "prod", "match": "ignore", "num_own": 2}
+            | changes
+        )
+        return problem, num_groups, options
+
+    def assert_matches(self, problem, num_groups, options):
+        upstream = upstream_of(problem)
+        expected, (expected_rows, _, expected_own) = oracle(
+            reference.contrastive, problem, num_groups, options, upstream
+        )
+        row_loss, (rows, columns, own) = run(problem, num_groups, options, upstream, needs=(True, False, True))
+        assert columns.numel() == 0
+        torch.testing.assert_close(row_loss, expected, rtol=1e-11, atol=0)
+        torch.testing.assert_close(rows, expected_rows, rtol=0, atol=1e-11)
+        torch.testing.assert_close(own, expected_own, rtol=0, atol=1e-11)
+
+    @pytest.mark.parametrize("scale", [6.0, 80.0])
+    @pytest.mark.parametrize("match", ["positive", "ignore"])
+    @pytest.mark.parametrize("columns_normalized", [False, True])
+    def test_read_where_they_are(self, columns_normalized, match, scale):
+        self.assert_matches(*self.problem(columns_normalized=columns_normalized, match=match, scale=scale))
+
+    @pytest.mark.parametrize("scale", [6.0, 80.0])
+    @pytest.mark.parametrize("shape", [{"dim": 130}, {"num_columns": 8203}], ids=str)
+    def test_copied(self, shape, scale):
+        self.assert_matches(*self.problem(**shape, scale=scale))
+
+    def test_copied_because_of_a_column_that_is_not_finite(self):
+        problem, num_groups, options = self.problem(num_classes=1)
+        problem["column_code"][5000] = 0  # every row ignores it
+        upstream = upstream_of(problem)
+        needs = (True, False, True)
+        expected, expected_gradients = run(problem, num_groups, options, upstream, needs)
+        problem["columns"][5000, 7] = float("inf")
+        row_loss, gradients = run(problem, num_groups, options, upstream, needs)
+        torch.testing.assert_close(row_loss, expected, rtol=1e-12, atol=0)
+        for gradient, expected_gradient in zip(gradients, expected_gradients):
+            torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-12)
+
+    def test_result_does_not_depend_on_the_number_of_threads(self):
+        problem, num_groups, options = self.problem(dtype=torch.float32)
+        upstream = upstream_of(problem)
+        threads = torch.get_num_threads()
+        results = []
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                row_loss, gradients = run(problem, num_groups, options, upstream, needs=(True, False, True))
+                results.append((row_loss, *gradients))
+        finally:
+            torch.set_num_threads(threads)
+        for result in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_float32_is_as_good_as_its_inputs(form):
     problem, num_groups, options = make_problem(70, 300, 48, form=form, dtype=torch.float32, num_own=2)
     row_loss, gradients = run(problem, num_groups, options, upstream_of(problem))
     assert all(t.dtype == torch.float32 for t in (row_loss, *gradients))
-    assert_matches(loop_loss_by_reference, problem, num_groups, options, tolerance=3e-6)
-
-
-def loop_loss_by_reference(*arguments, **options):
-    return reference.contrastive(*arguments, **options)
+    assert_matches(reference.contrastive, problem, num_groups, options, tolerance=3e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
