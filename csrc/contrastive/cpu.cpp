@@ -22,10 +22,10 @@ constexpr double kNegativeInfinity = -std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t kRowGrain = 256;  // rows worth a thread in what is done once a row
 
+// log(exp(a) + exp(b)); NaN if one of them is, unlike with std::max.
 double log_add(double a, double b) {
-  const double larger = std::max(a, b);
-  if (larger == kNegativeInfinity) return larger;
-  return larger + std::log1p(std::exp(std::min(a, b) - larger));
+  if (a == b) return a + std::log(2.0);
+  return (a > b ? a : b) + std::log1p(std::exp(-std::abs(a - b)));
 }
 
 // From the rows' sums to their losses and to what the backward needs.
@@ -189,7 +189,10 @@ template <class T>
 class Backward {
  public:
   Backward(const Arguments& a, const T* grad_row_loss, const T* stats, T* grad_rows, T* grad_columns, T* grad_own)
-      : work_(a, grad_columns != nullptr), grad_row_loss_(grad_row_loss), stats_(stats), scalars_(5 * work_.padded_rows) {
+      : work_(a, grad_columns != nullptr),
+        grad_row_loss_(grad_row_loss),
+        stats_(stats),
+        scalars_(5 * work_.padded_rows) {
     Family<T>& f = work_.family;
     f.grad_rows = grad_rows;
     f.grad_columns = grad_columns;

@@ -220,7 +220,7 @@ void family_weights(
   }
 }
 
-// Gradient of the row units from the columns of a chunk, of units begin..end-1 of rows; fills the table if there is one.
+// Gradient of the row units from the columns of a chunk, of units begin..end-1 of rows; fills the table, if any.
 template <class T>
 void family_row_gradient(const Family<T>& f, std::int64_t chunk, std::int64_t begin, std::int64_t end) {
   const auto weigh_lanes = BACON_FAST_FAMILY_VARIANT(family_weigh_lanes, f);

@@ -80,7 +80,7 @@ BACON_FAST_INLINE T max_lanes(Vector<T> v) {
 // exp, at most 2 ulp off; NaN stays NaN. For -87 <= x <= 88 only: `exponential` below has no lower bound.
 //
 // x = n·ln 2 + r with |r| <= ln 2 / 2, so exp(x) = 2^n · exp(r), and exp(r) = 1 + r + r²·q(r) with q of degree 4, fitted
-// for the least largest relative error (3e-9). 1.5·2^23 + x is x rounded to an integer, in the low bits.
+// for the least largest relative error (3e-9). 1.5·2^23 + x is x rounded to an integer, which sits in the low bits.
 BACON_FAST_INLINE Vector<float> bounded_exponential(Vector<float> x) {
   using V = Vector<float>;
   using M = Mask<float>;
