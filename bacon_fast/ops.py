@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import bacon_family, bacon_ops, contrastive_ops, heads_ops, reference
+from . import bacon_family, bacon_ops, bacon_step_ops, contrastive_ops, heads_ops, reference
 
 try:
     from . import _C
@@ -143,6 +143,16 @@ BACKENDS: dict[str, dict[str, Backend]] = {
     },
 }
 BACKEND_NAMES = ("reference", "cpp", "triton", "cuda")
+
+
+bacon_step_ = bacon_step_ops.bacon_step_
+
+
+def fuses_bacon_step(name: str | None, features: Tensor, logits: Tensor, top_k: int) -> bool:
+    """Whether backend ``name`` takes a whole step of `losses.BaConLoss` at once: Triton's, at the usual sizes."""
+    # In the interpreter it is a matter of tests, not of speed, and has to be asked for.
+    chosen = name == "triton" or (name is None and features.device.type == "cuda")
+    return chosen and _triton(features) is None and bacon_step_ops.why_not(features, logits.shape[1], top_k) is None
 
 
 def choose_backend(operation: str, name: str | None, tensor: Tensor) -> Callable[..., Any]:

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import launch
+from .bacon_step import bacon_step
 from .contrastive_backward import contrastive_backward
 from .contrastive_forward import contrastive_forward
 from .heads import heads_backward, heads_forward
@@ -172,6 +173,43 @@ def heads(arch: int, num_classes: int, dtype: torch.dtype, *, num_views: int = 1
     heads_backward(losses, *gradients, *rows, batch, unlabeled)
 
 
+def step(arch: int, rows: int, dim: int, num_classes: int, dtype: torch.dtype, precision: str) -> None:
+    """One step of BaCon with its bank, a third of the rows labeled."""
+    meta = functools.partial(torch.empty, device="meta")
+    index = functools.partial(meta, dtype=torch.int64)
+    flag = functools.partial(meta, dtype=torch.bool)
+    batch, slots = rows // 3, 12_000
+    bacon_step(
+        meta(rows, dim, dtype=dtype),
+        index(batch),
+        meta(rows, num_classes, dtype=dtype),
+        index(batch),
+        index(rows - batch),
+        meta(()),
+        meta(slots, dim),
+        flag(slots),
+        index(slots),
+        index(num_classes),
+        index(num_classes, dim),
+        index(num_classes),
+        meta(num_classes, dim),
+        flag(num_classes),
+        num_labeled=slots // 3,
+        temperature=0.1,
+        bta=0.005,
+        min_temperature=0.0,
+        negative_weight=64.0,
+        neg_mode="authors",
+        top_k=3,
+        reliable_threshold=0.98,
+        count_threshold=0.95,
+        count_gate="prob",
+        labeled_counts="always",
+        input_precision=precision,
+        arch=arch,
+    )
+
+
 def subjects() -> dict[str, Callable[[int], None]]:
     """Name -> what to compile: the losses at the shapes they are trained with."""
     found = {}
@@ -199,6 +237,10 @@ def subjects() -> dict[str, Callable[[int], None]]:
         }
         for instance, shape in instances.items():
             found[f"{instance}-{name}"] = functools.partial(run, **shape)
+        for rows, dim, num_classes in ((192, 16, 10), (192, 32, 10), (192, 64, 100), (1024, 128, 1000)):
+            found[f"bacon-step-{rows}x{dim}x{num_classes}-{name}"] = functools.partial(
+                step, rows=rows, dim=dim, num_classes=num_classes, dtype=dtype, precision=precision
+            )
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for num_classes in (10, 100, 1000, 8192):
             name = f"heads-320x{num_classes}-{str(dtype).removeprefix('torch.')}"

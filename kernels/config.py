@@ -66,3 +66,37 @@ def tile_config(
     programs, blocks = -(-resident // block_resident), -(-streamed // block_streamed)
     splits = max(1, min(fill // max(1, programs), blocks // least))
     return TileConfig(block_resident, block_streamed, block_slice, padded, splits, num_warps, num_stages)
+
+
+@dataclass(frozen=True)
+class BaconStepConfig:
+    """Tiles of BaCon's step: blocks of rows and columns, of classes, and of rows that are scanned as plain vectors."""
+
+    block_rows: int
+    block_columns: int
+    block_slice: int  # elements of a vector that are multiplied at a time
+    block_dim: int  # elements of a vector, padded
+    block_classes: int  # a row's logits are read this many at a time
+    block_scan: int
+    splits: int  # of the columns, in the first launch
+    compare_warps: int  # of the first launch
+    update_warps: int  # of the second
+
+
+def bacon_step_config(
+    rows: int, dim: int, num_classes: int, dtype: torch.dtype, input_precision: str, arch: int
+) -> BaconStepConfig:
+    """Small blocks: a batch has few rows, and the time of a launch is that of its slowest program."""
+    padded = block_dim(dim)
+    exact = dtype in (torch.float32, torch.float64) and input_precision != "tf32"
+    block, block_classes, block_scan = 16, min(64, block_dim(num_classes)), 256
+    # With these numbers of warps no register is spilled.
+    compare_warps, update_warps = 4, 8 if padded <= 32 else 4
+    block_slice = min(padded, 16 if padded > 64 else 32) if exact else padded
+    if arch == INTERPRETER:
+        block, block_classes, block_scan, compare_warps, update_warps = 32, 32, 64, 1, 1
+    programs = -(-rows // block)
+    splits = max(1, min(programs, (4 if arch == INTERPRETER else MULTIPROCESSORS.get(arch, 132)) // programs))
+    return BaconStepConfig(
+        block, block, block_slice, padded, block_classes, block_scan, splits, compare_warps, update_warps
+    )

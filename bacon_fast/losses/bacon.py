@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .. import functional, ops
 from ..models.heads import projection_head
 from .bank import MemoryBank
 
@@ -154,6 +154,63 @@ class BaConLoss(nn.Module):
             BaConOutput. Its stats are "reliable", the share of reliable rows, "bank_fill", the share of slots that hold
             a feature, and "selected", the share of slots that are selected as a class.
         """
+        projected = self.projection(features)
+        if active and ops.fuses_bacon_step(self.backend, projected, logits, self.top_k):
+            loss, reliable = self._fused_step(projected, labels, logits, labeled_slots, unlabeled_slots, progress)
+        else:
+            loss, reliable = self._composed_step(
+                projected, labels, logits, labeled_slots, unlabeled_slots, progress, active
+            )
+        stats = {
+            "reliable": reliable,
+            "bank_fill": self.bank.written.float().mean(),
+            "selected": self.bank.class_counts.sum() / self.bank.selected_label.shape[0],
+        }
+        return BaConOutput(loss, stats)
+
+    def _fused_step(
+        self,
+        projected: Tensor,
+        labels: Tensor,
+        logits: Tensor,
+        labeled_slots: Tensor,
+        unlabeled_slots: Tensor,
+        progress: float | Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and share of reliable rows, by two launches of kernels/bacon_step.py."""
+        with torch.autocast(projected.device.type, enabled=False):
+            return ops.bacon_step_(
+                projected,
+                labels,
+                logits,
+                labeled_slots,
+                unlabeled_slots,
+                dict(self.bank.named_buffers()),
+                progress=progress,
+                num_labeled=self.num_labeled,
+                temperature=self.temperature,
+                bta=self.bta,
+                min_temperature=self.min_temperature,
+                negative_weight=self.negative_weight,
+                neg_mode=self.neg_mode,
+                top_k=self.top_k,
+                reliable_threshold=self.reliable_threshold,
+                count_threshold=self.count_threshold,
+                count_gate=self.count_gate,
+                labeled_counts=self.labeled_counts,
+            )
+
+    def _composed_step(
+        self,
+        projected: Tensor,
+        labels: Tensor,
+        logits: Tensor,
+        labeled_slots: Tensor,
+        unlabeled_slots: Tensor,
+        progress: float | Tensor,
+        active: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The same by the operations of which the step consists."""
         batch = labels.shape[0]
         logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
         probability, logit = logits.softmax(dim=1).amax(dim=1), logits.amax(dim=1)
@@ -169,7 +226,6 @@ class BaConLoss(nn.Module):
         slots = torch.cat([labeled_slots, unlabeled_slots + self.num_labeled])
         self.bank.select_(slots, torch.cat([labels, pseudo_labels]), torch.cat([labeled_counted, counted]))
 
-        projected = self.projection(features)
         if active:
             centers, has_center = self.bank.present_centers()
             loss = functional.bacon_loss(
@@ -190,14 +246,9 @@ class BaConLoss(nn.Module):
                 backend=self.backend,
             )
         else:
-            loss = torch.zeros((), device=features.device)
+            loss = torch.zeros((), device=projected.device)
         self.bank.write_(slots, projected.detach(), reliable)
-        stats = {
-            "reliable": reliable.float().mean(),
-            "bank_fill": self.bank.written.float().mean(),
-            "selected": self.bank.class_counts.sum() / self.bank.selected_label.shape[0],
-        }
-        return BaConOutput(loss, stats)
+        return loss, reliable.float().mean()
 
     @torch.no_grad()
     def temperatures(self, progress: float | Tensor) -> Tensor:
