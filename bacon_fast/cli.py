@@ -13,18 +13,11 @@ import tyro
 from bacon_fast.engine.checkpoint import CheckpointError
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.presets import PRESETS
+from bacon_fast.engine.run_report import write_run_report
 from bacon_fast.engine.trainer import DivergedError, StoppedError, Trainer
 
 # What a user can cause. Anything else is a defect of ours and keeps its traceback.
-USER_ERRORS = (
-    ValueError,
-    TypeError,
-    FileNotFoundError,
-    FileExistsError,
-    PermissionError,
-    CheckpointError,
-    DivergedError,
-)
+USER_ERRORS = (ValueError, TypeError, OSError, CheckpointError, DivergedError)
 
 DESCRIPTION = """Train a class-imbalanced semi-supervised classifier: train.py [PRESET] [--option value ...]
 
@@ -46,6 +39,8 @@ def parse(args: Sequence[str]) -> Config:
         prog=f"train.py {name}",
         description=f"{DESCRIPTION}{presets}",
     )
+    if config.data_dir is not None:  # absolute, so that the run can be evaluated from anywhere
+        config = dataclasses.replace(config, data_dir=config.data_dir.resolve())
     if config.run_dir is None:
         if config.resume:
             raise ValueError("resume: expected --run-dir to name the run to continue, found none")
@@ -63,9 +58,9 @@ def _train(args: Sequence[str]) -> None:
     trainer = Trainer(parse(args))
     print(f"run directory: {trainer.run_dir}", flush=True)
     summary = trainer.fit()
-    print(format_summary(summary, trainer.split.labeled_counts, trainer.split.unlabeled_counts))
-    if (trainer.run_dir / "report.html").exists():
-        print(f"report: {trainer.run_dir / 'report.html'}")
+    print(format_summary(summary, trainer.split.labeled_counts, trainer.split.unlabeled_counts), flush=True)
+    if trainer.config.report:
+        print(f"report: {write_run_report(trainer, summary)}")
 
 
 def with_clear_errors(main: Callable[[], None]) -> None:

@@ -61,6 +61,8 @@ def read_files(files: Sequence[Path], size: int | tuple[int, int] | None) -> Ten
     def decode(path: Path) -> np.ndarray | Exception:
         try:
             with Image.open(path) as image:
+                if image.mode.startswith(("I", "F")):  # Pillow would clip these to 0..255: a white or a black image
+                    raise ValueError(f"expected 8 bits a channel, found mode {image.mode}")
                 rgb = image.convert("RGB")
             return np.asarray(rgb if size is None else rgb.resize(size[::-1], Image.Resampling.BILINEAR))
         except _UNREADABLE as error:

@@ -1,6 +1,7 @@
 """Readers of the supported datasets. Each returns the fields of an `ImageDataset` except its name."""
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -162,7 +163,7 @@ def arrays(path: Path, image_size: int | None) -> dict:
     try:
         with np.load(path, allow_pickle=False) as stored:
             content = {name: stored[name] for name in stored.files}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"data_dir: cannot read the arrays in {path}: {error}") from error
     required = ("train_images", "train_labels", "test_images", "test_labels")
     if missing := [name for name in required if name not in content]:

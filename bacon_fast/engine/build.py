@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bacon_fast import ops
 from bacon_fast.data.datasets import ImageDataset, load_dataset
 from bacon_fast.data.longtail import PROTOCOLS, Split, make_split
 from bacon_fast.engine.config import Config
@@ -33,6 +34,19 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: {name!r} is not on this machine, which has {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def check_backend(config: Config, device: torch.device) -> None:
+    """Raises ValueError when the losses of the method have no backend `config.loss_backend` on the device."""
+    if config.loss_backend == "auto":
+        return
+    parts = config.method.split("+")
+    operations = [name for name, part in (("bacon_loss", "bacon"), ("fixmatch_abc_loss", "abc")) if part in parts]
+    for operation in operations:
+        try:
+            ops.choose_backend(operation, config.loss_backend, torch.empty(0, 1, device=device))
+        except RuntimeError as error:
+            raise ValueError(f"loss_backend: {error}") from error
 
 
 def use_threads(threads: int) -> None:
@@ -61,12 +75,25 @@ def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Sp
     """The split in the file `saved`, else the one of --split, else one drawn by protocol, overrides and seed."""
     file = saved or config.split
     if file is not None:
+        overrides = split_overrides(config)
+        if overrides and saved is None:
+            raise ValueError(f"split: expected no {', '.join(overrides)} beside --split, which fixes the split already")
         split = Split.load(file)
         split.verify(dataset)
         return split
+    protocol, overrides = PROTOCOLS[config.protocol], split_overrides(config)
+    if overrides:
+        changes = ", ".join(f"{name}={value}" for name, value in overrides.items())
+        # Numbers of another protocol must not pass for those of the named one.
+        named = {"name": f"{protocol.name} with {changes}", "source": f"changed on the command line: {changes}"}
+        protocol = dataclasses.replace(protocol, **overrides, **named)
+    return make_split(dataset, protocol, config.seed)
+
+
+def split_overrides(config: Config) -> dict:
+    """Fields of the protocol that the configuration sets."""
     names = ("labeled_head", "unlabeled_head", "gamma_l", "gamma_u", "lb_in_ulb")
-    overrides = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    return make_split(dataset, dataclasses.replace(PROTOCOLS[config.protocol], **overrides), config.seed)
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
 
 
 def build_method(
@@ -125,13 +152,15 @@ def build_optimizer(config: Config, method: Method) -> torch.optim.Optimizer:
     Both are the fused kernels: one launch for all parameters of a group, and fp16's gradient scale is applied inside,
     without the host reading whether an overflow occurred.
     """
-    groups = []
-    # The regularizer's parameters start late: the fused SGD wants all momenta of a group to begin at the same step.
-    for module in (method.network, method.regularizer):
-        parameters = [] if module is None else list(module.parameters())
-        matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
-        groups += [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    parameters = list(method.parameters())
+    matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
     if config.optimizer == "adam":  # decays by shrinking the parameters after the step, in the trainer
-        return torch.optim.Adam([{"params": group["params"]} for group in groups], lr=config.lr, fused=True)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=True)
+        return torch.optim.Adam(parameters, lr=config.lr, fused=True)
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=True)
+    for parameter in parameters:
+        # Zeros, which give the same first step. Left to itself torch allocates without filling, and the fused kernel
+        # leaves the garbage in place when fp16's first step overflows and is skipped; nor does it let a parameter of a
+        # group, such as the projection, start later than the others.
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer

@@ -42,10 +42,25 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
         state: tensors, numbers, strings, lists and dicts only, so that it loads with `weights_only=True`.
     """
     path = folder / f"step-{step:08d}.pt"
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    try:
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
+    except RuntimeError as error:  # torch's way to say that the file system refused
+        raise CheckpointError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
+
+
+def discard_after(folder: Path, step: int) -> None:
+    """Removes what a crash left behind: half-written temporary files, and damaged checkpoints newer than `step`.
+
+    A damaged file would otherwise take the place of a good one among the newest that are kept.
+    """
+    for path in folder.glob(".step-*.tmp"):
+        path.unlink(missing_ok=True)
+    for path in list_checkpoints(folder):
+        if int(_NAME.fullmatch(path.name).group(1)) > step:
+            path.unlink(missing_ok=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

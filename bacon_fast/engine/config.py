@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -14,6 +16,8 @@ from bacon_fast.data.longtail import PROTOCOLS
 MethodName = Literal["supervised", "fixmatch", "fixmatch+abc", "fixmatch+bacon", "fixmatch+abc+bacon"]
 METHODS: tuple[str, ...] = get_args(MethodName)
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+BACKBONE_FORMS = "wrn-DEPTH-WIDTH, resnet18 or resnet50"
 
 # Fields that say where a run happens and how it talks, not what it computes: a resumed run may change them.
 RESUME_MAY_CHANGE = frozenset(
@@ -82,7 +86,7 @@ class Config:
 
     # --- model -----------------------------------------------------------------------------------------------------
     backbone: str = "wrn-28-2"
-    """wrn-DEPTH-WIDTH, resnet18 or resnet50."""
+    """wrn-DEPTH-WIDTH (depth 6n+4), resnet18 or resnet50."""
     bn_momentum: float = 0.001
     """Weight of the newest batch in BatchNorm's running statistics (methods.md 0.3)."""
 
@@ -123,7 +127,7 @@ class Config:
 
     # --- FixMatch and ABC ------------------------------------------------------------------------------------------
     threshold: float = 0.95
-    """Confidence from which a pseudo-label counts (FixMatch and ABC)."""
+    """Confidence from which a pseudo-label counts (FixMatch, ABC, and BaCon's class counts)."""
     lambda_u: float = 1.0
     """Weight of FixMatch's unlabeled loss."""
     lambda_abc: float = 1.0
@@ -188,6 +192,16 @@ class Config:
             _require(value is None or value >= 0, name, "a number of at least 0", value)
         for name in ("threshold", "reliable_threshold", "contrast_start", "ema"):
             _require(0 <= getattr(self, name) <= 1, name, "a number between 0 and 1", getattr(self, name))
+        for name in ("lr", "temperature", "bta", "negative_weight", "weight_decay", "gamma_l", "gamma_u"):
+            value = getattr(self, name)
+            _require(value is None or math.isfinite(value), name, "a finite number", value)
+        _require(self.proj_layers <= 2, "proj_layers", "0, 1 or 2", self.proj_layers)
+        _require(0 <= self.seed < 2**64, "seed", "an integer in 0..2^64-1", self.seed)
+        backbones = r"wrn-\d+-\d+|resnet18|resnet50"
+        _require(bool(re.fullmatch(backbones, self.backbone)), "backbone", BACKBONE_FORMS, self.backbone)
+        if self.backbone.startswith("wrn"):
+            depth = int(self.backbone.split("-")[1])
+            _require(depth >= 10 and depth % 6 == 4, "backbone", "a WRN depth of 6n+4 (10, 16, 22, 28, ...)", depth)
         _require(0 < self.bn_momentum <= 1, "bn_momentum", "a number above 0 and up to 1", self.bn_momentum)
         _require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
         _require(self.dataset in DATASETS, "dataset", f"one of {', '.join(DATASETS)}", self.dataset)

@@ -109,8 +109,8 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str], theme: Theme) -> F
     image = axes.imshow(np.sqrt(share), cmap=scale, vmin=0, vmax=1, interpolation="nearest")
     if num_classes <= NAMED_CLASSES:
         rotation = {"rotation": 45, "ha": "right"} if max(map(len, class_names)) > 2 else {}
-        axes.set_xticks(range(num_classes), class_names, **rotation)
-        axes.set_yticks(range(num_classes), class_names)
+        axes.set_xticks(range(num_classes), _literal(class_names), **rotation)
+        axes.set_yticks(range(num_classes), _literal(class_names))
         for (row, column), value in np.ndenumerate(share):
             if value >= 0.005:
                 color = theme.background if value > 0.3 else theme.ink
@@ -250,7 +250,7 @@ def embedding(
         halo = [patheffects.withStroke(linewidth=3, foreground=theme.background)]
         for c in np.unique(labels):
             x, y = np.median(points[labels == c], axis=0)
-            name = axes.text(x, y, class_names[c], color=theme.ink, path_effects=halo)
+            name = axes.text(x, y, _literal(class_names)[c], color=theme.ink, path_effects=halo)
             name.set(ha="center", va="center", fontsize=10, fontweight="bold")
     return figure
 
@@ -346,10 +346,15 @@ def _class_axis_label(num_classes: int) -> str:
     return "class, most labeled images first" + ("" if num_classes <= NAMED_CLASSES else " (rank)")
 
 
+def _literal(names: Sequence[str]) -> list[str]:
+    """Names as matplotlib shows them letter by letter: a pair of dollar signs would be read as a formula."""
+    return [name.replace("$", r"\$") for name in names]
+
+
 def _class_ticks(axes: Axes, class_names: Sequence[str], order: np.ndarray) -> None:
     if len(order) <= NAMED_CLASSES:
         long = max(map(len, class_names)) > (9 if len(order) <= 10 else 3)
-        names = [class_names[c] for c in order]
+        names = [_literal(class_names)[c] for c in order]
         axes.set_xticks(range(len(order)), names, rotation=35 if long else 0, ha="right" if long else "center")
     else:
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))

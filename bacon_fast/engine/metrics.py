@@ -9,6 +9,7 @@ from torch import Tensor
 
 HEADLINE = ("top1", "bacc", "gm")
 GROUPS = ("many", "medium", "few")
+GROUPS = ("many", "medium", "few")
 MEAN_WINDOW = 20
 
 
@@ -161,12 +162,14 @@ class History:
         self.rows.append({"step": int(step), **metrics})
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """The three accuracies that papers report, never to be mixed, each with ``top1``, ``bacc`` and ``gm``.
+        """The three accuracies that papers report, never to be mixed, each with ``top1``, ``bacc``, ``gm``, ``many``,
+        ``medium``, ``few`` and ``per_class``.
 
         Returns:
             ``last``: the last evaluation (with its ``step``); ``mean_last_20``: the mean of the last 20, or of all
             when there are fewer (``evaluations`` says how many); ``best_on_test``: the maximum of each metric on its
-            own (``steps`` says where). The last is optimistic, because the test set chose it.
+            own (``steps`` says where), with the recalls of the evaluation of the best bacc. That one is optimistic,
+            because the test set chose it. A value without a test image is None, one that rows lack is left out.
 
         Raises:
             ValueError: if there is no evaluation.
@@ -175,14 +178,25 @@ class History:
             raise ValueError("the history holds no evaluation")
         last, tail = self.rows[-1], self.rows[-MEAN_WINDOW:]
         best = {key: max(self.rows, key=lambda row, key=key: row[key]) for key in HEADLINE}
+        groups = [key for key in (*GROUPS, "per_class") if all(key in row for row in self.rows)]
         return {
-            "last": {**{key: last[key] for key in HEADLINE}, "step": last["step"]},
+            "last": {**{key: last[key] for key in (*HEADLINE, *groups)}, "step": last["step"]},
             "mean_last_20": {
-                **{key: sum(row[key] for row in tail) / len(tail) for key in HEADLINE},
+                **{key: _mean([row[key] for row in tail]) for key in (*HEADLINE, *groups)},
                 "evaluations": len(tail),
             },
             "best_on_test": {
                 **{key: best[key][key] for key in HEADLINE},
+                **{key: best["bacc"][key] for key in groups},
                 "steps": {key: best[key]["step"] for key in HEADLINE},
             },
         }
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """Mean of numbers, or element by element of lists; None where there is no value."""
+    if values[0] is None:
+        return None
+    if isinstance(values[0], list):
+        return [_mean(column) for column in zip(*values)]
+    return sum(values) / len(values)

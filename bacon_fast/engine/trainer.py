@@ -13,14 +13,21 @@ from bacon_fast.data.augment import Augment, ViewRequest
 from bacon_fast.data.loader import IndexSampler
 from bacon_fast.data.philox import Stream
 from bacon_fast.engine import build
-from bacon_fast.engine.checkpoint import CheckpointError, load_latest, save_checkpoint, write_atomically
+from bacon_fast.engine.checkpoint import (
+    CheckpointError,
+    discard_after,
+    list_checkpoints,
+    load_latest,
+    save_checkpoint,
+    write_atomically,
+)
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.ema import EMA
 from bacon_fast.engine.evaluation import evaluate
 from bacon_fast.engine.interrupt import StopRequest
 from bacon_fast.engine.logger import RunLogger
 from bacon_fast.engine.metrics import History, compute_metrics
-from bacon_fast.engine.run_report import summarize, write_run_report
+from bacon_fast.engine.run_report import summarize
 from bacon_fast.engine.schedule import learning_rate
 from bacon_fast.methods.outputs import Batch
 
@@ -54,6 +61,7 @@ class Trainer:
         self.device = build.resolve_device(config.device)
         if config.precision == "tf32" and self.device.type != "cuda":
             raise ValueError(f"precision: tf32 needs a CUDA device, found {self.device}; use fp32 or bf16")
+        build.check_backend(config, self.device)
         saved = self._saved_state()
         build.use_threads(config.threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
@@ -67,10 +75,10 @@ class Trainer:
         self.history, rows = History(), []
         if saved:
             rows = self._restore(saved)
+        else:
+            self.split.save(split_file)
         self.logger = RunLogger(self.run_dir, config.steps, self.step, rows)
         write_atomically(self.run_dir / "config.json", lambda path: path.write_text(config.to_json()))
-        if not split_file.exists():
-            self.split.save(split_file)
 
     # --- construction ----------------------------------------------------------------------------------------------
 
@@ -84,14 +92,17 @@ class Trainer:
                 )
             self.run_dir.mkdir(parents=True, exist_ok=True)
             return None
-        if not (self.run_dir / "config.json").exists():
+        path, state = self.run_dir / "config.json", None
+        if not path.exists():
             raise CheckpointError(f"nothing to resume: {self.run_dir} holds no run")
-        if not folder.is_dir() or not any(folder.glob("step-*.pt")):
-            print(f"{self.run_dir} holds no checkpoint yet: starting it again from step 0", flush=True)
-            return None
-        path, state = load_latest(folder)
-        if differences := self.config.differences(state["config"]):
+        if list_checkpoints(folder):
+            path, state = load_latest(folder)
+        if differences := self.config.differences(state["config"] if state else json.loads(path.read_text())):
             raise CheckpointError(f"{path} was written by another configuration:\n  " + "\n  ".join(differences))
+        if state is None:
+            print(f"{self.run_dir} holds no checkpoint yet: starting it again from step 0", flush=True)
+        else:
+            discard_after(folder, state["step"])
         return state
 
     def _build_model(self) -> None:
@@ -223,7 +234,8 @@ class Trainer:
         self.scaler.update()
         if config.optimizer == "adam" and config.weight_decay:
             with torch.no_grad():
-                torch._foreach_mul_(list(self.method.parameters()), 1 - config.weight_decay * rate)
+                started = [p for p in self.method.parameters() if p.grad is not None]
+                torch._foreach_mul_(started, 1 - config.weight_decay * rate)
         self.ema.update(self.method.network)
         self.step += 1
         self.step_tensor += 1
@@ -232,7 +244,7 @@ class Trainer:
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict:
-        """Trains to `config.steps`, writes every file of the run, and returns the summary (also in summary.json).
+        """Trains to `config.steps` and returns the summary, also in summary.json. The report is written by the caller.
 
         The first interrupt or SIGTERM finishes the step, saves a checkpoint and raises StoppedError.
 
@@ -258,8 +270,8 @@ class Trainer:
             window_steps += 1
             last = self.step == config.steps
             evaluating = last or self.step % config.eval_every == 0
-            saving = last or self.step % config.checkpoint_every == 0 or stop.signum is not None
-            if evaluating or saving or self.step % config.log_every == 0:
+            saving = last or self.step % config.checkpoint_every == 0
+            if evaluating or saving or self.step % config.log_every == 0 or stop.signum is not None:
                 names = [f"loss/{k}" for k in losses] + [f"stats/{k}" for k in stats]
                 means = dict(zip(names, (window / window_steps).tolist()))  # the host waits for the device here
                 self.train_seconds += time.perf_counter() - started
@@ -267,18 +279,23 @@ class Trainer:
                 window, window_steps = None, 0
                 if evaluating:
                     self._evaluate()
-                if saving:
+                # Read once: a signal that comes after this line is answered after the next step.
+                stopping = stop.signum is not None and not last
+                if saving or stopping:
                     path = self.save()
-                if stop.signum is not None and not last:
+                if stopping:
                     raise StoppedError(
                         f"stopped at step {self.step}: saved {path}; continue with --resume", stop.signum
                     )
                 started = time.perf_counter()
 
     def _log_train(self, means: dict[str, float]) -> None:
-        if not math.isfinite(means["loss/total"]):
+        # The loss is of the parameters before this step's update: a checkpoint must not hold what the update broke.
+        parameters_finite = torch.stack([p.isfinite().all() for p in self.method.parameters()]).all()
+        if not math.isfinite(means["loss/total"]) or not parameters_finite:
             raise DivergedError(
-                f"the loss is {means['loss/total']} at step {self.step}: {means}. "
+                f"at step {self.step} the losses are {means}, and the parameters are "
+                f"{'finite' if parameters_finite else 'not finite'}. "
                 "The last checkpoint is from before; try a smaller --lr, or --precision fp32"
             )
         known, right = means.pop("stats/pseudo_known", 0.0), means.pop("stats/pseudo_correct", 0.0)
@@ -308,6 +325,4 @@ class Trainer:
         write_atomically(
             self.run_dir / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n")
         )
-        if self.config.report:
-            write_run_report(self, summary)
         return summary

@@ -31,7 +31,13 @@ def test_a_preset_is_overridden_field_by_field():
     config = parse(
         ["bacon-cifar10", "--data-dir", "D", "--seed", "3", "--gamma-u", "-100", "--no-hflip", "--steps", "7"]
     )
-    assert (config.data_dir, config.seed, config.gamma_u, config.hflip, config.steps) == (Path("D"), 3, -100, False, 7)
+    assert (config.data_dir, config.seed, config.gamma_u, config.hflip, config.steps) == (
+        Path("D").resolve(),
+        3,
+        -100,
+        False,
+        7,
+    )
     assert config.batch_size == 64 and config.preset == "bacon-cifar10"
 
 
@@ -50,7 +56,11 @@ def test_every_preset_parses_and_survives_json(name):
         (["digits", "--dataset", "nonsense"], "cifar10"),
         (["digits", "--backbone", "vgg"], "wrn-DEPTH-WIDTH"),
         (["digits", "--device", "tpu"], "cuda"),
+        (["digits", "--backbone", "wrn-27-2"], "6n+4"),
+        (["digits", "--proj-layers", "3"], "proj_layers"),
         (["digits", "--lr", "-1"], "lr"),
+        (["digits", "--lr", "inf"], "finite"),
+        (["digits", "--run-dir", "/dev/null/run"], "/dev/null"),
         (["digits", "--steps", "0"], "steps"),
         (["digits", "--gamma-l", "0.5"], "gamma_l"),
         (["digits", "--labeled-head", "500"], "found"),
@@ -60,6 +70,7 @@ def test_every_preset_parses_and_survives_json(name):
         (["bacon-cifar10"], "data_dir"),
         (["bacon-cifar10", "--data-dir", "missing"], "--download"),
         (["digits", "--split", "missing.json"], "missing.json"),
+        (["digits", "--split", "/tmp"], "/tmp"),
     ],
 )
 def test_wrong_values_fail_at_once_and_name_the_allowed_ones(words, expected, tmp_path, capsys):
@@ -77,6 +88,14 @@ def test_errors_reach_the_shell_as_one_line_and_a_status():
     result = call("train.py", "nonsense")
     assert result.returncode == 2
     assert result.stderr.startswith("error: preset: expected one of digits") and result.stderr.count("\n") == 1
+
+
+def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    words = ["--loss-backend", "triton", "--device", "cpu", "--run-dir", str(tmp_path / "run")]
+    result = call("train.py", "digits", *words)
+    assert result.returncode == 2 and result.stderr.startswith("error: loss_backend: ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_lists_presets_options_and_choices():

@@ -11,6 +11,7 @@ import torchvision
 from PIL import Image
 
 from bacon_fast.data.datasets import DATASETS, ImageDataset, load_dataset
+from bacon_fast.data.images import read_files
 
 rng = np.random.default_rng(0)
 
@@ -322,3 +323,12 @@ def test_image_dataset_checks_its_tensors():
         ImageDataset(**good | {"unlabeled_images": images[:, :3]})
     with pytest.raises(ValueError, match="test_labels: expected int64"):
         ImageDataset(**good | {"test_labels": labels.int()})
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_images_of_more_than_eight_bits_are_refused_rather_than_clipped(tmp_path, mode):
+    pixels = np.full((8, 8), 40_000, dtype=np.uint16) if mode == "I;16" else np.full((8, 8), 0.5, dtype=np.float32)
+    path = tmp_path / "deep.tif"
+    Image.fromarray(pixels).save(path)
+    with pytest.raises(ValueError, match=rf"deep\.tif.*8 bits a channel, found mode {mode}"):
+        read_files([path], 8)

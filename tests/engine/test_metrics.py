@@ -179,3 +179,15 @@ def test_history_of_one_evaluation_and_its_errors():
         History([row])
     with pytest.raises(ValueError, match="no evaluation"):
         History().summary()
+
+
+def test_the_mean_of_evaluations_covers_groups_and_classes():
+    rows = [
+        {"step": i, "top1": t, "bacc": t, "gm": t, "many": t, "medium": None, "few": 0.0, "per_class": [t, None]}
+        for i, t in enumerate((0.2, 0.6, 0.4))
+    ]
+    summary = History(rows).summary()
+    mean, best = summary["mean_last_20"], summary["best_on_test"]
+    assert mean["many"] == pytest.approx(0.4) and mean["medium"] is None and mean["few"] == 0
+    assert mean["per_class"] == [pytest.approx(0.4), None]
+    assert best["many"] == 0.6 and best["per_class"] == [0.6, None] and best["steps"]["bacc"] == 1

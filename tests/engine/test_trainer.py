@@ -17,7 +17,7 @@ import torch
 from bacon_fast.engine.checkpoint import CheckpointError, list_checkpoints
 from bacon_fast.engine.config import METHODS, Config
 from bacon_fast.engine.presets import PRESETS
-from bacon_fast.engine.trainer import DivergedError, Trainer
+from bacon_fast.engine.trainer import DivergedError, StoppedError, Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,7 +70,8 @@ def test_every_method_trains_and_writes_the_files_of_a_run(tmp_path, method):
     assert json.loads((run / "summary.json").read_text()) == summary
     assert {"dataset", "method", "steps", "top1", "bacc", "gm", "per_class", "steps_per_second"} <= summary.keys()
     assert summary["method"] == method and 0 <= summary["bacc"] <= 1 and len(summary["per_class"]) == 10
-    assert {"last", "mean_last_20", "best_on_test"} <= summary.keys()
+    for name in ("last", "mean_last_20", "best_on_test"):
+        assert {"top1", "bacc", "gm", "many", "medium", "few", "per_class"} <= summary[name].keys()
     assert Config.from_dict(json.loads((run / "config.json").read_text())) == trainer.config
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if r["kind"] == "eval"] == [4, 8, 12]
@@ -170,6 +171,71 @@ def test_sigterm_saves_the_present_step_and_says_how_to_go_on(tmp_path):
     assert len(list_checkpoints(run / "checkpoints")) == 1
 
 
+def test_a_signal_during_the_evaluation_saves_what_it_says_it_saved(tmp_path, monkeypatch):
+    trainer = Trainer(tiny(tmp_path / "run", checkpoint_every=100))
+    evaluate = trainer._evaluate
+
+    def interrupted() -> None:
+        evaluate()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer, "_evaluate", interrupted)
+    with pytest.raises(StoppedError, match=r"stopped at step 4: saved .*step-00000004\.pt"):
+        trainer.fit()
+    assert final_state(tmp_path / "run")["step"] == 4
+
+
+def test_an_overflow_in_the_first_half_precision_step_is_skipped_without_a_trace(tmp_path):
+    trainer = Trainer(tiny(tmp_path / "run", precision="fp16", method="supervised"))
+    trainer.logger.close()
+    before = [p.detach().clone() for p in trainer.method.parameters()]
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)  # every gradient overflows
+    trainer.train_step()
+    for parameter, old in zip(trainer.method.parameters(), before):
+        assert torch.equal(parameter, old)
+        assert not trainer.optimizer.state[parameter]["momentum_buffer"].any()
+
+
+def test_run_without_a_checkpoint_restarts_only_under_its_own_configuration(tmp_path):
+    first = Trainer(tiny(tmp_path / "run"))
+    first.logger.close()
+    with pytest.raises(CheckpointError, match=r"config\.json was written.*\n.*seed: checkpoint 0, now 9"):
+        Trainer(tiny(tmp_path / "run", seed=9, resume=True))
+    again = Trainer(tiny(tmp_path / "run", resume=True))
+    again.fit()
+    assert json.loads((tmp_path / "run" / "split.json").read_text())["hash"] == again.split.hash
+
+
+def test_leftovers_of_a_crash_are_removed_on_resume(tmp_path):
+    Trainer(tiny(tmp_path / "run")).fit()
+    folder = tmp_path / "run" / "checkpoints"
+    list_checkpoints(folder)[-1].write_bytes(b"damaged")
+    (folder / ".step-00000016.pt.1.tmp").write_bytes(b"half")
+    with pytest.warns(UserWarning, match="refused"):
+        Trainer(tiny(tmp_path / "run", resume=True)).logger.close()
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000008.pt"]
+
+
+def test_overrides_of_a_protocol_change_its_name_and_do_not_fit_a_split_file(tmp_path):
+    trainer = Trainer(tiny(tmp_path / "one", gamma_u=-5.0))
+    trainer.logger.close()
+    assert trainer.split.protocol.name == "digits with gamma_u=-5.0"
+    with pytest.raises(ValueError, match="split: expected no gamma_u"):
+        Trainer(tiny(tmp_path / "two", gamma_u=-5.0, split=tmp_path / "one" / "split.json"))
+
+
+def test_adam_shrinks_only_what_it_trains(tmp_path):
+    trainer = Trainer(tiny(tmp_path / "run", optimizer="adam", lr=0.002, weight_decay=0.02))
+    trainer.logger.close()
+    projection = trainer.method.regularizer.projection.weight.detach().clone()
+    stem = trainer.method.network.backbone.stem.weight.detach().clone()
+    trainer.train_step()
+    assert torch.equal(trainer.method.regularizer.projection.weight, projection)
+    # Adam's first step moves every element by lr (up to its eps), then all shrink by 1 - decay * lr.
+    moved = trainer.method.network.backbone.stem.weight / (1 - 0.02 * 0.002) - stem
+    torch.testing.assert_close(moved.abs(), torch.full_like(moved, 0.002), rtol=1e-2, atol=1e-5)
+
+
 def test_checkpoint_of_another_configuration_is_refused_with_the_differences(tmp_path):
     Trainer(tiny(tmp_path / "run")).fit()
     with pytest.raises(CheckpointError, match=r"lr: checkpoint 0\.03, now 0\.1") as refusal:
@@ -206,10 +272,13 @@ def test_split_can_be_given_back(tmp_path):
     assert other.split.hash != first.split.hash
 
 
-def test_a_diverging_run_stops_with_advice(tmp_path):
-    trainer = Trainer(tiny(tmp_path / "run", lr=1e12))
+def test_a_diverging_run_stops_with_advice_and_leaves_only_finite_checkpoints(tmp_path):
+    trainer = Trainer(tiny(tmp_path / "run", lr=1e25, method="supervised", checkpoint_every=1))
     with pytest.raises(DivergedError, match="smaller --lr"):
         trainer.fit()
+    for path in list_checkpoints(tmp_path / "run" / "checkpoints"):
+        weights = torch.load(path, weights_only=True)["method"]
+        assert all(value.isfinite().all() for value in weights.values())
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
