@@ -54,7 +54,8 @@ class BaConLoss(nn.Module):
             are written to the bank.
         count_threshold: unlabeled rows whose confidence is at least this are selected as their pseudo-label.
         variant: "fixed" is the paper's loss with the released code's slips corrected; "official" the released code;
-            "blog" the parameters of the blog post's listing (temperature 0.5, bta 1, at least 0.1, sum of negatives).
+            "blog" what the blog post's listing means (temperature 0.5, bta 1, at least 0.1, sum of negatives, projections
+            of unit length).
         backend: of the loss, see `functional.bacon_loss`. "reference" also takes the bank's reference.
         count_gate: what ``count_threshold`` is compared with, the largest "prob" or, in the released code, "logit".
         labeled_counts: labeled rows are selected as their labels "always" or, in the released code, only
@@ -155,6 +156,8 @@ class BaConLoss(nn.Module):
             a feature, and "selected", the share of slots that are selected as a class.
         """
         projected = self.projection(features)
+        if self.variant == "blog":  # its centers are means of unit vectors
+            projected = torch.nn.functional.normalize(projected, dim=1)
         if active and ops.fuses_bacon_step(self.backend, projected, logits, self.top_k):
             loss, reliable = self._fused_step(projected, labels, logits, labeled_slots, unlabeled_slots, progress)
         else:

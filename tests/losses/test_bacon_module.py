@@ -67,7 +67,7 @@ class Simulation:
 
         for r in range(B + U):
             if reliable[r]:
-                self.feature[slots[r]] = z[r].detach()
+                self.feature[slots[r]] = (z[r] / z[r].norm() if self.blog else z[r]).detach()
         self.centers = {}
         for c in range(CLASSES):
             members = [s for s, y in self.label.items() if y == c]
