@@ -54,8 +54,8 @@ class BaConLoss(nn.Module):
             are written to the bank.
         count_threshold: unlabeled rows whose confidence is at least this are selected as their pseudo-label.
         variant: "fixed" is the paper's loss with the released code's slips corrected; "official" the released code;
-            "blog" what the blog post's listing means (temperature 0.5, bta 1, at least 0.1, sum of negatives, projections
-            of unit length).
+            "blog" what the blog post's listing means (temperature 0.5, bta 1, at least 0.1, sum of negatives, unit
+            projections).
         backend: of the loss, see `functional.bacon_loss`. "reference" also takes the bank's reference.
         count_gate: what ``count_threshold`` is compared with, the largest "prob" or, in the released code, "logit".
         labeled_counts: labeled rows are selected as their labels "always" or, in the released code, only
