@@ -60,35 +60,34 @@ def _step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .kernels.bacon_step import bacon_step
 
-    with torch.cuda.device_of(features):
-        return bacon_step(
-            features,
-            labels,
-            logits,
-            labeled_slots,
-            unlabeled_slots,
-            progress_number if progress is None else progress,
-            bank,
-            written,
-            selected_label,
-            class_counts,
-            class_sums,
-            class_sizes,
-            centers,
-            has_center,
-            num_labeled=num_labeled,
-            temperature=temperature,
-            bta=bta,
-            min_temperature=min_temperature,
-            negative_weight=negative_weight,
-            neg_mode=neg_mode,
-            top_k=top_k,
-            reliable_threshold=reliable_threshold,
-            count_threshold=count_threshold,
-            count_gate=count_gate,
-            labeled_counts=labeled_counts,
-            input_precision=_input_precision(features.dtype),
-        )
+    return bacon_step(
+        features,
+        labels,
+        logits,
+        labeled_slots,
+        unlabeled_slots,
+        progress_number if progress is None else progress,
+        bank,
+        written,
+        selected_label,
+        class_counts,
+        class_sums,
+        class_sizes,
+        centers,
+        has_center,
+        num_labeled=num_labeled,
+        temperature=temperature,
+        bta=bta,
+        min_temperature=min_temperature,
+        negative_weight=negative_weight,
+        neg_mode=neg_mode,
+        top_k=top_k,
+        reliable_threshold=reliable_threshold,
+        count_threshold=count_threshold,
+        count_gate=count_gate,
+        labeled_counts=labeled_counts,
+        input_precision=_input_precision(features.dtype),
+    )
 
 
 @_step.register_fake

@@ -51,6 +51,7 @@ class Launch(NamedTuple):
     aligned: tuple[int, ...]
     num_warps: int
     num_stages: int
+    maxnreg: int | None
 
 
 class Usage(NamedTuple):
@@ -64,7 +65,7 @@ class Usage(NamedTuple):
         return self.local == 0 and self.shared <= SHARED_LIMIT[arch]
 
 
-def describe(kernel, arguments, constants, num_warps: int, num_stages: int) -> Launch:
+def describe(kernel, arguments, constants, num_warps: int, num_stages: int, maxnreg: int | None) -> Launch:
     """What Triton's just-in-time compiler specializes on: dtypes, None, the number 1, multiples of 16."""
     signature, values, aligned = {}, {}, []
     for index, name in enumerate(kernel.arg_names):
@@ -81,7 +82,9 @@ def describe(kernel, arguments, constants, num_warps: int, num_stages: int) -> L
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
                 aligned.append(index)
-    return Launch(kernel, tuple(signature.items()), tuple(values.items()), tuple(aligned), num_warps, num_stages)
+    return Launch(
+        kernel, tuple(signature.items()), tuple(values.items()), tuple(aligned), num_warps, num_stages, maxnreg
+    )
 
 
 def record(run: Callable[[], None]) -> list[Launch]:
@@ -102,7 +105,7 @@ def compile_for(item: Launch, arch: int) -> Usage:
         constexprs=dict(item.constants),
         attrs={(index,): [["tt.divisibility", 16]] for index in item.aligned},
     )
-    options = {"num_warps": item.num_warps, "num_stages": item.num_stages}
+    options = {"num_warps": item.num_warps, "num_stages": item.num_stages, "maxnreg": item.maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -720,7 +720,7 @@ def bacon_step(
     """One step on at least one row: the bank's contiguous buffers are changed in place.
 
     Returns the loss (0-d) and its gradient [R,D], both in the accumulator's dtype, and the share of reliable rows (0-d
-    float32). Arguments as in `bacon_fast.functional.bacon_step_`, ``input_precision`` as in `contrastive_forward`.
+    float32). Arguments as in `bacon_fast.bacon_step_ops.bacon_step_`, ``input_precision`` as in `contrastive_forward`.
     """
     arch = architecture(features) if arch is None else arch
     (num_rows, dim), num_classes = features.shape, logits.shape[1]
@@ -750,6 +750,7 @@ def bacon_step(
         "BLOCK_S": config.block_slice,
         "BLOCK_D": config.block_dim,
         "num_stages": 1,
+        "maxnreg": 255,  # the grid is smaller than the card: no use in making room for more programs
     }
     launch(
         _compare_kernel,

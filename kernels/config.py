@@ -90,7 +90,6 @@ def bacon_step_config(
     padded = block_dim(dim)
     exact = dtype in (torch.float32, torch.float64) and input_precision != "tf32"
     block, block_classes, block_scan = 16, min(64, block_dim(num_classes)), 256
-    # With these numbers of warps no register is spilled.
     compare_warps, update_warps = 4, 8 if padded <= 32 else 4
     block_slice = min(padded, 16 if padded > 64 else 32) if exact else padded
     if arch == INTERPRETER:

@@ -46,10 +46,21 @@ def dot_dtypes(dtype: torch.dtype) -> tuple[tl.dtype, tl.dtype]:
 recorder: Callable[..., None] | None = None
 
 
-def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 4, num_stages: int = 2, **constants) -> None:
-    """Runs ``kernel`` over ``grid`` on the device of its tensors; an empty grid is no work."""
+def launch(
+    kernel,
+    grid: tuple[int, ...],
+    *arguments,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    maxnreg: int | None = None,
+    **constants,
+) -> None:
+    """Runs ``kernel`` over ``grid`` on the device of its tensors; an empty grid is no work.
+
+    ``maxnreg``: registers a thread may take. Given, ptxas spills none to fit more programs on a multiprocessor.
+    """
     if recorder is not None:
-        recorder(kernel, arguments, constants, num_warps, num_stages)
+        recorder(kernel, arguments, constants, num_warps, num_stages, maxnreg)
     elif 0 not in grid:
         with torch.cuda.device_of(next(value for value in arguments if isinstance(value, Tensor))):
-            kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+            kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg, **constants)
