@@ -143,8 +143,9 @@ void bacon_sums(const BaconBatch<T>& b, std::int64_t begin, std::int64_t end) {
   }
 }
 
-// Turns one row's values into d loss / d similarity, of the row as anchor and as negative of the others.
-template <class T, int kCodes, bool kDirect>
+// Turns one row's values, or its similarities if there is no table of values, into d loss / d similarity: of the row as
+// anchor and as negative of the others.
+template <class T, int kCodes, bool kDirect, bool kTable>
 void bacon_weights_row(
     const BaconBatch<T>& b, std::int64_t row, std::int64_t first, std::int64_t count, const T* values, T* weights) {
   using V = Vector<T>;
@@ -157,13 +158,14 @@ void bacon_weights_row(
     const std::int64_t column = first + j;
     const V push_ours = may_be<T, kCodes>(b, column, stride, own) ? zero : push;
     const V push_theirs = is_code<T, kCodes>(b, column, stride, row, codes) ? zero : load<V>(b.push + column);
+    const V value = kTable ? load<V>(values + j) : load<V>(values + j) * b.scale;
     V weight;
     if constexpr (kDirect) {
-      weight = load<V>(values + j) * (push_ours + push_theirs);
+      weight = (kTable ? value : bounded_exponential(value)) * (push_ours + push_theirs);
     } else {
       // A shift is the largest logit of its negatives; others, whose push is 0, must not overflow.
-      const V ours = load<V>(values + j) - b.push_shift[row];
-      const V theirs = load<V>(values + j) - load<V>(b.push_shift + column);
+      const V ours = value - b.push_shift[row];
+      const V theirs = value - load<V>(b.push_shift + column);
       weight = push_ours * exponential(ours > zero ? zero : ours) +
           push_theirs * exponential(theirs > zero ? zero : theirs);
     }
@@ -172,12 +174,19 @@ void bacon_weights_row(
   }
 }
 
+template <class T, int kCodes, bool kTable>
+auto bacon_weights(const BaconBatch<T>& b) {
+  return b.direct ? bacon_weights_row<T, kCodes, true, kTable> : bacon_weights_row<T, kCodes, false, kTable>;
+}
+
 template <class T>
 void bacon_gradient(const BaconBatch<T>& b, std::int64_t begin, std::int64_t end) {
   const std::int64_t columns = padded(b.rows, kVectorUnit), width = padded(b.dim, kFeatureUnit);
   const bool usual = b.num_codes == kUsualCodes;
-  const auto weights_row = b.direct ? usual ? bacon_weights_row<T, kUsualCodes, true> : bacon_weights_row<T, 0, true>
-                                    : usual ? bacon_weights_row<T, kUsualCodes, false> : bacon_weights_row<T, 0, false>;
+  const auto weights_row = [&] {
+    if (b.table) return usual ? bacon_weights<T, kUsualCodes, true>(b) : bacon_weights<T, 0, true>(b);
+    return usual ? bacon_weights<T, kUsualCodes, false>(b) : bacon_weights<T, 0, false>(b);
+  }();
   alignas(64) T tile[kRowUnit * kBaconTile];
   alignas(64) T weights[kRowUnit * kBaconTile];
   Scratch<T> grad_units(kRowUnit * width);
@@ -188,14 +197,7 @@ void bacon_gradient(const BaconBatch<T>& b, std::int64_t begin, std::int64_t end
       std::int64_t stride = columns;
       T* values = b.table ? b.table + row * columns + first : bacon_similarities(b, row, first, count, tile, stride);
       for (std::int64_t r = 0; r < kRowUnit; ++r) {
-        T* row_values = values + r * stride;
-        if (!b.table) {
-          for (std::int64_t j = 0; j < count; j += kLanes<T>) {
-            const Vector<T> logit = load<Vector<T>>(row_values + j) * b.scale;
-            store(row_values + j, b.direct ? bounded_exponential(logit) : logit);
-          }
-        }
-        weights_row(b, row + r, first, count, row_values, weights + r * kBaconTile);
+        weights_row(b, row + r, first, count, values + r * stride, weights + r * kBaconTile);
       }
       for (std::int64_t i = 0; i < kRowUnit; i += kTileRows) {
         combine_tile<T>(
