@@ -18,7 +18,6 @@ struct BaconBatch {
   Normalization<T> features;
   const Code<T>* codes;    // [num_codes, padded rows], -1 where a row has fewer
   const Code<T>* classes;  // [padded rows]
-  const bool* active;      // [padded rows]: the row's sum over negatives enters the loss
   const bool* anchor;      // [padded rows]: the row has a term in the loss
   const T* centers;        // [num_classes, dim], not normalized
 

@@ -18,6 +18,7 @@
 
 #include "contrastive/buffer.h"
 #include "contrastive/kernels.h"
+#include "contrastive/parallel.h"
 #include "contrastive/top_classes.h"
 
 namespace bacon_fast {
@@ -86,20 +87,17 @@ class BaconStep {
   double run(T* grad) {
     const Kernels<T>& kernel = kernels<T>();
     batch_.grad = grad;
-    // Regions of fewer multiplications than this are not worth waking a thread.
-    constexpr int64_t kGrain = 1 << 17;
-    const int64_t unit_cost = std::max<int64_t>(1, kRowUnit * padded_rows_ * (dim_ + 16));
-    const int64_t units = padded_rows_ / kRowUnit, grain = kGrain / unit_cost;
-    const int64_t blocks = padded_rows_ / kVectorUnit;
-    at::parallel_for(0, blocks, 4 * grain, [&](int64_t begin, int64_t end) {
+    const int64_t row_cost = kScalarCost * num_classes_ + kNormalizeCost * dim_;
+    at::parallel_for(0, padded_rows_ / kVectorUnit, grain(kVectorUnit * row_cost), [&](int64_t begin, int64_t end) {
       kernel.normalize(batch_.features, begin * kVectorUnit, end * kVectorUnit);
       choose_classes(begin * kVectorUnit, std::min(end * kVectorUnit, rows_));
     });
     settle_ties();
     count();
-    at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel.bacon_sums(batch_, begin, end); });
+    const int64_t units = padded_rows_ / kRowUnit, least = grain(kRowUnit * padded_rows_ * (dim_ + kExponentialCost));
+    at::parallel_for(0, units, least, [&](int64_t begin, int64_t end) { kernel.bacon_sums(batch_, begin, end); });
     const double loss = finish();
-    at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel.bacon_gradient(batch_, begin, end); });
+    at::parallel_for(0, units, least, [&](int64_t begin, int64_t end) { kernel.bacon_gradient(batch_, begin, end); });
     return loss;
   }
 
@@ -111,7 +109,7 @@ class BaconStep {
     std::fill_n(codes_.data(), codes_.size(), Code<T>(-1));
     sums_ = Buffer<double>(padded_rows_);
     states_ = Buffer<unsigned char>(padded_rows_);
-    flags_ = Buffer<bool>(3 * padded_rows_);
+    flags_ = Buffer<bool>(2 * padded_rows_);
     std::fill_n(flags_.data(), flags_.size(), false);
     T* next = reals_.data();
     const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
@@ -129,7 +127,6 @@ class BaconStep {
     batch_.codes = codes_.data();
     batch_.classes = codes_.data() + padded_rows_ * num_codes_;
     batch_.anchor = flags_.data();
-    batch_.active = flags_.data() + padded_rows_;
     batch_.centers = centers_.template const_data_ptr<T>();
     batch_.sums = sums_.data();
     batch_.shifts = take(padded_rows_);
@@ -146,7 +143,7 @@ class BaconStep {
 
   // Codes of rows begin..end-1: the label, or the classes of the largest logits.
   void choose_classes(int64_t begin, int64_t end) {
-    bool* tied = flags_.data() + 2 * padded_rows_;
+    bool* tied = flags_.data() + padded_rows_;
     const int64_t* labels = labels_.const_data_ptr<int64_t>();
     for (int64_t r = begin; r < std::min(end, labeled_); ++r) codes_[r] = static_cast<Code<T>>(labels[r]);
     AT_DISPATCH_FLOATING_TYPES(logits_.scalar_type(), "bacon_step_cpu", [&] {
@@ -159,7 +156,7 @@ class BaconStep {
   }
 
   void settle_ties() {
-    const bool* tied = flags_.data() + 2 * padded_rows_;
+    const bool* tied = flags_.data() + padded_rows_;
     if (std::find(tied + labeled_, tied + rows_, true) == tied + rows_) return;
     const at::Tensor top = std::get<1>(at::topk(logits_, num_codes_, 1));
     const int64_t* classes = top.const_data_ptr<int64_t>();
@@ -191,13 +188,11 @@ class BaconStep {
     const bool* selected = selected_.const_data_ptr<bool>();
     const bool* has_center = has_center_.defined() ? has_center_.const_data_ptr<bool>() : nullptr;
     bool* anchor = flags_.data();
-    bool* active = anchor + padded_rows_;
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t c = classes[r];
       anchor[r] = selected[r] && negatives_[c] > 0 && (has_center == nullptr || has_center[c]);
       live_[c] |= anchor[r];
     }
-    for (int64_t r = 0; r < rows_; ++r) active[r] = options_.authors ? live_[classes[r]] : anchor[r];
   }
 
   // The positives' inverse temperatures, balanced temperature adjusting.
@@ -216,7 +211,6 @@ class BaconStep {
   // From the rows' sums to the loss, and to its derivatives by the logits: push, push_shift and pull.
   double finish() {
     const bool* anchor = batch_.anchor;
-    const bool* active = batch_.active;
     const Code<T>* classes = batch_.classes;
     const std::vector<double> scales = positive_scales();
     const bool* selected = selected_.const_data_ptr<bool>();
@@ -226,12 +220,14 @@ class BaconStep {
     // Sums over the negatives, of each class ("authors") or each row ("paper"), relative to exp(shift).
     const int64_t groups = options_.authors ? num_classes_ : rows_;
     const auto group_of = [&](int64_t r) { return options_.authors ? int64_t(classes[r]) : r; };
+    // Whether the row's sum enters the loss: that of an anchor, or of a row in the class of one.
+    const auto active = [&](int64_t r) { return options_.authors ? bool(live_[classes[r]]) : anchor[r]; };
     std::vector<double> sum(groups, 0.0), shift(groups, batch_.direct ? 0.0 : kNegativeInfinity);
     for (int64_t r = 0; r < rows_ && !batch_.direct; ++r) {
-      if (active[r]) shift[group_of(r)] = std::max(shift[group_of(r)], double(batch_.shifts[r]));
+      if (active(r)) shift[group_of(r)] = std::max(shift[group_of(r)], double(batch_.shifts[r]));
     }
     for (int64_t r = 0; r < rows_; ++r) {
-      if (!active[r]) continue;
+      if (!active(r)) continue;
       const int64_t g = group_of(r);
       sum[g] += batch_.direct ? sums_[r] : sums_[r] * std::exp(batch_.shifts[r] - shift[g]);
     }
@@ -266,7 +262,7 @@ class BaconStep {
       push[g] += rho * share[g] / divisor;
     }
     for (int64_t r = 0; r < padded_rows_; ++r) {
-      const bool pushes = r < rows_ && active[r];
+      const bool pushes = r < rows_ && active(r);
       push_[r] = T(pushes ? push[group_of(r)] / (sum[group_of(r)] * options_.temperature) : 0);
       push_shift_[r] = T(pushes ? shift[group_of(r)] : 0);
     }
@@ -283,7 +279,7 @@ class BaconStep {
   Buffer<Code<T>> codes_;  // [num_codes + 1, padded rows]: the codes, then the classes
   Buffer<double> sums_;
   Buffer<unsigned char> states_;
-  Buffer<bool> flags_;  // [3, padded rows]: anchor, active, tied
+  Buffer<bool> flags_;  // [2, padded rows]: anchor, tied
   std::vector<int64_t> members_, negatives_;
   std::vector<char> live_;  // classes with an anchor
   T *push_, *push_shift_, *pull_;
@@ -295,6 +291,27 @@ void check_cpu(std::initializer_list<std::pair<const char*, const at::Tensor*>> 
   }
 }
 
+// `functional.bacon_loss` checks its arguments in more words; this keeps a direct call within its arrays.
+void check_shapes(
+    const at::Tensor& features, const at::Tensor& labels, const at::Tensor& logits, const at::Tensor& centers,
+    const std::optional<at::Tensor>& has_center, const at::Tensor& selected, const at::Tensor& class_counts,
+    const at::Tensor& progress) {
+  TORCH_CHECK_VALUE(features.dim() == 2, "features: expected shape [R, D], found ", features.sizes());
+  TORCH_CHECK_VALUE(centers.dim() == 2, "centers: expected shape [K, D], found ", centers.sizes());
+  TORCH_CHECK_VALUE(labels.dim() == 1 && labels.size(0) <= features.size(0), "labels: expected shape [B], B <= ",
+                    features.size(0), ", found ", labels.sizes());
+  const int64_t rows = features.size(0), unlabeled = rows - labels.size(0), num_classes = centers.size(0);
+  const auto check = [](const char* name, const at::Tensor& tensor, at::IntArrayRef shape) {
+    TORCH_CHECK_VALUE(tensor.sizes() == shape, name, ": expected shape ", shape, ", found ", tensor.sizes());
+  };
+  check("centers", centers, {num_classes, features.size(1)});
+  check("logits", logits, {unlabeled, num_classes});
+  check("selected", selected, {rows});
+  check("class_counts", class_counts, {num_classes});
+  check("progress", progress, {});
+  if (has_center) check("has_center", *has_center, {num_classes});
+}
+
 std::tuple<at::Tensor, at::Tensor> bacon_step(
     const at::Tensor& features, const at::Tensor& labels, const at::Tensor& logits, const at::Tensor& centers,
     const std::optional<at::Tensor>& has_center, const at::Tensor& selected, const at::Tensor& class_counts,
@@ -302,6 +319,10 @@ std::tuple<at::Tensor, at::Tensor> bacon_step(
     std::string_view neg_mode, double min_temperature) {
   check_cpu({{"features", &features}, {"labels", &labels}, {"logits", &logits}, {"centers", &centers},
              {"selected", &selected}, {"class_counts", &class_counts}, {"progress", &progress}});
+  check_shapes(features, labels, logits, centers, has_center, selected, class_counts, progress);
+  TORCH_CHECK_VALUE(neg_mode == "authors" || neg_mode == "paper",
+                    "neg_mode: expected \"authors\" or \"paper\", found \"", neg_mode, "\"");
+  TORCH_CHECK_VALUE(top_k > 0, "top_k: expected a positive integer, found ", top_k);
   const at::ScalarType type = features.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor loss = at::empty({}, features.options().dtype(type));
   at::Tensor grad = at::empty(features.sizes(), features.options().dtype(type));

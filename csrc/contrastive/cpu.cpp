@@ -54,7 +54,7 @@ class Forward {
 
   void run() {
     const Family<T>& f = work_.family;
-    work_.for_chunks(work_.dim + 16, [&](int64_t chunk, int64_t begin, int64_t end) {
+    work_.for_chunks(work_.dim + kExponentialCost, [&](int64_t chunk, int64_t begin, int64_t end) {
       kernels<T>().family_sums(f, chunk, begin, end);
     });
     at::parallel_for(0, work_.rows, kRowGrain, [&](int64_t begin, int64_t end) {
@@ -202,7 +202,7 @@ class Backward {
 
   void run() {
     Family<T>& f = work_.family;
-    const int64_t products = 2 * work_.dim + 16;
+    const int64_t products = 2 * work_.dim + kExponentialCost;
     Buffer<T> table;
     if (f.grad_rows && f.grad_columns && work_.padded_rows * work_.padded_columns <= kTableLimit) {
       table = Buffer<T>(work_.padded_rows * work_.padded_columns);

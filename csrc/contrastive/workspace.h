@@ -11,18 +11,15 @@
 #include "contrastive/arguments.h"
 #include "contrastive/buffer.h"
 #include "contrastive/kernels.h"
+#include "contrastive/parallel.h"
 
 namespace bacon_fast::contrastive {
 
-// Tasks of fewer multiplications than this are not worth waking a thread.
-constexpr int64_t kGrain = 1 << 17;
 // Columns of fewer numbers than this are copied as units without a look at whether they could be left where they are.
 constexpr int64_t kCopyLimit = 1 << 20;
 // Fewer tasks of rows than this are cut into chunks of columns, none smaller than this.
 constexpr int64_t kFewTasks = 16;
 constexpr int64_t kChunkColumns = 2048;
-
-inline int64_t grain(int64_t cost) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost)); }
 
 template <class T>
 class Workspace {
@@ -146,7 +143,8 @@ class Workspace {
   }
 
   void normalize(const Normalization<T>& set, int64_t count) const {
-    at::parallel_for(0, count / kVectorUnit, grain(kVectorUnit * dim), [&](int64_t begin, int64_t end) {
+    const int64_t cost = kVectorUnit * dim * kNormalizeCost;
+    at::parallel_for(0, count / kVectorUnit, grain(cost), [&](int64_t begin, int64_t end) {
       kernels<T>().normalize(set, begin * kVectorUnit, end * kVectorUnit);
     });
   }

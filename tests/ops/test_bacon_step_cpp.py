@@ -374,6 +374,26 @@ def test_labels_out_of_range_are_refused():
         cpp_loss(batch, progress=0.5)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("labels", torch.zeros(21, dtype=torch.int64), r"labels: expected shape \[B\], B <= 20, found \[21\]"),
+        ("logits", torch.zeros(10, 4), r"logits: expected shape \[10, 5\], found \[10, 4\]"),
+        ("centers", torch.zeros(5, 7), r"centers: expected shape \[5, 8\], found \[5, 7\]"),
+        ("selected", torch.zeros(3, dtype=torch.bool), r"selected: expected shape \[20\], found \[3\]"),
+        ("class_counts", torch.zeros(6), r"class_counts: expected shape \[5\], found \[6\]"),
+        ("features", torch.zeros(20), r"features: expected shape \[R, D\], found \[20\]"),
+    ],
+)
+def test_direct_call_is_checked(name, value, message):
+    """Without `functional.bacon_loss`, which checks more."""
+    batch = make_batch(20, 10, 5, 8) | {name: value}
+    tensors = [batch[key] for key in ("features", "labels", "logits", "centers")]
+    others = (None, batch["selected"], batch["class_counts"], torch.tensor(0.5))
+    with pytest.raises(ValueError, match=message):
+        torch.ops.bacon_fast.bacon_step_cpu(*tensors, *others, 0.1, 0.005, 64.0, 3, "authors", 0.0)
+
+
 def test_is_the_default_on_a_cpu():
     batch = make_batch(20, 10, 5, 8, dtype=torch.float32)
     assert torch.equal(functional.bacon_loss(**batch, progress=0.5), cpp_loss(batch, progress=0.5))
