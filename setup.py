@@ -39,7 +39,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 def extension():
     use_cuda = CUDA_HOME is not None and torch.version.cuda is not None
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
-    # No -march=native: a wheel must run elsewhere. Hot loops carry function-level target clones instead.
+    # No -march=native: a wheel must run elsewhere. Hot loops have one file per instruction set instead.
     # at::parallel_for is a template that runs on one thread unless its caller is compiled with OpenMP.
     cxx_flags = ["-O3", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-fno-math-errno", "-fopenmp"]
     link_flags = ["-fopenmp"]
