@@ -14,6 +14,7 @@ from bacon_fast.data.datasets import ImageDataset, load_dataset
 from bacon_fast.data.longtail import PROTOCOLS, Split, make_split
 from bacon_fast.engine.config import Config
 from bacon_fast.losses.bacon import BaConLoss
+from bacon_fast.methods.composed import ComposedMethod
 from bacon_fast.methods.fixmatch import FixMatch
 from bacon_fast.methods.fixmatch_abc import FixMatchABC
 from bacon_fast.methods.method import Method
@@ -96,6 +97,16 @@ def split_overrides(config: Config) -> dict:
     return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
 
 
+def build_network(config: Config, num_classes: int) -> Network:
+    """The network of `config.method`, freshly initialized from torch's generator: what is averaged and evaluated."""
+    return Network(
+        config.backbone,
+        num_classes,
+        balanced_head="abc" in config.method.split("+"),
+        bn_momentum=config.bn_momentum,
+    )
+
+
 def build_method(
     config: Config, num_classes: int, labeled_counts: Tensor, num_labeled: int, num_unlabeled: int
 ) -> Method:
@@ -107,7 +118,7 @@ def build_method(
     """
     base_name, *others = config.method.split("+")
     balanced = "abc" in others
-    network = Network(config.backbone, num_classes, balanced_head=balanced, bn_momentum=config.bn_momentum)
+    network = build_network(config, num_classes)
     backend = None if config.loss_backend == "auto" else config.loss_backend
     if base_name == "supervised":
         base = Supervised()
@@ -142,8 +153,19 @@ def build_method(
             neg_mode=config.neg_mode,
             variant=config.variant,
             backend=backend,
+            count_gate=config.count_gate,
+            labeled_counts=config.labeled_counts,
+            center_slots=config.center_slots,
+            centers=config.centers,
         )
-    return Method(network, base, regularizer, steps=config.steps, lambda_con=config.lambda_con)
+    return ComposedMethod(
+        network,
+        base,
+        regularizer,
+        steps=config.steps,
+        lambda_con=config.lambda_con,
+        contrast_start=config.contrast_start,
+    )
 
 
 def build_optimizer(config: Config, method: Method) -> torch.optim.Optimizer:
@@ -152,7 +174,7 @@ def build_optimizer(config: Config, method: Method) -> torch.optim.Optimizer:
     Both are the fused kernels: one launch for all parameters of a group, and fp16's gradient scale is applied inside,
     without the host reading whether an overflow occurred.
     """
-    parameters = list(method.parameters())
+    parameters = [p for p in method.parameters() if p.requires_grad]
     matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
     if config.optimizer == "adam":  # decays by shrinking the parameters after the step, in the trainer
         return torch.optim.Adam(parameters, lr=config.lr, fused=True)

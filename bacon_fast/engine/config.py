@@ -156,9 +156,18 @@ class Config:
     negative_weight: float | None = None
     """Lambda: how many negatives the mean negative stands for."""
     top_k: int = 3
-    """An unlabeled image is a negative of the classes outside its top k."""
+    """An unlabeled image is a negative of the classes outside its top k; 1: no reliable negative selection."""
     reliable_threshold: float = 0.98
     """Confidence from which a feature enters the memory bank."""
+    centers: Literal["bank", "batch"] = "bank"
+    """Class centers: means over the memory bank or, for an ablation, over the reliable images of the batch."""
+    count_gate: Literal["prob", "logit"] | None = None
+    """What --threshold selects a class by in BaCon's counts: the largest probability or logit. Default of this and of
+    the next two: the variant's (fixed: prob, always, written)."""
+    labeled_counts: Literal["always", "with_pseudo"] | None = None
+    """Count labeled images always, or only in a batch with a selected unlabeled one."""
+    center_slots: Literal["written", "selected"] | None = None
+    """A center is the mean over the slots of its class that hold a feature, or over all, which start as ones."""
     loss_backend: Literal["auto", "reference", "cpp", "triton"] = "auto"
     """Implementation of the fused losses."""
 

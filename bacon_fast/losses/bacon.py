@@ -25,6 +25,7 @@ CHOICES = {
     "count_gate": ("prob", "logit"),
     "labeled_counts": ("always", "with_pseudo"),
     "center_slots": ("written", "selected"),
+    "centers": ("bank", "batch"),
 }
 
 
@@ -49,7 +50,8 @@ class BaConLoss(nn.Module):
         proj_layers: 1, 2, or 0 for none, where D = F (`models.heads.projection_head`).
         temperature, bta, negative_weight, neg_mode, min_temperature: see `functional.bacon_loss`; None takes the
             variant's value.
-        top_k: an unlabeled row is no negative of its ``top_k`` likeliest classes; lowered to K-1 where K is small.
+        top_k: an unlabeled row is no negative of its ``top_k`` likeliest classes; lowered to K-1 where K is small. 1 is
+            the loss without reliable negative selection (E.4): every row predicted as another class is a negative.
         reliable_threshold: rows whose confidence is at least this are reliable: they are the anchors of the loss and
             are written to the bank.
         count_threshold: unlabeled rows whose confidence is at least this are selected as their pseudo-label.
@@ -62,6 +64,9 @@ class BaConLoss(nn.Module):
             "with_pseudo", that is if an unlabeled row of the batch is selected too.
         center_slots: a center is the mean over the slots of its class that were "written" or, in the released code, of
             all "selected" ones, which hold a vector of ones until they are written.
+        centers: the loss pulls rows to the centers of the memory "bank", as published or, for an ablation, to the mean
+            over the reliable rows of the class in this "batch", labeled and weak, without a gradient. The bank is kept
+            either way.
 
     The released code also projects the strong views and drops the result, which changes nothing and is not offered. As
     there, a slot whose class changes keeps its old feature under the new class.
@@ -89,6 +94,7 @@ class BaConLoss(nn.Module):
         count_gate: str | None = None,
         labeled_counts: str | None = None,
         center_slots: str | None = None,
+        centers: str = "bank",
     ):
         super().__init__()
         if variant not in VARIANTS:
@@ -104,6 +110,7 @@ class BaConLoss(nn.Module):
             "count_gate": count_gate,
             "labeled_counts": labeled_counts,
             "center_slots": center_slots,
+            "centers": centers,
         }
         options = VARIANTS[variant] | {name: value for name, value in given.items() if value is not None}
         for name, allowed in CHOICES.items():
@@ -114,7 +121,7 @@ class BaConLoss(nn.Module):
         self.min_temperature = options["min_temperature"]
         self.negative_weight, self.neg_mode = options["negative_weight"], options["neg_mode"]
         self.count_gate, self.labeled_counts = options["count_gate"], options["labeled_counts"]
-        self.center_slots = options["center_slots"]
+        self.center_slots, self.centers = options["center_slots"], options["centers"]
         self.top_k = max(1, min(top_k, num_classes - 1))
         self.reliable_threshold, self.count_threshold = reliable_threshold, count_threshold
         self.num_labeled = num_labeled
@@ -158,7 +165,8 @@ class BaConLoss(nn.Module):
         projected = self.projection(features)
         if self.variant == "blog":  # its centers are means of unit vectors
             projected = torch.nn.functional.normalize(projected, dim=1)
-        if active and ops.fuses_bacon_step(self.backend, projected, logits, self.top_k):
+        fuses = self.centers == "bank" and ops.fuses_bacon_step(self.backend, projected, logits, self.top_k)
+        if active and fuses:
             loss, reliable = self._fused_step(projected, labels, logits, labeled_slots, unlabeled_slots, progress)
         else:
             loss, reliable = self._composed_step(
@@ -227,10 +235,14 @@ class BaConLoss(nn.Module):
         # topk rather than argmax: the loss takes a row's class from topk, and ties must fall the same way.
         pseudo_labels = logits[batch:].topk(self.top_k, dim=1).indices[:, 0]
         slots = torch.cat([labeled_slots, unlabeled_slots + self.num_labeled])
-        self.bank.select_(slots, torch.cat([labels, pseudo_labels]), torch.cat([labeled_counted, counted]))
+        classes = torch.cat([labels, pseudo_labels])
+        self.bank.select_(slots, classes, torch.cat([labeled_counted, counted]))
 
         if active:
-            centers, has_center = self.bank.present_centers()
+            if self.centers == "bank":
+                centers, has_center = self.bank.present_centers()
+            else:
+                centers, has_center = functional.class_centers(projected.float(), classes, logits.shape[1], reliable)
             loss = functional.bacon_loss(
                 projected,
                 labels,

@@ -34,6 +34,7 @@ class Simulation:
 
     def __init__(self, module, variant):
         self.module, self.official, self.blog = module, variant == "official", variant == "blog"
+        self.batch_centers = module.centers == "batch"
         self.label, self.feature = {}, {}
         self.centers = {}
 
@@ -53,8 +54,13 @@ class Simulation:
                 self.label[slots[r]] = int(labels[r])
         counts = [list(self.label.values()).count(c) for c in range(CLASSES)]
 
+        used = self.centers
+        if self.batch_centers:
+            classes = labels.tolist() + predicted[B:].tolist()
+            rows = {c: [r for r in range(B + U) if classes[r] == c and reliable[r]] for c in range(CLASSES)}
+            used = {c: z[members].detach().mean(0) for c, members in rows.items() if members}
         centers, has_center = torch.zeros(CLASSES, z.shape[1], dtype=torch.float64), torch.zeros(CLASSES).bool()
-        for c, center in self.centers.items():
+        for c, center in used.items():
             centers[c], has_center[c] = center, True
         options = {"top_k": 3, "has_center": has_center}
         if self.blog:
@@ -80,11 +86,14 @@ class Simulation:
         return (loss.detach() if active else torch.tensor(0.0)), gradient, counts
 
 
-@pytest.mark.parametrize("variant", ["fixed", "official", "blog"])
+@pytest.mark.parametrize(
+    "variant, centers", [("fixed", "bank"), ("official", "bank"), ("blog", "bank"), ("fixed", "batch")]
+)
 @pytest.mark.parametrize("backend", [None, "reference"])
-def test_steps_against_the_simulation(variant, backend):
+def test_steps_against_the_simulation(variant, centers, backend):
     torch.manual_seed(0)
-    module = BaConLoss(FEATURES, CLASSES, LABELED, UNLABELED, proj_dim=4, variant=variant, backend=backend)
+    options = {"proj_dim": 4, "variant": variant, "centers": centers, "backend": backend}
+    module = BaConLoss(FEATURES, CLASSES, LABELED, UNLABELED, **options)
     simulation = Simulation(module, variant)
     positive = 0
     for t, step in enumerate(random_steps()):
@@ -133,6 +142,56 @@ def test_official_differs_from_fixed_by_its_three_flags():
     for losses, state in states:
         assert not torch.equal(losses, fixed[0])
         assert not torch.equal(state["bank.centers"], fixed[1]["bank.centers"])
+
+
+def test_batch_centers_need_no_bank_and_have_no_gradient():
+    """From the first step on, and equal to the loss with the centers given: autograd does not see them."""
+    torch.manual_seed(0)
+    step = next(random_steps())
+    module = BaConLoss(FEATURES, CLASSES, LABELED, UNLABELED, centers="batch")
+    loss = module(**step, progress=0.5, active=True).loss
+    loss.backward()
+    assert loss > 0 and BaConLoss(FEATURES, CLASSES, LABELED, UNLABELED)(**step, progress=0.5, active=True).loss == 0
+
+    projected = module.projection(step["features"]).detach().requires_grad_()
+    classes = torch.cat([step["labels"], step["logits"][B:].argmax(1)])
+    reliable = step["logits"].softmax(1).amax(1) >= 0.98
+    centers = torch.stack([projected[(classes == c) & reliable].mean(0) for c in range(CLASSES)]).detach()
+    has_center = ~centers.isnan().any(1)
+    assert not has_center.all(), "a class without a reliable row must be among them"
+    expected = bacon_oracle.bacon_loss(
+        projected, step["labels"], step["logits"][B:], centers, reliable, module.bank.class_counts, 0.5,
+        has_center=has_center,
+    )  # fmt: skip
+    expected.backward()
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(module.projection.bias.grad, projected.grad.sum(0), rtol=1e-4, atol=1e-5)
+
+
+def test_batch_centers_are_not_left_out_where_the_whole_step_is_fused():
+    losses = []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        module = BaConLoss(FEATURES, CLASSES, LABELED, UNLABELED, centers="batch", backend=backend)
+        losses.append([module(**step, progress=0.5, active=True).loss.item() for step in random_steps(2)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[0][0] > 0
+
+
+def test_top_k_of_one_turns_reliable_negative_selection_off():
+    """E.4 without it: an unlabeled row is a negative of every class but its predicted one."""
+    torch.manual_seed(0)
+    module = BaConLoss(FEATURES, CLASSES, LABELED, UNLABELED, top_k=1)
+    for step in random_steps(5):
+        centers, has_center = module.bank.centers.clone(), module.bank.has_center.clone()
+        loss = module(**step, progress=0.5, active=True).loss
+    projected = module.projection(step["features"])
+    reliable = step["logits"].softmax(1).amax(1) >= 0.98
+    only_predicted = torch.nn.functional.one_hot(step["logits"].argmax(1), CLASSES).float()  # the top 1 and no more
+    expected = bacon_oracle.bacon_loss(
+        projected, step["labels"], only_predicted[B:], centers, reliable, module.bank.class_counts, 0.5, top_k=1,
+        has_center=has_center,
+    )  # fmt: skip
+    assert loss > 0 and loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_labeled_counts_wait_for_a_pseudo_label():
@@ -220,10 +279,10 @@ class NoSynchronization(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("variant", ["fixed", "official"])
+@pytest.mark.parametrize("options", [{}, {"variant": "official"}, {"centers": "batch"}], ids=str)
 @pytest.mark.parametrize("backend", [None, "reference"])
-def test_a_step_never_synchronizes_with_the_host(variant, backend):
-    module = BaConLoss(FEATURES, CLASSES, LABELED, UNLABELED, variant=variant, backend=backend)
+def test_a_step_never_synchronizes_with_the_host(options, backend):
+    module = BaConLoss(FEATURES, CLASSES, LABELED, UNLABELED, backend=backend, **options)
     for step in random_steps(2):
         with NoSynchronization():
             loss = module(**step, progress=torch.tensor(0.5), active=True).loss
@@ -237,10 +296,10 @@ def test_the_guard_against_synchronization_works():
             offense()
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
-def test_compiles_to_one_graph(backend):
+@pytest.mark.parametrize("options", [{}, {"backend": "reference"}, {"centers": "batch"}], ids=str)
+def test_compiles_to_one_graph(options):
     torch.manual_seed(0)
-    modules = [BaConLoss(FEATURES, CLASSES, LABELED, UNLABELED, backend=backend) for _ in range(2)]
+    modules = [BaConLoss(FEATURES, CLASSES, LABELED, UNLABELED, **options) for _ in range(2)]
     modules[1].load_state_dict(modules[0].state_dict())
     compiled = torch.compile(modules[0], fullgraph=True, backend="aot_eager")
     for step in random_steps(4):
@@ -297,6 +356,7 @@ def test_temperatures():
         ({"count_gate": "max"}, "count_gate: expected one of prob, logit, found 'max'"),
         ({"labeled_counts": "never"}, "labeled_counts: expected one of always, with_pseudo, found 'never'"),
         ({"center_slots": "all"}, "center_slots: expected one of written, selected, found 'all'"),
+        ({"centers": "queue"}, "centers: expected one of bank, batch, found 'queue'"),
         ({"proj_layers": 5}, "num_layers: expected 0, 1 or 2, found 5"),
         ({"top_k": 0}, "top_k: expected a positive integer, found 0"),
     ],
