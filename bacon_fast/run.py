@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from bacon_fast.data.augment import Augment
 from bacon_fast.engine.build import resolve_device
+from bacon_fast.engine.builders import build_network
 from bacon_fast.engine.checkpoint import CheckpointError, load_latest
 from bacon_fast.engine.config import Config
-from bacon_fast.models.network import Network
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Run:
     directory: Path
     config: Config
     step: int
-    network: Network
+    network: nn.Module
     normalize: Augment
     class_names: tuple[str, ...]
     image_size: tuple[int, int]
@@ -38,12 +39,7 @@ def open_run(directory: Path | str, device: str = "auto") -> Run:
     target = resolve_device(device)
     _, state = load_latest(directory / "checkpoints", map_location=target)
     config, info = Config.from_dict(state["config"]), state["inference"]
-    network = Network(
-        config.backbone,
-        len(info["class_names"]),
-        balanced_head="abc" in config.method.split("+"),
-        bn_momentum=config.bn_momentum,
-    )
+    network = build_network(config, len(info["class_names"]))
     prefix = "network."
     network.load_state_dict({k.removeprefix(prefix): v for k, v in state["ema"].items() if k.startswith(prefix)})
     size = tuple(info["image_size"])

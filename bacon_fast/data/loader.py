@@ -11,7 +11,8 @@ class IndexSampler(nn.Module):
 
     Every sample appears once per epoch; batches run across epoch borders, so none is short. The permutation of an epoch
     sorts 63-bit Philox keys of (seed, epoch, stream, sample), so a resumed run needs no sampler state. The permutations
-    that a batch can touch lie in one buffer of fixed address, which is rewritten only when an epoch begins.
+    that a batch can touch lie in one buffer of fixed address, which `prepare` rewrites when an epoch begins; `batch`
+    takes its slice by a step counter that the host never reads, so a captured graph may contain it.
 
     Args:
         num_samples: size of the set, at least 1.
@@ -36,17 +37,26 @@ class IndexSampler(nn.Module):
         """Positions of the batch of `step` (0-based): int64 [batch_size], on the sampler's device."""
         if step < 0:
             raise ValueError(f"step: expected at least 0, found {step}")
-        epoch, offset = divmod(step * self.batch_size, self.num_samples)
-        self._hold(epoch)
-        return self.order[offset : offset + self.batch_size].clone()
+        self.prepare(step)
+        return self.batch(torch.tensor(step, device=self.order.device))
 
-    def _hold(self, epoch: int) -> None:
-        """Fills the buffer with the permutations from `epoch` on."""
+    def prepare(self, step: int) -> None:
+        """Makes the buffer hold the permutations that the batch of `step` touches. Cheap unless an epoch begins."""
+        epoch = step * self.batch_size // self.num_samples
         if epoch == self.first_epoch:
             return
         for k, permutation in enumerate(self.order.view(self.epochs_held, self.num_samples)):
             permutation.copy_(self.permutation(epoch + k))
         self.first_epoch = epoch
+
+    def batch(self, step: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Positions of the prepared batch: int64 [batch_size], or its part `rows`.
+
+        Args:
+            step: 0-d int64 on the sampler's device, for which `prepare` was called.
+        """
+        start = (step * self.batch_size).remainder(self.num_samples)
+        return self.order[start + torch.arange(self.batch_size, device=self.order.device)[rows]]
 
     def permutation(self, epoch: int) -> Tensor:
         """The order of one epoch: int64 [num_samples]."""

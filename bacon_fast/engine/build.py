@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: data, split, method, optimizer."""
+"""From a configuration to the parts of a run: device, data, split, optimizer. Methods: engine/builders."""
 
 import dataclasses
 import os
@@ -7,19 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bacon_fast import ops
 from bacon_fast.data.datasets import ImageDataset, load_dataset
 from bacon_fast.data.longtail import PROTOCOLS, Split, make_split
 from bacon_fast.engine.config import Config
-from bacon_fast.losses.bacon import BaConLoss
-from bacon_fast.methods.composed import ComposedMethod
-from bacon_fast.methods.fixmatch import FixMatch
-from bacon_fast.methods.fixmatch_abc import FixMatchABC
 from bacon_fast.methods.method import Method
-from bacon_fast.methods.supervised import Supervised
-from bacon_fast.models.network import Network
 
 
 def resolve_device(name: str) -> torch.device:
@@ -95,77 +88,6 @@ def split_overrides(config: Config) -> dict:
     """Fields of the protocol that the configuration sets."""
     names = ("labeled_head", "unlabeled_head", "gamma_l", "gamma_u", "lb_in_ulb")
     return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-
-
-def build_network(config: Config, num_classes: int) -> Network:
-    """The network of `config.method`, freshly initialized from torch's generator: what is averaged and evaluated."""
-    return Network(
-        config.backbone,
-        num_classes,
-        balanced_head="abc" in config.method.split("+"),
-        bn_momentum=config.bn_momentum,
-    )
-
-
-def build_method(
-    config: Config, num_classes: int, labeled_counts: Tensor, num_labeled: int, num_unlabeled: int
-) -> Method:
-    """The method named by `config.method`.
-
-    Args:
-        labeled_counts: N_c, int64 [K].
-        num_labeled, num_unlabeled: sizes of the two sets, for the memory bank.
-    """
-    base_name, *others = config.method.split("+")
-    balanced = "abc" in others
-    network = build_network(config, num_classes)
-    backend = None if config.loss_backend == "auto" else config.loss_backend
-    if base_name == "supervised":
-        base = Supervised()
-    elif balanced:
-        base = FixMatchABC(
-            labeled_counts,
-            threshold=config.threshold,
-            lambda_u=config.lambda_u,
-            lambda_abc=config.lambda_abc,
-            steps=config.steps,
-            epochs=config.epochs,
-            seed=config.seed,
-            backend=backend,
-        )
-    else:
-        base = FixMatch(threshold=config.threshold, lambda_u=config.lambda_u)
-    regularizer = None
-    if "bacon" in others:
-        regularizer = BaConLoss(
-            network.backbone.num_features,
-            num_classes,
-            num_labeled,
-            num_unlabeled,
-            proj_dim=config.proj_dim,
-            proj_layers=config.proj_layers,
-            temperature=config.temperature,
-            bta=config.bta,
-            negative_weight=config.negative_weight,
-            top_k=config.top_k,
-            reliable_threshold=config.reliable_threshold,
-            count_threshold=config.threshold,
-            neg_mode=config.neg_mode,
-            variant=config.variant,
-            backend=backend,
-            count_gate=config.count_gate,
-            labeled_counts=config.labeled_counts,
-            center_slots=config.center_slots,
-            centers=config.centers,
-        )
-    return ComposedMethod(
-        network,
-        base,
-        regularizer,
-        steps=config.steps,
-        lambda_con=config.lambda_con,
-        contrast_start=config.contrast_start,
-    )
 
 
 def build_optimizer(config: Config, method: Method) -> torch.optim.Optimizer:

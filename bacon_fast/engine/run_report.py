@@ -56,7 +56,7 @@ def write_run_report(trainer: Trainer, summary: dict) -> Path:
     temperatures = temperature_history = projections = None
     images, labels = dataset.test_images[:: max(1, len(dataset.test_images) // MAX_EMBEDDED)], dataset.test_labels
     labels = labels[:: max(1, len(labels) // MAX_EMBEDDED)]
-    features, _ = predict(trainer.ema.network, trainer.augment, images, trainer.device)
+    features, _ = predict(trainer.ema.network, trainer.batches.augment, images, trainer.device)
     if regularizer is not None:
         config["temperature"] = regularizer.temperature
         temperature_history = [{"step": r["step"], "temperatures": r["temperatures"]} for r in trainer.history.rows]
@@ -71,7 +71,7 @@ def write_run_report(trainer: Trainer, summary: dict) -> Path:
             "name": dataset.name,
             "train images": len(dataset.train_images),
             "test images": len(dataset.test_images),
-            "image size": " x ".join(str(n) for n in trainer.pool.shape[1:3]),
+            "image size": " x ".join(str(n) for n in trainer.batches.pool.shape[1:3]),
             "protocol": split.protocol.name,
             "protocol's source": split.protocol.source,
             "labeled images": len(split.labeled),
@@ -99,9 +99,9 @@ def write_run_report(trainer: Trainer, summary: dict) -> Path:
 
 def _sample_views(trainer: Trainer):
     """Some unlabeled images (labeled ones for a supervised run), and views as the training step drew them."""
-    indices = trainer.unlabeled if trainer.method.uses_unlabeled else trainer.labeled
+    indices = trainer.batches.unlabeled if trainer.method.uses_unlabeled else trainer.batches.labeled
     chosen = indices[:: max(1, len(indices) // SAMPLE_VIEWS)][:SAMPLE_VIEWS]
-    images, seed = trainer.pool[chosen], trainer.config.seed
-    weak = trainer.augment.weak(images, seed, 0, Stream.UNLABELED_WEAK)
-    strong = trainer.augment.strong(images, seed, 0, Stream.STRONG_0)
+    images, seed = trainer.batches.pool[chosen], trainer.config.seed
+    weak = trainer.batches.augment.weak(images, seed, 0, Stream.UNLABELED_WEAK)
+    strong = trainer.batches.augment.strong(images, seed, 0, Stream.STRONG_0)
     return tuple(t.cpu().numpy() for t in (images, weak, strong))

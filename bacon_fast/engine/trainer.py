@@ -6,13 +6,12 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import bacon_fast
-from bacon_fast.data.augment import Augment, ViewRequest
-from bacon_fast.data.loader import IndexSampler
-from bacon_fast.data.philox import Stream
 from bacon_fast.engine import build
+from bacon_fast.engine.batches import Batches
+from bacon_fast.engine.builders import DataInfo, build_method, build_network
 from bacon_fast.engine.checkpoint import (
     CheckpointError,
     discard_after,
@@ -23,15 +22,13 @@ from bacon_fast.engine.checkpoint import (
 )
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.ema import EMA
-from bacon_fast.engine.evaluation import evaluate
+from bacon_fast.engine.evaluation import evaluate, predict
 from bacon_fast.engine.interrupt import StopRequest
 from bacon_fast.engine.logger import RunLogger
 from bacon_fast.engine.metrics import History, compute_metrics
 from bacon_fast.engine.run_report import summarize
-from bacon_fast.engine.schedule import learning_rate
-from bacon_fast.methods.outputs import Batch
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from bacon_fast.engine.step import TrainStep, autocast
+from bacon_fast.methods.method import NewGeneration, RefreshContext
 
 
 class DivergedError(RuntimeError):
@@ -69,9 +66,8 @@ class Trainer:
         self.dataset = build.build_dataset(config)
         split_file = self.run_dir / "split.json"
         self.split = build.build_split(config, self.dataset, split_file if saved and split_file.exists() else None)
-        self._build_model()
-        self._build_data()
-        self.step, self.train_seconds = 0, 0.0
+        self._build()
+        self.step, self.generation, self.train_seconds = 0, 0, 0.0
         self.history, rows = History(), []
         if saved:
             rows = self._restore(saved)
@@ -105,47 +101,35 @@ class Trainer:
             discard_after(folder, state["step"])
         return state
 
-    def _build_model(self) -> None:
+    def _build(self) -> None:
         config, split = self.config, self.split
         build.seed_everything(config.seed)
         counts = torch.as_tensor(split.labeled_counts)
-        method = build.build_method(
-            config, self.dataset.num_classes, counts, len(split.labeled), max(len(split.unlabeled), 1)
-        )
+        info = DataInfo(self.dataset.num_classes, counts, len(split.labeled), len(split.unlabeled))
+        method = build_method(config, info)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.method = method.to(self.device, memory_format=memory_format)
+        self.batches = Batches(config, split, self.dataset, self.device, method.unlabeled_views)
+        self._start()
+
+    def _start(self) -> None:
+        """Optimizer, average and step for the method's present parameters."""
+        config = self.config
         self.optimizer = build.build_optimizer(config, self.method)
         self.ema = EMA(self.method.network, config.ema, config.ema_buffers)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        self.forward = torch.compile(self.method) if config.compile else self.method
-        self.step_tensor = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.method.bind(self.ema.network)
+        forward = torch.compile(self.method) if config.compile else self.method
+        self.program = TrainStep(config, self.method, forward, self.batches, self.optimizer, self.ema)
 
-    def _build_data(self) -> None:
-        config, split, dataset, device = self.config, self.split, self.dataset, self.device
-        if self.method.uses_unlabeled and not len(split.unlabeled):
-            raise ValueError(f"method: {config.method} needs unlabeled images, and the split holds none")
-        self.pool = dataset.pool().to(device)
-        labels = torch.full((len(self.pool),), -1, dtype=torch.int64)
-        labels[: len(dataset.train_labels)] = dataset.train_labels
-        self.pool_labels = labels.to(device)
-        self.labeled = torch.as_tensor(split.labeled).to(device)
-        self.unlabeled = torch.as_tensor(split.unlabeled).to(device)
-        self.augment = Augment(
-            image_size=tuple(self.pool.shape[1:3]),
-            mean=dataset.mean,
-            std=dataset.std,
-            hflip=config.hflip,
-            num_ops=config.randaugment_ops,
-            cutout=config.cutout,
-        ).to(device)
-        self.labeled_sampler = IndexSampler(
-            len(split.labeled), config.batch_size, config.seed, Stream.SAMPLER_LABELED
-        ).to(device)
-        self.unlabeled_sampler = None
-        if self.method.uses_unlabeled:
-            self.unlabeled_sampler = IndexSampler(
-                len(split.unlabeled), config.unlabeled_ratio * config.batch_size, config.seed, Stream.SAMPLER_UNLABELED
-            ).to(device)
+    def _start_generation(self, new: NewGeneration) -> None:
+        """Starts again from a fresh network, on another labeled set (CReST)."""
+        self.generation += 1
+        build.seed_everything(self.config.seed + self.generation)
+        fresh = build_network(self.config, self.dataset.num_classes)
+        self.method.network.load_state_dict(fresh.state_dict())
+        self.batches.set_labeled(new.labeled, new.labels)
+        self._start()
+        self.program.counter.fill_(self.step)
 
     # --- state -----------------------------------------------------------------------------------------------------
 
@@ -157,11 +141,14 @@ class Trainer:
             "step": self.step,
             "train_seconds": self.train_seconds,
             "split": self.split.hash,
+            "generation": self.generation,
+            "labeled": self.batches.labeled,
+            "labels": self.batches.labels,
             "inference": self.inference_info(),
             "method": self.method.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.program.scaler.state_dict(),
             "rows": self.logger.rows,
         }
 
@@ -169,7 +156,7 @@ class Trainer:
         """What prediction needs beside the weights."""
         return {
             "class_names": list(self.dataset.class_names),
-            "image_size": list(self.pool.shape[1:3]),
+            "image_size": list(self.batches.pool.shape[1:3]),
             "mean": list(self.dataset.mean),
             "std": list(self.dataset.std),
         }
@@ -182,9 +169,11 @@ class Trainer:
         self.method.load_state_dict(state["method"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.program.scaler.load_state_dict(state["scaler"])
+        self.generation = state["generation"]
+        self.batches.set_labeled(state["labeled"].to(self.device), state["labels"].to(self.device))
         self.step, self.train_seconds = state["step"], state["train_seconds"]
-        self.step_tensor.fill_(self.step)
+        self.program.counter.fill_(self.step)
         self.history = History(
             {k: v for k, v in row.items() if k != "kind"} for row in state["rows"] if row["kind"] == "eval"
         )
@@ -196,50 +185,32 @@ class Trainer:
 
     # --- one step --------------------------------------------------------------------------------------------------
 
-    def batch(self) -> Batch:
-        """The views of the present step: labeled weak, unlabeled weak, strong (methods.md 0.3)."""
-        labeled_slots = self.labeled_sampler.indices(self.step)
-        labeled = self.labeled[labeled_slots]
-        requests = [ViewRequest(labeled, Stream.LABELED_WEAK, strong=False)]
-        if self.unlabeled_sampler is None:
-            unlabeled_slots = labeled_slots[:0]
-            unlabeled = labeled[:0]
-        else:
-            unlabeled_slots = self.unlabeled_sampler.indices(self.step)
-            unlabeled = self.unlabeled[unlabeled_slots]
-            requests += [
-                ViewRequest(unlabeled, Stream.UNLABELED_WEAK, strong=False),
-                ViewRequest(unlabeled, Stream.STRONG_0, strong=True),
-            ]
-        images = self.augment.views(
-            self.pool, requests, self.config.seed, self.step_tensor, channels_last=self.config.channels_last
-        )
-        return Batch(images, self.pool_labels[labeled], labeled_slots, unlabeled_slots, self.pool_labels[unlabeled])
-
     def train_step(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Forward, backward, update, average (methods.md 0.3). Returns losses and statistics as 0-d tensors."""
-        config = self.config
-        rate = learning_rate(config.lr_schedule, config.lr, self.step, config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        batch = self.batch()
-        # The host knows the step: two static programs, before and after the contrastive loss starts.
-        contrast = self.step > config.contrast_start * config.steps
-        half = AUTOCAST.get(config.precision)
-        with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
-            total, losses, stats = self.forward(batch, self.step_tensor, contrast)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(total).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if config.optimizer == "adam" and config.weight_decay:
-            with torch.no_grad():
-                started = [p for p in self.method.parameters() if p.grad is not None]
-                torch._foreach_mul_(started, 1 - config.weight_decay * rate)
-        self.ema.update(self.method.network)
+        """One step of the method (engine/step.py). Returns losses and statistics as 0-d tensors."""
+        if self.method.refresh_due(self.step):
+            new = self.method.refresh(self._refresh_context())
+            if new is not None:
+                self._start_generation(new)
+        result = self.program(self.step)
         self.step += 1
-        self.step_tensor += 1
-        return losses, stats
+        return result
+
+    def _refresh_context(self) -> RefreshContext:
+        batches = self.batches
+
+        def predict_images(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+            with autocast(self.config, self.device):
+                return predict(network, batches.augment, images, self.device)
+
+        return RefreshContext(
+            self.step,
+            batches.pool,
+            batches.labeled,
+            batches.unlabeled,
+            batches.labels,
+            batches.augment.normalize,
+            predict_images,
+        )
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
@@ -318,7 +289,7 @@ class Trainer:
 
     def confusion(self) -> Tensor:
         """Confusion matrix of the averaged network on the whole test part: int64 [K,K], rows = truth."""
-        return evaluate(self.ema.network, self.augment, self.dataset, self.device)
+        return evaluate(self.ema.network, self.batches.augment, self.dataset, self.device)
 
     def _finish(self) -> dict:
         summary = summarize(self)

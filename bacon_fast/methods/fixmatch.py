@@ -1,9 +1,10 @@
 """FixMatch (methods.md B; Sohn et al., NeurIPS 2020)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bacon_fast.methods.outputs import Outputs
+from bacon_fast.methods.outputs import Batch, Outputs
 
 
 class FixMatch(nn.Module):
@@ -18,22 +19,18 @@ class FixMatch(nn.Module):
         super().__init__()
         self.threshold, self.lambda_u = threshold, lambda_u
 
-    def forward(
-        self, out: Outputs, labels: Tensor, true_labels: Tensor, step: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses `supervised` and `unsupervised`, both 0-d float32.
-
-        `true_labels` int64 [U] (-1 where unknown) serve only the logged pseudo-label accuracy.
-        """
+    def forward(self, out: Outputs, batch: Batch, step: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Losses `supervised` and `unsupervised`, 0-d float32; statistics; pseudo-labels int64 [U], -1 for none."""
         confidence, pseudo_labels = out.weak_logits.detach().float().softmax(1).max(1)
         mask = confidence >= self.threshold
         # Divided by U, not by the number of confident rows: no confident row gives exactly 0.
         per_row = F.cross_entropy(out.strong_logits.float(), pseudo_labels, reduction="none")
         losses = {
-            "supervised": F.cross_entropy(out.labeled_logits.float(), labels),
+            "supervised": F.cross_entropy(out.labeled_logits.float(), batch.labels),
             "unsupervised": self.lambda_u * (per_row * mask).mean(),
         }
-        return losses, pseudo_label_stats(mask, pseudo_labels, true_labels)
+        stats = pseudo_label_stats(mask, pseudo_labels, batch.true_labels)
+        return losses, stats, torch.where(mask, pseudo_labels, -1)
 
 
 def pseudo_label_stats(mask: Tensor, pseudo_labels: Tensor, true_labels: Tensor) -> dict[str, Tensor]:

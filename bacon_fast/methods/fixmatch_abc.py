@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from bacon_fast import functional
-from bacon_fast.methods.outputs import Outputs
+from bacon_fast.methods.outputs import Batch, Outputs
 
 
 class FixMatchABC(nn.Module):
@@ -48,18 +48,15 @@ class FixMatchABC(nn.Module):
         epoch = torch.div(step * self.epochs, self.steps, rounding_mode="floor")
         return 1 - (epoch / self.epochs) * (1 - self.keep)
 
-    def forward(
-        self, out: Outputs, labels: Tensor, true_labels: Tensor, step: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses `supervised`, `unsupervised`, `abc_labeled` and `abc_unlabeled`, all 0-d float32.
-
-        `true_labels` int64 [U] (-1 where unknown) serve only the logged pseudo-label accuracy.
+    def forward(self, out: Outputs, batch: Batch, step: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Losses `supervised`, `unsupervised`, `abc_labeled` and `abc_unlabeled`, all 0-d float32; statistics; the main
+        head's pseudo-labels int64 [U], -1 below the threshold.
         """
         heads = functional.fixmatch_abc_loss(
             out.logits,
             out.balanced,
-            labels,
-            true_labels,
+            batch.labels,
+            batch.true_labels,
             self.keep,
             self.keep_probability(step),
             step=step,
@@ -79,4 +76,5 @@ class FixMatchABC(nn.Module):
             "pseudo_known": heads.pseudo_known,
             "pseudo_correct": heads.pseudo_correct,
         }
-        return losses, stats
+        confidence, pseudo_labels = out.weak_logits.detach().float().softmax(1).max(1)
+        return losses, stats, torch.where(confidence >= self.threshold, pseudo_labels, -1)

@@ -1,68 +1,102 @@
-"""What one training step computes: a base learner, balanced or not, and a contrastive regularizer."""
+"""What a method is to the training loop: one static step, and what it may do between steps."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from bacon_fast.losses.bacon import BaConLoss
-from bacon_fast.methods.fixmatch import FixMatch
-from bacon_fast.methods.fixmatch_abc import FixMatchABC
-from bacon_fast.methods.outputs import Batch, Outputs
-from bacon_fast.methods.supervised import Supervised
-from bacon_fast.models.network import Network
+from bacon_fast.methods.outputs import Batch, StepOutput
+
+
+@dataclass(frozen=True)
+class RefreshContext:
+    """What a method may look at between two steps, where the host may wait for the device.
+
+    Attributes:
+        step: completed optimizer steps.
+        pool: uint8 [M, H, W, 3], every image of the run, on the device.
+        labeled, unlabeled: int64 [n_lb] and [n_ulb], rows of `pool`; position = slot.
+        labels: int64 [n_lb], the labels trained on.
+        normalize: uint8 [n, H, W, 3] -> float32 [n, 3, H, W], without augmentation.
+        predict: (network, uint8 images) -> features float32 [n, F] and logits float32 [n, K], batched, in evaluation
+            mode, under the run's precision.
+    """
+
+    step: int
+    pool: Tensor
+    labeled: Tensor
+    unlabeled: Tensor
+    labels: Tensor
+    normalize: Callable[[Tensor], Tensor]
+    predict: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class NewGeneration:
+    """A method's wish to start again from a fresh network, with another labeled set (CReST).
+
+    labeled int64 [n], rows of the pool; labels int64 [n].
+    """
+
+    labeled: Tensor
+    labels: Tensor
 
 
 class Method(nn.Module):
-    """One forward of all views together (`use_cat`: BatchNorm sees labeled, weak and strong rows), then the losses.
+    """Base of all methods. A subclass computes one step in `forward`; all else has a default.
 
-    Args:
-        network: backbone and heads.
-        base: Supervised, FixMatch, or FixMatchABC, which needs a network with a balanced head.
-        regularizer: BaConLoss, or None.
-        steps: T, for BaCon's temperature schedule.
-        lambda_con: weight of the regularizer's loss.
+    State lives in buffers of fixed shape and address, updated in place, so that it is in the checkpoint and a captured
+    graph may update it. Nothing in `forward` makes the host wait for the device.
+
+    Attributes:
+        network: what is averaged and evaluated; has `predict(images) -> (features, logits)`.
+        unlabeled_views: "weak" or "strong", one entry for each view of the U unlabeled rows; empty: a supervised step.
+        regularizer: BaCon's loss, where the method has one; its class temperatures are reported.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        base: Supervised | FixMatch | FixMatchABC,
-        regularizer: BaConLoss | None = None,
-        *,
-        steps: int,
-        lambda_con: float = 1.0,
-    ) -> None:
+    unlabeled_views: tuple[str, ...] = ("weak", "strong")
+
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.base, self.regularizer = network, base, regularizer
-        self.steps, self.lambda_con = steps, lambda_con
+        self.network = network
+        self.regularizer: BaConLoss | None = None
+        self._averaged: tuple[nn.Module, ...] = ()
+
+    def bind(self, averaged: nn.Module) -> None:
+        """Makes the run's averaged network known to the method, without becoming part of its state."""
+        self._averaged = (averaged,)  # in a tuple, so that it is not registered as a submodule
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The averaged network (EMA) of the run; read only."""
+        return self._averaged[0]
 
     @property
     def uses_unlabeled(self) -> bool:
-        return not isinstance(self.base, Supervised)
+        return bool(self.unlabeled_views)
 
-    def forward(
-        self, batch: Batch, step: Tensor, contrast: bool
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Total loss, its weighted terms, and statistics to log; all 0-d float32, nothing read back by the host.
+    def phase(self, step: int) -> Hashable:
+        """Which of the method's static programs runs after `step` completed steps.
+
+        The host decides, from the step alone. Each phase is captured as a graph of its own: there should be few.
+        """
+        return None
+
+    def forward(self, batch: Batch, step: Tensor, phase: Hashable) -> StepOutput:
+        """One step.
 
         Args:
             batch: the step's views.
             step: completed optimizer steps, 0-d int64 on the device.
-            contrast: whether BaCon's loss is added yet. A Python bool, so that before its start the projection head has
-                no gradient and is not decayed.
+            phase: `self.phase(step)`.
         """
-        features, logits, balanced = self.network(batch.images)
-        out = Outputs(features, logits, balanced, len(batch.labels), len(batch.unlabeled_slots))
-        losses, stats = self.base(out, batch.labels, batch.true_labels, step)
-        if self.regularizer is not None:
-            contrastive, more = self.regularizer(
-                out.anchor_features,
-                batch.labels,
-                out.anchor_logits,
-                batch.labeled_slots,
-                batch.unlabeled_slots,
-                progress=step / self.steps,
-                active=contrast,
-            )
-            losses["contrastive"] = self.lambda_con * contrastive
-            stats |= more
-        total = sum(losses.values())
-        return total, {"total": total.detach(), **{k: v.detach() for k, v in losses.items()}}, stats
+        raise NotImplementedError
+
+    def refresh_due(self, step: int) -> bool:
+        """Whether `refresh` runs before the step that follows `step` completed ones."""
+        return False
+
+    def refresh(self, context: RefreshContext) -> NewGeneration | None:
+        """Work between steps, such as features of the whole set; everything it changes is in buffers."""
+        raise NotImplementedError

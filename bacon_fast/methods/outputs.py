@@ -1,16 +1,17 @@
 """The tensors of one step, by view."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input: images float [B + U + U, 3, H, W], in the order labeled weak, unlabeled weak, strong.
+    """One step's input: images float [B + V*U, 3, H, W], labeled rows first, then the U rows of each of V views.
 
     labels int64 [B]; labeled_slots int64 [B] and unlabeled_slots int64 [U], positions in the two sets of the split;
-    true_labels int64 [U], -1 where unknown, for diagnostics only. A supervised batch has U = 0 and no strong views.
+    true_labels int64 [U], -1 where unknown, for diagnostics only. A supervised batch has U = 0 and no views.
     """
 
     images: Tensor
@@ -19,10 +20,52 @@ class Batch:
     unlabeled_slots: Tensor
     true_labels: Tensor
 
+    @property
+    def num_labeled(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_unlabeled(self) -> int:
+        return len(self.unlabeled_slots)
+
+    @property
+    def labeled_images(self) -> Tensor:
+        return self.images[: self.num_labeled]
+
+    def view(self, index: int) -> Tensor:
+        """Images [U, 3, H, W] of unlabeled view `index`, in the order of the method's `unlabeled_views`."""
+        start = self.num_labeled + index * self.num_unlabeled
+        return self.images[start : start + self.num_unlabeled]
+
+
+class StepOutput(NamedTuple):
+    """What a method computes in one step.
+
+    total: the loss to descend, 0-d float32. losses: its weighted terms, "total" first, detached. stats: values to log,
+    0-d. pseudo_labels: int64 [U], the class each unlabeled row was trained towards, -1 where none; None for a method
+    without pseudo-labels. For diagnostics only.
+    """
+
+    total: Tensor
+    losses: dict[str, Tensor]
+    stats: dict[str, Tensor]
+    pseudo_labels: Tensor | None
+
+
+def step_output(losses: dict[str, Tensor], stats: dict[str, Tensor], pseudo_labels: Tensor | None) -> StepOutput:
+    """The output of a step whose total is the sum of `losses`, already weighted."""
+    total = sum(losses.values())
+    return StepOutput(
+        total, {"total": total.detach(), **{k: v.detach() for k, v in losses.items()}}, stats, pseudo_labels
+    )
+
 
 @dataclass(frozen=True)
 class Outputs:
-    """The network's answer to a batch: features [B+2U, F], main and (None without a balanced head) auxiliary logits."""
+    """The network's answer to a batch of FixMatch's views (labeled, weak, strong).
+
+    features [B+2U, F], main and (None without a balanced head) auxiliary logits [B+2U, K].
+    """
 
     features: Tensor
     logits: Tensor
@@ -30,38 +73,29 @@ class Outputs:
     num_labeled: int
     num_unlabeled: int
 
-    def _labeled(self, rows: Tensor) -> Tensor:
+    def labeled(self, rows: Tensor) -> Tensor:
+        """The labeled part of `features`, `logits` or `balanced`."""
         return rows[: self.num_labeled]
 
-    def _weak(self, rows: Tensor) -> Tensor:
+    def weak(self, rows: Tensor) -> Tensor:
+        """The weak views' part."""
         return rows[self.num_labeled : self.num_labeled + self.num_unlabeled]
 
-    def _strong(self, rows: Tensor) -> Tensor:
+    def strong(self, rows: Tensor) -> Tensor:
+        """The strong views' part."""
         return rows[self.num_labeled + self.num_unlabeled :]
 
     @property
     def labeled_logits(self) -> Tensor:
-        return self._labeled(self.logits)
+        return self.labeled(self.logits)
 
     @property
     def weak_logits(self) -> Tensor:
-        return self._weak(self.logits)
+        return self.weak(self.logits)
 
     @property
     def strong_logits(self) -> Tensor:
-        return self._strong(self.logits)
-
-    @property
-    def labeled_balanced(self) -> Tensor:
-        return self._labeled(self.balanced)
-
-    @property
-    def weak_balanced(self) -> Tensor:
-        return self._weak(self.balanced)
-
-    @property
-    def strong_balanced(self) -> Tensor:
-        return self._strong(self.balanced)
+        return self.strong(self.logits)
 
     @property
     def anchor_features(self) -> Tensor:

@@ -189,7 +189,7 @@ def test_an_overflow_in_the_first_half_precision_step_is_skipped_without_a_trace
     trainer = Trainer(tiny(tmp_path / "run", precision="fp16", method="supervised"))
     trainer.logger.close()
     before = [p.detach().clone() for p in trainer.method.parameters()]
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)  # every gradient overflows
+    trainer.program.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)  # every gradient overflows
     trainer.train_step()
     for parameter, old in zip(trainer.method.parameters(), before):
         assert torch.equal(parameter, old)

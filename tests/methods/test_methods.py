@@ -8,13 +8,19 @@ import torch
 from bacon_fast.data.philox import Stream, uniform
 from bacon_fast.methods.fixmatch import FixMatch
 from bacon_fast.methods.fixmatch_abc import FixMatchABC
-from bacon_fast.methods.outputs import Outputs
+from bacon_fast.methods.outputs import Batch, Outputs
 from bacon_fast.methods.supervised import Supervised
 
 B, U, K = 7, 19, 4
 STEPS, EPOCHS = 300, 10
 STEP = torch.tensor(0)
 UNKNOWN = torch.full((U,), -1)
+
+
+def batch(labels: torch.Tensor, true_labels: torch.Tensor = UNKNOWN) -> Batch:
+    """A batch of labels alone: the bases read nothing else."""
+    slots = torch.arange(len(labels) + len(true_labels))
+    return Batch(torch.empty(0), labels, slots[: len(labels)], slots[: len(true_labels)], true_labels)
 
 
 def outputs(scale: float = 4.0, seed: int = 0, dtype: torch.dtype = torch.float32) -> Outputs:
@@ -46,7 +52,7 @@ def cross_entropy(row: list[float], label: int) -> float:
 def test_fixmatch_against_a_loop():
     out, y = outputs(), labels()
     true = torch.tensor([-1, *[j % K for j in range(1, U)]])
-    losses, stats = FixMatch(threshold=0.95, lambda_u=2.0)(out, y, true, STEP)
+    losses, stats, _ = FixMatch(threshold=0.95, lambda_u=2.0)(out, batch(y, true), STEP)
     supervised = sum(cross_entropy(out.logits[b].tolist(), int(y[b])) for b in range(B)) / B
     unsupervised, confident, right, known = 0.0, 0, 0, 0
     for j in range(U):
@@ -67,7 +73,7 @@ def test_fixmatch_against_a_loop():
 def test_fixmatch_without_a_confident_row_is_exactly_zero_with_zero_gradient():
     out = outputs(scale=0.01)
     out.logits.requires_grad_()
-    losses, _ = FixMatch(threshold=0.95, lambda_u=1.0)(out, labels(), UNKNOWN, STEP)
+    losses, *_ = FixMatch(threshold=0.95, lambda_u=1.0)(out, batch(labels()), STEP)
     assert losses["unsupervised"].item() == 0
     (gradient,) = torch.autograd.grad(losses["unsupervised"], out.logits)
     assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -76,7 +82,7 @@ def test_fixmatch_without_a_confident_row_is_exactly_zero_with_zero_gradient():
 def test_no_gradient_through_pseudo_labels():
     out = outputs()
     out.logits.requires_grad_()
-    losses, _ = FixMatch(threshold=0.5, lambda_u=1.0)(out, labels(), UNKNOWN, STEP)
+    losses, *_ = FixMatch(threshold=0.5, lambda_u=1.0)(out, batch(labels()), STEP)
     (gradient,) = torch.autograd.grad(losses["unsupervised"], out.logits)
     assert not gradient[: B + U].any() and gradient[B + U :].any()
 
@@ -86,7 +92,7 @@ def test_abc_against_a_loop(step):
     counts = torch.tensor([100, 40, 20, 5])
     abc = balanced(counts, lambda_u=2.0, lambda_abc=3.0, seed=3)
     out, y = outputs(), labels()
-    losses, stats = abc(out, y, UNKNOWN, torch.tensor(step))
+    losses, stats, _ = abc(out, batch(y), torch.tensor(step))
 
     labeled_draw = uniform(3, step, Stream.ABC_LABELED, torch.arange(B)).tolist()
     unlabeled_draw = uniform(3, step, Stream.ABC_UNLABELED, torch.arange(U)).tolist()
@@ -104,7 +110,7 @@ def test_abc_against_a_loop(step):
             kept_rows += 1
     assert losses["abc_labeled"].item() == pytest.approx(3 * labeled / B, rel=1e-6)
     assert losses["abc_unlabeled"].item() == pytest.approx(3 * unlabeled / U, rel=1e-6)
-    main, main_stats = FixMatch(threshold=0.95, lambda_u=2.0)(out, y, UNKNOWN, STEP)
+    main, main_stats, _ = FixMatch(threshold=0.95, lambda_u=2.0)(out, batch(y), STEP)
     for name, value in (main | main_stats).items():
         torch.testing.assert_close((losses | stats)[name], value, rtol=1e-6, atol=0)
     assert stats["abc_rate"].item() == pytest.approx(kept_rows / U)
@@ -130,14 +136,14 @@ def test_abc_refuses_a_class_without_labels():
 
 def test_losses_are_float32_under_half_precision_logits():
     out = outputs(dtype=torch.bfloat16)
-    losses, _ = FixMatch(threshold=0.5, lambda_u=1.0)(out, labels(), UNKNOWN, STEP)
-    terms, _ = balanced(torch.tensor([9, 5, 3, 1]), threshold=0.5)(out, labels(), UNKNOWN, STEP)
+    losses, *_ = FixMatch(threshold=0.5, lambda_u=1.0)(out, batch(labels()), STEP)
+    terms, *_ = balanced(torch.tensor([9, 5, 3, 1]), threshold=0.5)(out, batch(labels()), STEP)
     assert {v.dtype for v in (losses | terms).values()} == {torch.float32}
 
 
 def test_supervised_uses_labeled_rows_only():
     out, y = outputs(), labels()
-    losses, _ = Supervised()(out, y, UNKNOWN, STEP)
+    losses, *_ = Supervised()(out, batch(y), STEP)
     expected = sum(cross_entropy(out.logits[b].tolist(), int(y[b])) for b in range(B)) / B
     assert list(losses) == ["supervised"]
     assert losses["supervised"].item() == pytest.approx(expected, rel=1e-6)

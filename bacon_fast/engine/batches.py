@@ -1,0 +1,96 @@
+"""The views of a step, made on the device from the step counter alone."""
+
+import torch
+from torch import Tensor
+
+from bacon_fast.data.augment import Augment, ViewRequest
+from bacon_fast.data.datasets import ImageDataset
+from bacon_fast.data.loader import IndexSampler
+from bacon_fast.data.longtail import Split
+from bacon_fast.data.philox import Stream
+from bacon_fast.engine.config import Config
+from bacon_fast.methods.outputs import Batch
+
+_STRONG = (Stream.STRONG_0, Stream.STRONG_1)
+
+
+class Batches:
+    """The run's images, resident on the device, and the batch of every step.
+
+    A batch is a pure function of (seed, step): indices, crops, flips and operations are Philox counters.
+
+    Args:
+        config, split, dataset, device: of the run.
+        unlabeled_views: "weak" or "strong" for each view of the unlabeled rows; empty: labeled images only.
+
+    Attributes:
+        pool: uint8 [M, H, W, 3]: the training images, then the unlabeled ones.
+        labeled, unlabeled: int64, rows of `pool` by slot. labels: int64, of the labeled slots.
+        true_labels: int64, of the unlabeled slots, -1 where unknown; for diagnostics only.
+        augment: makes the views, and normalizes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        split: Split,
+        dataset: ImageDataset,
+        device: torch.device,
+        unlabeled_views: tuple[str, ...],
+    ) -> None:
+        if unlabeled_views and not len(split.unlabeled):
+            raise ValueError(f"method: {config.method} needs unlabeled images, and the split holds none")
+        self.config, self.device, self.unlabeled_views = config, device, unlabeled_views
+        self.pool = dataset.pool().to(device)
+        known = torch.full((len(self.pool),), -1, dtype=torch.int64)
+        known[: len(dataset.train_labels)] = dataset.train_labels
+        self.unlabeled = torch.as_tensor(split.unlabeled).to(device)
+        self.true_labels = known.to(device)[self.unlabeled]
+        self.augment = Augment(
+            image_size=tuple(self.pool.shape[1:3]),
+            mean=dataset.mean,
+            std=dataset.std,
+            hflip=config.hflip,
+            num_ops=config.randaugment_ops,
+            cutout=config.cutout,
+        ).to(device)
+        labeled = torch.as_tensor(split.labeled)
+        self.set_labeled(labeled.to(device), known[labeled].to(device))
+        self.unlabeled_sampler = None
+        if unlabeled_views:
+            self.unlabeled_sampler = IndexSampler(
+                len(split.unlabeled), config.unlabeled_ratio * config.batch_size, config.seed, Stream.SAMPLER_UNLABELED
+            ).to(device)
+
+    def set_labeled(self, labeled: Tensor, labels: Tensor) -> None:
+        """Trains on these rows of the pool, int64 [n], with these labels, int64 [n], from the next step on."""
+        self.labeled, self.labels = labeled, labels
+        self.labeled_sampler = IndexSampler(
+            len(labeled), self.config.batch_size, self.config.seed, Stream.SAMPLER_LABELED
+        ).to(self.device)
+
+    def prepare(self, step: int) -> None:
+        """What the host does before the batch of `step` can be made: nothing, unless an epoch begins."""
+        for sampler in (self.labeled_sampler, self.unlabeled_sampler):
+            if sampler is not None:
+                sampler.prepare(step)
+
+    def batch(self, step: Tensor) -> Batch:
+        """The batch of `step`, 0-d int64 on the device, for which `prepare` was called (methods.md 0.3)."""
+        labeled_slots = self.labeled_sampler.batch(step)
+        labeled = self.labeled[labeled_slots]
+        requests = [ViewRequest(labeled, Stream.LABELED_WEAK, strong=False)]
+        unlabeled_slots = labeled_slots[:0]
+        if self.unlabeled_sampler is not None:
+            unlabeled_slots = self.unlabeled_sampler.batch(step)
+            unlabeled, strong_streams = self.unlabeled[unlabeled_slots], iter(_STRONG)
+            for view in self.unlabeled_views:
+                strong = view == "strong"
+                stream = next(strong_streams) if strong else Stream.UNLABELED_WEAK
+                requests.append(ViewRequest(unlabeled, stream, strong))
+        images = self.augment.views(
+            self.pool, requests, self.config.seed, step, channels_last=self.config.channels_last
+        )
+        return Batch(
+            images, self.labels[labeled_slots], labeled_slots, unlabeled_slots, self.true_labels[unlabeled_slots]
+        )

@@ -1,0 +1,63 @@
+"""Base learner and contrastive regularizer on one forward of all views: the FixMatch family."""
+
+from torch import Tensor, nn
+
+from bacon_fast.losses.bacon import BaConLoss
+from bacon_fast.methods.gather import gather_batch, gather_views
+from bacon_fast.methods.method import Method
+from bacon_fast.methods.outputs import Batch, Outputs, StepOutput, step_output
+from bacon_fast.methods.supervised import Supervised
+from bacon_fast.models.network import Network
+
+
+class ComposedMethod(Method):
+    """One forward of all views together (`use_cat`: BatchNorm sees labeled, weak and strong rows), then the losses.
+
+    Args:
+        network: backbone and heads.
+        base: Supervised, FixMatch, or FixMatchABC, which needs a network with a balanced head; called with
+            (Outputs, Batch, step) it returns weighted losses, statistics and pseudo-labels.
+        regularizer: BaConLoss, or None.
+        steps: T, for BaCon's temperature schedule.
+        lambda_con: weight of the regularizer's loss.
+        contrast_start: fraction of T after which it is added.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        base: nn.Module,
+        regularizer: BaConLoss | None = None,
+        *,
+        steps: int,
+        lambda_con: float = 1.0,
+        contrast_start: float = 0.5,
+    ) -> None:
+        super().__init__(network)
+        self.base, self.regularizer = base, regularizer
+        self.steps, self.lambda_con, self.contrast_start = steps, lambda_con, contrast_start
+        if isinstance(base, Supervised):
+            self.unlabeled_views = ()
+
+    def phase(self, step: int) -> bool:
+        """Whether BaCon's loss is added yet. Before, the projection has no gradient at all and is not decayed."""
+        return self.regularizer is not None and step > self.contrast_start * self.steps
+
+    def forward(self, batch: Batch, step: Tensor, phase: bool) -> StepOutput:
+        rows = [None if part is None else gather_views(part, batch.num_labeled) for part in self.network(batch.images)]
+        batch = gather_batch(batch)
+        out = Outputs(*rows, batch.num_labeled, batch.num_unlabeled)
+        losses, stats, pseudo_labels = self.base(out, batch, step)
+        if self.regularizer is not None:
+            contrastive, more = self.regularizer(
+                out.anchor_features,
+                batch.labels,
+                out.anchor_logits,
+                batch.labeled_slots,
+                batch.unlabeled_slots,
+                progress=step / self.steps,
+                active=phase,
+            )
+            losses["contrastive"] = self.lambda_con * contrastive
+            stats |= more
+        return step_output(losses, stats, pseudo_labels)
