@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .batch_norm import batch_norm_act
 from .checks import check_devices, check_kind, check_number, check_shape
 from .contrastive_losses import info_nce, sscl_loss, sup_con_loss
 
@@ -19,6 +20,7 @@ __all__ = [
     "balanced_temperatures",
     "bank_select_",
     "bank_write_",
+    "batch_norm_act",
     "class_centers",
     "fixmatch_abc_loss",
     "info_nce",

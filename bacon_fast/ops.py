@@ -126,6 +126,9 @@ BACKENDS: dict[str, dict[str, Backend]] = {
         "triton": Backend(partial(contrastive_ops.contrastive, backend="triton"), _triton_contrastive),
         "reference": Backend(reference.contrastive, _always),
     },
+    "batch_norm_act": {
+        "reference": Backend(reference.batch_norm_act, _always),
+    },
     "bank_select_": {
         "cpp": Backend(_bank_select_, _cpp),
         "cuda": Backend(_bank_select_, _cuda),

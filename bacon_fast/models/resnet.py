@@ -3,6 +3,8 @@
 import torchvision
 from torch import Tensor, nn
 
+from bacon_fast.models.batchnorm import convert_batchnorm
+
 
 class ResNet(nn.Module):
     """torchvision ResNet-18 or ResNet-50 without its classifier: images [N,C,H,W] to features [N, num_features].
@@ -19,6 +21,7 @@ class ResNet(nn.Module):
         self.net = builders[depth](weights=None)
         self.num_features = self.net.fc.in_features
         self.net.fc = nn.Identity()
+        convert_batchnorm(self.net)
         if in_channels != 3:
             self.net.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
             nn.init.kaiming_normal_(self.net.conv1.weight, mode="fan_out", nonlinearity="relu")

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from bacon_fast.models.batchnorm import BatchNormAct2d
+
 # The normalization constants of the semi-supervised literature: slow running statistics, a larger epsilon at the end.
 BN_MOMENTUM = 0.001
 BN_EPS_BLOCK = 1e-5
@@ -10,27 +12,32 @@ BN_EPS_LAST = 1e-3
 NEGATIVE_SLOPE = 0.1
 
 
+def _norm(channels: int, eps: float) -> BatchNormAct2d:
+    return BatchNormAct2d(channels, eps, BN_MOMENTUM, negative_slope=NEGATIVE_SLOPE)
+
+
 class BasicBlock(nn.Module):
     """Pre-activation block: BN, LeakyReLU, 3x3 convolution, twice, added to the input.
 
     Where the width changes, the 1x1 shortcut convolution reads the activated input, elsewhere the raw input passes.
+    The sum at the end of a block is left to the BN that reads it: between blocks travel its two terms.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels, eps=BN_EPS_BLOCK, momentum=BN_MOMENTUM)
+        self.bn1 = _norm(in_channels, BN_EPS_BLOCK)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels, eps=BN_EPS_BLOCK, momentum=BN_MOMENTUM)
+        self.bn2 = _norm(out_channels, BN_EPS_BLOCK)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.activation = nn.LeakyReLU(NEGATIVE_SLOPE)
         self.shortcut = None
         if in_channels != out_channels or stride != 1:
             self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        activated = self.activation(self.bn1(x))
-        residual = self.conv2(self.activation(self.bn2(self.conv1(activated))))
-        return residual + (x if self.shortcut is None else self.shortcut(activated))
+    def forward(self, terms: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+        """(x, residual) with the input x + residual, or x -> (y, residual) with the output y + residual."""
+        activated, x = self.bn1(*terms)
+        hidden, _ = self.bn2(self.conv1(activated))
+        return self.conv2(hidden), x if self.shortcut is None else self.shortcut(activated)
 
 
 class WideResNet(nn.Module):
@@ -56,15 +63,14 @@ class WideResNet(nn.Module):
             groups.append(nn.Sequential(*layers))
             channels = out_channels
         self.groups = nn.Sequential(*groups)
-        self.bn = nn.BatchNorm2d(channels, eps=BN_EPS_LAST, momentum=BN_MOMENTUM)
-        self.activation = nn.LeakyReLU(NEGATIVE_SLOPE)
+        self.bn = _norm(channels, BN_EPS_LAST)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 # The slope argument keeps its default of 0: a gain of sqrt(2), as in the published runs.
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.activation(self.bn(self.groups(self.stem(images))))
+        features, _ = self.bn(*self.groups((self.stem(images), None)))
         return torch.mean(features, dim=(2, 3))
 
 

@@ -2,7 +2,16 @@
 
 from .bacon import bacon_loss, balanced_temperatures
 from .bank import bank_select_, bank_write_
+from .batch_norm import batch_norm_act
 from .contrastive import contrastive
 from .heads import fixmatch_abc_loss
 
-__all__ = ["bacon_loss", "balanced_temperatures", "bank_select_", "bank_write_", "contrastive", "fixmatch_abc_loss"]
+__all__ = [
+    "bacon_loss",
+    "balanced_temperatures",
+    "bank_select_",
+    "bank_write_",
+    "batch_norm_act",
+    "contrastive",
+    "fixmatch_abc_loss",
+]
