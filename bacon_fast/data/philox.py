@@ -31,6 +31,9 @@ class Stream(IntEnum):
     SAMPLER_UNLABELED = 10
     SPLIT = 11
     TRAIN_TEST = 12
+    SSCL_KEYS = 13
+    SSCL_MIXTURE = 14
+    SIMCLR = 15
 
 
 def philox(seed: int, step: int | Tensor, view: int, slot: Tensor, words: int) -> Tensor:
