@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from . import ops
+from . import batch_norm_ops, ops
 from .checks import check_devices, check_kind, check_number, check_shape
 
 
@@ -73,6 +73,8 @@ def batch_norm_act(
     check_number("momentum", momentum, low=0, low_allowed=True)
     check_number("eps", eps, low=0)
     check_number("negative_slope", negative_slope, low=0, low_allowed=True)
+    if backend is None:
+        backend = batch_norm_ops.default_backend(x)
     run = ops.choose_backend("batch_norm_act", backend, x)
     return run(
         x,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import bacon_family, bacon_ops, bacon_step_ops, contrastive_ops, heads_ops, reference
+from . import bacon_family, bacon_ops, bacon_step_ops, batch_norm_ops, contrastive_ops, heads_ops, reference
 
 try:
     from . import _C
@@ -127,6 +127,7 @@ BACKENDS: dict[str, dict[str, Backend]] = {
         "reference": Backend(reference.contrastive, _always),
     },
     "batch_norm_act": {
+        "triton": Backend(partial(batch_norm_ops.run, "triton"), _triton),
         "reference": Backend(reference.batch_norm_act, _always),
     },
     "bank_select_": {

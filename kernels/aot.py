@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 
 from . import launch
 from .bacon_step import bacon_step
+from .batch_norm import batch_norm_backward, batch_norm_forward
 from .contrastive_backward import contrastive_backward
 from .contrastive_forward import contrastive_forward
 from .heads import heads_backward, heads_forward
@@ -176,6 +177,16 @@ def heads(arch: int, num_classes: int, dtype: torch.dtype, *, num_views: int = 1
     heads_backward(losses, *gradients, *rows, batch, unlabeled)
 
 
+def batch_norm(arch: int, images: int, channels: int, size: int, dtype: torch.dtype, *, residual: bool) -> None:
+    """BatchNorm with LeakyReLU, both directions, at the input of a layer."""
+    meta = functools.partial(torch.empty, device="meta")
+    x = meta(images, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last)
+    statistics = meta(channels), meta(channels), meta((), dtype=torch.int64)
+    weight, bias, other = meta(channels), meta(channels), x if residual else None
+    activated, _, *vectors = batch_norm_forward(x, other, weight, bias, *statistics, 0.001, 1e-5, 0.1, arch=arch)
+    batch_norm_backward(activated, other, x, weight, bias, *vectors, 0.1, arch=arch)
+
+
 def step(arch: int, rows: int, dim: int, num_classes: int, dtype: torch.dtype, precision: str) -> None:
     """One step of BaCon with its bank, a third of the rows labeled."""
     meta = functools.partial(torch.empty, device="meta")
@@ -248,6 +259,17 @@ def subjects() -> dict[str, Callable[[int], None]]:
         for num_classes in (10, 100, 1000, 8192):
             name = f"heads-320x{num_classes}-{str(dtype).removeprefix('torch.')}"
             found[name] = functools.partial(heads, num_classes=num_classes, dtype=dtype)
+        for channels, size, residual in (
+            (16, 32, False),
+            (32, 32, True),
+            (64, 16, True),
+            (128, 8, True),
+            (640, 8, False),
+        ):
+            name = f"batch-norm-320x{channels}x{size}-{str(dtype).removeprefix('torch.')}"
+            found[name] = functools.partial(
+                batch_norm, images=320, channels=channels, size=size, dtype=dtype, residual=residual
+            )
     found["heads-448x10-soft-float32"] = functools.partial(
         heads, num_classes=10, dtype=torch.float32, num_views=2, soft_targets=True
     )

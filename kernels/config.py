@@ -1,4 +1,4 @@
-"""Launch configurations of the contrastive kernels: pure functions of shape, dtype and architecture.
+"""Launch configurations of the kernels: pure functions of shape, dtype and architecture.
 
 `python -m bacon_fast.kernels.aot` shows that the tiles fit: no spilled register, shared memory within the limit, for
 every loss and padded dimension.
@@ -98,4 +98,45 @@ def bacon_step_config(
     splits = max(1, min(programs, (4 if arch == INTERPRETER else MULTIPROCESSORS.get(arch, 132)) // programs))
     return BaconStepConfig(
         block, block, block_slice, padded, block_classes, block_scan, splits, compare_warps, update_warps
+    )
+
+
+@dataclass(frozen=True)
+class BatchNormConfig:
+    """How [rows, channels] are divided: a program treats one split of the rows of one channel block, tile by tile."""
+
+    block_rows: int
+    block_channels: int
+    splits: int
+    channel_blocks: int
+    rows_per_split: int  # a multiple of block_rows; the last split may have fewer rows, but has some
+    num_warps: int
+    num_stages: int  # tiles that are on their way at a time
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.splits, self.channel_blocks
+
+
+def batch_norm_config(rows: int, channels: int, dtype: torch.dtype, arch: int) -> BatchNormConfig:
+    """One program a multiprocessor: each merges what all splits have found, so many splits would cost twice.
+
+    A thread has eight elements of a tile, 16 bytes in half precision, and 24 KiB or more are on their way at a time.
+    """
+    block_channels, num_warps, num_stages = min(32, block_dim(channels)), 16, 4 if dtype.itemsize == 2 else 3
+    block_rows, fill = 4096 // block_channels, MULTIPROCESSORS.get(arch, 132)
+    if dtype == torch.float64:
+        block_rows //= 2
+    if arch == INTERPRETER:
+        block_rows, block_channels, fill, num_warps, num_stages = 16, 16, 10, 1, 1
+    channel_blocks, tiles = -(-channels // block_channels), -(-rows // block_rows)
+    tiles_per_split = -(-tiles // max(1, min(fill // channel_blocks, tiles)))
+    return BatchNormConfig(
+        block_rows,
+        block_channels,
+        -(-tiles // tiles_per_split),
+        channel_blocks,
+        tiles_per_split * block_rows,
+        num_warps,
+        num_stages,
     )
