@@ -44,7 +44,8 @@ class ComposedMethod(Method):
         return self.regularizer is not None and step > self.contrast_start * self.steps
 
     def forward(self, batch: Batch, step: Tensor, phase: bool) -> StepOutput:
-        rows = [None if part is None else gather_views(part, batch.num_labeled) for part in self.network(batch.images)]
+        sizes = batch.num_labeled, batch.num_unlabeled
+        rows = [None if part is None else gather_views(part, *sizes) for part in self.network(batch.images)]
         batch = gather_batch(batch)
         out = Outputs(*rows, batch.num_labeled, batch.num_unlabeled)
         losses, stats, pseudo_labels = self.base(out, batch, step)
