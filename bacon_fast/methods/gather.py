@@ -1,23 +1,23 @@
 """Rows of all ranks, so that every rank computes the losses of the global batch and updates the same state.
 
-Under torchrun each rank makes the views of its slice of the global batch and runs networks on those alone; then the rows
-of all ranks are put together in the order of one process with the global batch. One process, or no process group: every
-function returns what it is given.
+Under torchrun each rank makes the views of its slice of the global batch and runs networks on those alone; then the
+rows of all ranks are put together in the order of one process with the global batch. One process, or no process group:
+every function returns what it is given.
 
 What a method must do to be right under several ranks:
 
 1. Whatever a network makes of this rank's images goes through `gather_views`, and labels and slots through
    `gather_batch`, before any loss, statistic or state is computed from it. What follows is then the same on all ranks,
-   bit for bit: banks, queues, counts and averages need no further communication, and row i of a gathered tensor is row i
-   of the global batch, so draws that are counted by row are the draws of one process.
+   bit for bit: banks, queues, counts and averages need no further communication, and row i of a gathered tensor is
+   row i of the global batch, so draws that are counted by row are the draws of one process.
 2. The loss is the loss of the global batch on every rank, never divided or multiplied by the number of ranks.
-   `gather_views` scales its backward so that DistributedDataParallel's mean over ranks is the gradient of that loss, both
-   for parameters that saw this rank's rows only (networks) and for those that see all rows (projections, prototypes).
-3. Images of other ranks, for views mixed across rows, come from `gather_views(images, ...)`; `own_views` then takes this
-   rank's share of the mixed images for its own networks.
+   `gather_views` scales its backward so that DistributedDataParallel's mean over ranks is the gradient of that loss,
+   both for parameters that saw this rank's rows only (networks) and for those that see all rows (projections).
+3. Images of other ranks, for views mixed across rows, come from `gather_views(images, ...)`; `own_views` then takes
+   this rank's share of the mixed images for its own networks.
 4. No collective depends on data: every rank calls the same functions in the same order in a phase (methods.method).
-5. Work between steps (`Method.refresh`) runs on all ranks on the same images and state; `RefreshContext.predict` divides
-   the images over the ranks by itself.
+5. Work between steps (`Method.refresh`) runs on all ranks on the same images and state; `RefreshContext.predict`
+   divides the images over the ranks by itself.
 """
 
 import dataclasses
