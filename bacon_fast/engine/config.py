@@ -13,8 +13,19 @@ import tyro
 from bacon_fast.data.datasets import DATASETS
 from bacon_fast.data.longtail import PROTOCOLS
 
-MethodName = Literal["supervised", "fixmatch", "fixmatch+abc", "fixmatch+bacon", "fixmatch+abc+bacon"]
+MethodName = Literal[
+    "supervised",
+    "fixmatch",
+    "fixmatch+abc",
+    "fixmatch+bacon",
+    "fixmatch+abc+bacon",
+    "fixmatch+debiaspl",
+]
 METHODS: tuple[str, ...] = get_args(MethodName)
+
+# What a field left at None stands for, by family, the first part of a method's name (methods.md B, D, E.2).
+DEFAULTS = {"unlabeled_ratio": 2, "lambda_u": 1.0, "contrast_start": 0.5}
+FAMILY_DEFAULTS = {"remixmatch": {"unlabeled_ratio": 1, "lambda_u": 1.5, "contrast_start": 1 / 30}}
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 BACKBONE_FORMS = "wrn-DEPTH-WIDTH, resnet18 or resnet50"
@@ -93,8 +104,8 @@ class Config:
     # --- batch and augmentation ------------------------------------------------------------------------------------
     batch_size: int = 64
     """B, labeled images a step."""
-    unlabeled_ratio: int = 2
-    """mu: unlabeled images a step are mu*B."""
+    unlabeled_ratio: int | None = None
+    """mu: unlabeled images a step are mu*B. Default: 2, and 1 for ReMixMatch, which takes nothing else."""
     hflip: bool = True
     """Random horizontal flips (also of digits, where they change the meaning: the digits preset turns them off)."""
     randaugment_ops: int = 3
@@ -128,8 +139,8 @@ class Config:
     # --- FixMatch and ABC ------------------------------------------------------------------------------------------
     threshold: float = 0.95
     """Confidence from which a pseudo-label counts (FixMatch, ABC, and BaCon's class counts)."""
-    lambda_u: float = 1.0
-    """Weight of FixMatch's unlabeled loss."""
+    lambda_u: float | None = None
+    """Weight of the unlabeled loss. Default: 1, and 1.5 for ReMixMatch."""
     lambda_abc: float = 1.0
     """Weight of ABC's losses."""
     epochs: int = 1000
@@ -138,8 +149,8 @@ class Config:
     # --- BaCon -----------------------------------------------------------------------------------------------------
     lambda_con: float = 1.0
     """Weight of BaCon's contrastive loss."""
-    contrast_start: float = 0.5
-    """Fraction of the run after which the contrastive loss is added."""
+    contrast_start: float | None = None
+    """Fraction of the run after which the contrastive loss is added. Default: 1/2, and 1/30 for ReMixMatch."""
     variant: Literal["fixed", "official", "blog"] = "fixed"
     """fixed: the specification; official: the released code's oddities; blog: the widely copied listing, corrected."""
     neg_mode: Literal["authors", "paper"] | None = None
@@ -171,6 +182,14 @@ class Config:
     loss_backend: Literal["auto", "reference", "cpp", "triton"] = "auto"
     """Implementation of the fused losses."""
 
+    # --- other class balancers (methods.md H) ------------------------------------------------------------------------
+    debiaspl_tau: float = 0.4
+    """DebiasPL: strength of the debiasing and of the margin; 0.4 in USB, 1 in the authors' ImageNet runs."""
+    distribution_momentum: float = 0.999
+    """Momentum of the running mean of the predictions (DebiasPL)."""
+    usb_compat: bool = False
+    """Reproduce the errors of USB's code that published numbers contain (DebiasPL), instead of the method."""
+
     # --- logging ---------------------------------------------------------------------------------------------------
     eval_every: int = 1000
     """Steps between evaluations of the averaged model on the test part."""
@@ -190,17 +209,19 @@ class Config:
             self.keep_checkpoints >= 2, "keep_checkpoints", "at least 2 (one may be damaged)", self.keep_checkpoints
         )
         for name, lowest in (("unlabeled_ratio", 1), ("randaugment_ops", 0), ("threads", 0), ("proj_layers", 0)):
-            _require(getattr(self, name) >= lowest, name, f"an integer of at least {lowest}", getattr(self, name))
+            value = getattr(self, name)
+            _require(value is None or value >= lowest, name, f"an integer of at least {lowest}", value)
         for name in ("proj_dim", "top_k"):
             _require(getattr(self, name) >= 1, name, "an integer of at least 1", getattr(self, name))
         for name in ("lr", "temperature", "negative_weight"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, "a number above 0", value)
-        for name in ("weight_decay", "bta", "lambda_u", "lambda_abc", "lambda_con"):
+        for name in ("weight_decay", "bta", "lambda_u", "lambda_abc", "lambda_con", "debiaspl_tau"):
             value = getattr(self, name)
             _require(value is None or value >= 0, name, "a number of at least 0", value)
-        for name in ("threshold", "reliable_threshold", "contrast_start", "ema"):
-            _require(0 <= getattr(self, name) <= 1, name, "a number between 0 and 1", getattr(self, name))
+        for name in ("threshold", "reliable_threshold", "contrast_start", "ema", "distribution_momentum"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value <= 1, name, "a number between 0 and 1", value)
         for name in ("lr", "temperature", "bta", "negative_weight", "weight_decay", "gamma_l", "gamma_u"):
             value = getattr(self, name)
             _require(value is None or math.isfinite(value), name, "a finite number", value)
@@ -215,9 +236,17 @@ class Config:
         _require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
         _require(self.dataset in DATASETS, "dataset", f"one of {', '.join(DATASETS)}", self.dataset)
         _require(self.protocol in PROTOCOLS, "protocol", f"one of {', '.join(PROTOCOLS)}", self.protocol)
+        if self.method.startswith("remixmatch"):  # it mixes blocks of B rows with each other (methods.md D)
+            _require(self.unlabeled_ratio in (None, 1), "unlabeled_ratio", "1 for ReMixMatch", self.unlabeled_ratio)
         for name in ("gamma_l", "gamma_u"):
             value = getattr(self, name)
             _require(value is None or abs(value) >= 1, name, "at least 1, or at most -1 to reverse the classes", value)
+
+    def resolved(self) -> "Config":
+        """The same with the method's default in each field of `DEFAULTS` that is None. Trainers do this first."""
+        defaults = DEFAULTS | FAMILY_DEFAULTS.get(self.method.split("+")[0], {})
+        unset = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **unset)
 
     def to_dict(self) -> dict:
         """JSON-ready values, paths as strings."""
@@ -238,7 +267,7 @@ class Config:
 
     def differences(self, other: dict) -> list[str]:
         """Fields in which `other` (a saved `to_dict`) would compute something else, as readable lines."""
-        mine = self.to_dict()
+        mine = self.resolved().to_dict()
         names = [n for n in mine if n not in RESUME_MAY_CHANGE and (n not in other or other[n] != mine[n])]
         lines = [f"{n}: checkpoint {other.get(n, '<missing>')!r}, now {mine[n]!r}" for n in names]
         return lines + [f"{n}: checkpoint {other[n]!r}, unknown to this version" for n in other if n not in mine]

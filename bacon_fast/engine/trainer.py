@@ -54,6 +54,7 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         if config.run_dir is None:
             raise ValueError("run_dir: expected a directory, found None")
+        config = config.resolved()
         self.config, self.run_dir = config, Path(config.run_dir)
         self.device = build.resolve_device(config.device)
         if config.precision == "tf32" and self.device.type != "cuda":
