@@ -11,7 +11,8 @@ from bacon_fast.cli import with_clear_errors
 from bacon_fast.data.longtail import Split
 from bacon_fast.engine.build import build_dataset, use_threads
 from bacon_fast.engine.config import Config
-from bacon_fast.engine.evaluation import evaluate as confusion_of
+from bacon_fast.engine.evaluation import calibration_error
+from bacon_fast.engine.evaluation import evaluate as evaluate_network
 from bacon_fast.engine.metrics import compute_metrics
 from bacon_fast.run import open_run
 
@@ -29,7 +30,7 @@ class Arguments:
 
 
 def evaluate(arguments: Arguments) -> dict:
-    """Metrics of `compute_metrics`, with "step" and the confusion matrix (rows = truth)."""
+    """Metrics of `compute_metrics`, calibration and spread, "step" and the confusion matrix (rows = truth)."""
     use_threads(0)
     run = open_run(arguments.run, arguments.device)
     config = run.config
@@ -38,9 +39,15 @@ def evaluate(arguments: Arguments) -> dict:
     dataset = build_dataset(config)
     if tuple(dataset.class_names) != run.class_names:
         raise ValueError(f"data_dir: expected the classes {run.class_names}, found {tuple(dataset.class_names)}")
-    confusion = confusion_of(run.network, run.normalize, dataset, run.device)
+    evaluation = evaluate_network(run.network, run.normalize, dataset, run.device)
     counts = Split.load(run.directory / "split.json").labeled_counts
-    return {"step": run.step, **compute_metrics(confusion, counts), "confusion": confusion.tolist()}
+    return {
+        "step": run.step,
+        **compute_metrics(evaluation.confusion, counts),
+        "calibration_error": calibration_error(evaluation.calibration),
+        "intra_class_variance": float(evaluation.intra_class_variance),
+        "confusion": evaluation.confusion.tolist(),
+    }
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """Running the averaged network over images."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +10,22 @@ from bacon_fast.data.datasets import ImageDataset
 from bacon_fast.engine.metrics import confusion_matrix
 
 EVALUATION_BATCH = 500
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A network on the test part.
+
+    Attributes:
+        confusion: int64 [K,K], rows = truth.
+        calibration: float64 [15, 3], for equal bins of confidence: images, sum of confidences, right predictions.
+        intra_class_variance: mean over classes of the mean squared distance of unit features to their class mean, 0-d.
+    """
+
+    confusion: Tensor
+    calibration: Tensor
+    intra_class_variance: Tensor
 
 
 @torch.inference_mode()
@@ -27,7 +45,43 @@ def predict(network: nn.Module, normalize: Augment, images: Tensor, device: torc
     return torch.cat(features), torch.cat(logits)
 
 
-def evaluate(network: nn.Module, normalize: Augment, dataset: ImageDataset, device: torch.device) -> Tensor:
-    """Confusion matrix int64 [K,K] (rows = truth) on the whole test part."""
-    _, logits = predict(network, normalize, dataset.test_images, device)
-    return confusion_matrix(dataset.test_labels.to(device), logits.argmax(1), dataset.num_classes)
+def evaluate(network: nn.Module, normalize: Augment, dataset: ImageDataset, device: torch.device) -> Evaluation:
+    """The whole test part, on the device."""
+    features, logits = predict(network, normalize, dataset.test_images, device)
+    labels = dataset.test_labels.to(device)
+    return Evaluation(
+        confusion_matrix(labels, logits.argmax(1), dataset.num_classes),
+        calibration_bins(logits, labels),
+        intra_class_variance(features, labels, dataset.num_classes),
+    )
+
+
+def calibration_bins(logits: Tensor, labels: Tensor) -> Tensor:
+    """Images, sum of confidences and right predictions in 15 equal bins of confidence: float64 [15, 3].
+
+    The bins of Guo et al. (On calibration of modern neural networks, ICML 2017): bin m holds confidences in
+    ((m-1)/15, m/15]. Arguments: logits float [N,K], labels int64 [N].
+    """
+    confidence, predicted = logits.double().softmax(1).max(1)
+    bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+    rows = torch.stack([torch.ones_like(confidence), confidence, (predicted == labels).double()], dim=1)
+    return rows.new_zeros(CALIBRATION_BINS, 3).index_add_(0, bins, rows)
+
+
+def calibration_error(bins: Tensor) -> float:
+    """Expected calibration error: sum over bins of their share times |accuracy - confidence| (Guo et al., eq. 3)."""
+    images, confidence, right = bins.unbind(1)
+    return float((right - confidence).abs().sum() / images.sum())
+
+
+def intra_class_variance(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Mean over the present classes of the mean squared distance of unit features to their class mean: 0-d float64.
+
+    For unit vectors that is 1 - |mean|^2: 0 when a class is one direction, near 1 when it is spread over all.
+    Arguments: features float [N,F], labels int64 [N].
+    """
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    sums = unit.new_zeros(num_classes, unit.shape[1]).index_add_(0, labels, unit)
+    images = unit.new_zeros(num_classes).index_add_(0, labels, unit.new_ones(len(labels)))
+    variance = 1 - (sums / images.clamp(min=1)[:, None]).square().sum(1)
+    return torch.where(images > 0, variance, 0).sum() / (images > 0).sum()

@@ -95,21 +95,27 @@ def curves(panels: Sequence[Panel], theme: Theme) -> Figure:
     return figure
 
 
-def confusion(matrix: np.ndarray, class_names: Sequence[str], theme: Theme) -> Figure:
-    """Confusion matrix [K, K] in percent of the true class; rows of absent classes stay empty."""
+def confusion(
+    matrix: np.ndarray, class_names: Sequence[str], theme: Theme, columns: Sequence[str] | None = None
+) -> Figure:
+    """Confusion matrix [K, K] in percent of the true class; rows of absent classes stay empty.
+
+    `columns` names the columns where they are not the K classes: matrix [K, len(columns)].
+    """
+    columns = class_names if columns is None else columns
     num_classes = len(matrix)
     total = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, total, out=np.full(matrix.shape, np.nan), where=total > 0)
     side = min(7.6, 4.2 + 0.26 * num_classes)
     figure = _figure(side + 0.7, side, theme)
     axes = figure.add_subplot()
-    _style(axes, theme, "predicted class", "true class")
+    _style(axes, theme, "predicted class" if len(columns) == num_classes else "pseudo-label", "true class")
     scale = LinearSegmentedColormap.from_list("share", [theme.background, theme.accent])
     # A square root keeps errors of a few percent visible beside a diagonal near one.
     image = axes.imshow(np.sqrt(share), cmap=scale, vmin=0, vmax=1, interpolation="nearest")
     if num_classes <= NAMED_CLASSES:
-        rotation = {"rotation": 45, "ha": "right"} if max(map(len, class_names)) > 2 else {}
-        axes.set_xticks(range(num_classes), _literal(class_names), **rotation)
+        rotation = {"rotation": 45, "ha": "right"} if max(map(len, columns)) > 2 else {}
+        axes.set_xticks(range(len(columns)), _literal(columns), **rotation)
         axes.set_yticks(range(num_classes), _literal(class_names))
         for (row, column), value in np.ndenumerate(share):
             if value >= 0.005:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 HEADLINE = ("top1", "bacc", "gm")
 GROUPS = ("many", "medium", "few")
-GROUPS = ("many", "medium", "few")
 MEAN_WINDOW = 20
 
 

@@ -14,6 +14,7 @@ from sklearn.manifold import TSNE
 
 from bacon_fast.engine import figures, report_page
 from bacon_fast.engine.checkpoint import write_atomically
+from bacon_fast.engine.diagnostic_report import diagnostic_pictures
 from bacon_fast.engine.figures import Line, Panel
 from bacon_fast.engine.metrics import MEAN_WINDOW, History, class_groups, compute_metrics
 from bacon_fast.engine.report_page import Picture, percent
@@ -67,6 +68,12 @@ class ReportData:
     """The same images in the contrastive space, float32 [N, D]."""
     feature_labels: np.ndarray | None = None
     """Their true classes, int64 [N]."""
+    pseudo_confusion: np.ndarray | None = None
+    """int64 [K, K+1] pseudo-labels of the last evaluation's window, rows = true class, last column = none."""
+    class_count_estimate: Sequence[float] | None = None
+    """BaCon's count of training images per class [K]."""
+    calibration: np.ndarray | None = None
+    """float [M, 3] of the last evaluation, see `evaluation.calibration_bins`."""
     original_samples: np.ndarray | None = None
     """Unlabeled images before augmentation, uint8 [n, H, W, 3]."""
     weak_samples: np.ndarray | None = None
@@ -122,6 +129,7 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
             report_page.section(
                 "Classes", report_page.group("stack", _class_pictures(data, order, picture)), _class_table(data, order)
             ),
+            report_page.section("Diagnostics", report_page.group("stack", diagnostic_pictures(data, order, picture))),
             report_page.section(
                 "Test images in feature space", report_page.group("pair", _embedding_pictures(data, order, picture))
             ),
@@ -239,6 +247,12 @@ def _training_pictures(data: ReportData, picture: Callable[..., Picture]) -> lis
             Panel("share", _lines(data.train_history, memory), True),
          ], "Left: pseudo-labels, how many pass the confidence threshold and how many of those are right. Right: "
          "rows reliable enough for the memory bank, and how many of its slots are in use."),
+        ("representation", [
+            Panel("intra-class variance", _lines(data.history, {"intra_class_variance": "unit features, test images"})),
+            Panel("1 - cosine", _lines(data.history, {"center_drift": "center drift between evaluations"})),
+            Panel("calibration error", _lines(data.history, {"calibration_error": "expected, test images"}), True),
+         ], "How far the features of a class spread, how far BaCon's class centers move between evaluations, and how "
+         "far confidence is from accuracy."),
         ("other_statistics", [
             Panel("value", _lines(data.train_history, rest)),
             Panel("steps per second", _lines(data.train_history, {"steps_per_second": "steps per second"})),

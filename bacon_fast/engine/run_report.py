@@ -64,6 +64,7 @@ def write_run_report(trainer: Trainer, summary: dict) -> Path:
         with torch.inference_mode():
             projections = regularizer.projection(features).cpu().numpy()
     originals, weak, strong = _sample_views(trainer)
+    evaluation = trainer.evaluation()
     data = ReportData(
         title=f"{trainer.config.method} on {dataset.name}",
         config=config,
@@ -83,7 +84,10 @@ def write_run_report(trainer: Trainer, summary: dict) -> Path:
         unlabeled_counts=split.unlabeled_counts,
         history=trainer.history.rows,
         train_history=trainer.logger.train_rows(),
-        confusion=trainer.confusion().cpu().numpy(),
+        confusion=evaluation.confusion.cpu().numpy(),
+        pseudo_confusion=trainer.diagnostics.window.cpu().numpy(),
+        class_count_estimate=trainer.history.rows[-1].get("class_count_estimate"),
+        calibration=evaluation.calibration.cpu().numpy(),
         temperatures=temperatures,
         temperature_history=temperature_history,
         features=features.cpu().numpy(),

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from bacon_fast.engine.batches import Batches
 from bacon_fast.engine.config import Config
+from bacon_fast.engine.diagnostics import Diagnostics
 from bacon_fast.engine.ema import EMA
 from bacon_fast.engine.schedule import learning_rate
+from bacon_fast.methods.gather import gather_batch
 from bacon_fast.methods.method import Method
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,7 +29,7 @@ class TrainStep:
         config: of the run.
         method: whose buffers and parameters are trained.
         forward: `method`, or what wraps it (torch.compile, DistributedDataParallel).
-        batches, optimizer, ema: of the run.
+        batches, optimizer, ema, diagnostics: of the run.
 
     Attributes:
         counter: completed steps, 0-d int64 on the device.
@@ -42,9 +44,10 @@ class TrainStep:
         batches: Batches,
         optimizer: torch.optim.Optimizer,
         ema: EMA,
+        diagnostics: Diagnostics,
     ) -> None:
         self.config, self.method, self.forward = config, method, forward
-        self.batches, self.optimizer, self.ema = batches, optimizer, ema
+        self.batches, self.optimizer, self.ema, self.diagnostics = batches, optimizer, ema, diagnostics
         self.device = batches.device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.counter = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -60,8 +63,9 @@ class TrainStep:
     def run(self, phase: Hashable) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The static program of a phase."""
         config = self.config
+        batch = self.batches.batch(self.counter)
         with autocast(config, self.device):
-            output = self.forward(self.batches.batch(self.counter), self.counter, phase)
+            output = self.forward(batch, self.counter, phase)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(output.total).backward()
         self.scaler.step(self.optimizer)
@@ -72,5 +76,7 @@ class TrainStep:
                 started = [p for p in self.method.parameters() if p.grad is not None]
                 torch._foreach_mul_(started, 1 - config.weight_decay * rate)
         self.ema.update(self.method.network)
+        if output.pseudo_labels is not None:
+            self.diagnostics.update(output.pseudo_labels, gather_batch(batch).true_labels)
         self.counter += 1
         return output.losses, output.stats

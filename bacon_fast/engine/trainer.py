@@ -21,8 +21,9 @@ from bacon_fast.engine.checkpoint import (
     write_atomically,
 )
 from bacon_fast.engine.config import Config
+from bacon_fast.engine.diagnostics import Diagnostics
 from bacon_fast.engine.ema import EMA
-from bacon_fast.engine.evaluation import evaluate, predict
+from bacon_fast.engine.evaluation import Evaluation, calibration_error, evaluate, predict
 from bacon_fast.engine.interrupt import StopRequest
 from bacon_fast.engine.logger import RunLogger
 from bacon_fast.engine.metrics import History, compute_metrics
@@ -111,6 +112,8 @@ class Trainer:
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.method = method.to(self.device, memory_format=memory_format)
         self.batches = Batches(config, split, self.dataset, self.device, method.unlabeled_views)
+        bank = None if method.regularizer is None else method.regularizer.bank
+        self.diagnostics = Diagnostics(self.dataset.num_classes, bank).to(self.device)
         self._start()
 
     def _start(self) -> None:
@@ -120,7 +123,7 @@ class Trainer:
         self.ema = EMA(self.method.network, config.ema, config.ema_buffers)
         self.method.bind(self.ema.network)
         forward = torch.compile(self.method) if config.compile else self.method
-        self.program = TrainStep(config, self.method, forward, self.batches, self.optimizer, self.ema)
+        self.program = TrainStep(config, self.method, forward, self.batches, self.optimizer, self.ema, self.diagnostics)
 
     def _start_generation(self, new: NewGeneration) -> None:
         """Starts again from a fresh network, on another labeled set (CReST)."""
@@ -148,6 +151,7 @@ class Trainer:
             "inference": self.inference_info(),
             "method": self.method.state_dict(),
             "ema": self.ema.state_dict(),
+            "diagnostics": self.diagnostics.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.program.scaler.state_dict(),
             "rows": self.logger.rows,
@@ -169,6 +173,7 @@ class Trainer:
             )
         self.method.load_state_dict(state["method"])
         self.ema.load_state_dict(state["ema"])
+        self.diagnostics.load_state_dict(state["diagnostics"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.program.scaler.load_state_dict(state["scaler"])
         self.generation = state["generation"]
@@ -280,7 +285,11 @@ class Trainer:
         self.logger.show_train(row)
 
     def _evaluate(self) -> None:
-        metrics = compute_metrics(self.confusion(), self.split.labeled_counts)
+        evaluation = self.evaluation()
+        metrics = compute_metrics(evaluation.confusion, self.split.labeled_counts)
+        metrics["calibration_error"] = calibration_error(evaluation.calibration)
+        metrics["intra_class_variance"] = float(evaluation.intra_class_variance)
+        metrics |= self.diagnostics.read()
         if self.method.regularizer is not None:
             metrics["temperatures"] = self.method.regularizer.temperatures(self.step / self.config.steps).tolist()
         self.history.append(self.step, metrics)
@@ -288,8 +297,8 @@ class Trainer:
         self.logger.log(row)
         self.logger.show_eval(row)
 
-    def confusion(self) -> Tensor:
-        """Confusion matrix of the averaged network on the whole test part: int64 [K,K], rows = truth."""
+    def evaluation(self) -> Evaluation:
+        """The averaged network on the whole test part."""
         return evaluate(self.ema.network, self.batches.augment, self.dataset, self.device)
 
     def _finish(self) -> dict:

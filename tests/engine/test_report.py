@@ -83,6 +83,10 @@ def full_data():
         | {"stats/pseudo_accuracy": None if step < 5 else 0.9, "stats/reliable": 0.5, "stats/other_thing": float("nan")}
         for step in range(1, 81)
     ]
+    for row in history:
+        row |= {"calibration_error": 0.123, "intra_class_variance": 0.4, "center_drift": 0.01}
+        row |= {"pseudo_precision": [0.9] * 9 + [None], "pseudo_recall": [c / 10 for c in range(10)]}
+    pseudo = np.arange(110).reshape(10, 11)
     temperatures = [{"step": step, "temperatures": [0.1 - 0.0001 * c / step for c in range(10)]} for step in (1, 2)]
     return ReportData(
         title="a <run> & more",
@@ -99,6 +103,9 @@ def full_data():
         features=digits.data[:150].astype(np.float32),
         projections=digits.data[:150, 20:30].astype(np.float32),
         feature_labels=digits.target[:150],
+        pseudo_confusion=pseudo,
+        class_count_estimate=[3 * n for n in COUNTS],
+        calibration=np.stack([np.arange(15), np.arange(15) * np.arange(15) / 15, np.arange(15) * 0.5], axis=1),
         original_samples=images,
         weak_samples=images[:, :, ::-1],
         strong_samples=255 - images,
@@ -130,7 +137,8 @@ def test_every_picture_is_embedded_and_written_and_has_a_dark_twin(written):
     files = {file.read_bytes(): file.stem for file in (folder / "figures").glob("*.png")}
     assert sorted(files[data] for data in page.pictures) == sorted(files.values())
     assert set(files.values()) == {
-        "accuracy", "losses", "statistics", "per_class", "confusion", "temperature", "embedding_features",
+        "accuracy", "losses", "statistics", "representation", "per_class", "confusion", "temperature",
+        "pseudo_labels_by_class", "pseudo_confusion", "class_counts", "reliability", "embedding_features",
         "embedding_projections", "views",
     }  # fmt: skip
     assert len(page.dark_pictures) == len(page.pictures)
@@ -151,7 +159,7 @@ def test_the_page_states_the_three_accuracies_and_marks_the_best_one(written):
     for value in (last, mean):
         assert f"{100 * value:.1f}" in page.text
     assert "chosen on the test set" in text and "Mean of the last 20" in text
-    for expected in ("nested.x", "0123abcd", "digit 9", "1,000", "41.5"):
+    for expected in ("calibration error 12.3 %", "nested.x", "0123abcd", "digit 9", "1,000", "41.5"):
         assert expected in text
 
 

@@ -117,6 +117,7 @@ def test_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(tmp_path):
     first = Trainer(tiny(tmp_path / "parts"))
     for _ in range(4):
         first.train_step()
+    first._evaluate()  # as the loop does before it saves at this step
     first.save()
     for _ in range(2):  # steps after the checkpoint, lost with the process
         first.train_step()
@@ -125,7 +126,7 @@ def test_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(tmp_path):
     assert second.step == 4
     second.fit()
     one, two = final_state(tmp_path / "whole"), final_state(tmp_path / "parts")
-    rows = [[r for r in state.pop("rows") if r["kind"] == "eval" and r["step"] > 4] for state in (one, two)]
+    rows = [[r for r in state.pop("rows") if r["kind"] == "eval"] for state in (one, two)]
     assert_equal_states(one, two)
     assert_equal_states(*rows)
 

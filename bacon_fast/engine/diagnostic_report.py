@@ -1,0 +1,76 @@
+"""The report's section on pseudo-labels, class counts, centers and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bacon_fast.engine import diagnostic_figures, figures
+from bacon_fast.engine.report_page import Picture
+
+if TYPE_CHECKING:
+    from bacon_fast.engine.report import ReportData
+
+
+def diagnostic_pictures(data: ReportData, order: np.ndarray, picture: Callable[..., Picture]) -> list[Picture]:
+    """What the run recorded of these; nothing for what it did not."""
+    names, rows, pictures = data.class_names, data.history, []
+    quality = [
+        (label, *_table(rows, key, len(names)))
+        for key, label in (("pseudo_precision", "precision"), ("pseudo_recall", "recall"))
+        if any(row.get(key) for row in rows)
+    ]
+    if quality:
+        pictures.append(
+            picture(
+                "pseudo_labels_by_class",
+                partial(diagnostic_figures.by_class, quality, order),
+                "Curves over training steps: precision and recall of the pseudo-labels, one line a class",
+                "Pseudo-labels of each class since the evaluation before. Precision: how many of the images labeled "
+                "so are of that class. Recall: how many of its images were confident and labeled so.",
+            )
+        )
+    if data.pseudo_confusion is not None and data.pseudo_confusion.any():
+        pictures.append(
+            picture(
+                "pseudo_confusion",
+                partial(figures.confusion, data.pseudo_confusion, names, columns=[*names, "none"]),
+                "Confusion matrix of the pseudo-labels in percent of the true class",
+                "Pseudo-labels between the last two evaluations: where the unlabeled images of each true class went; "
+                "the last column did not reach the threshold.",
+                820,
+            )
+        )
+    if data.class_count_estimate is not None and data.unlabeled_counts is not None:
+        truth = np.asarray(data.labeled_counts) + np.asarray(data.unlabeled_counts)
+        pictures.append(
+            picture(
+                "class_counts",
+                partial(diagnostic_figures.count_estimate, data.class_count_estimate, truth, names, order),
+                "True and estimated number of training images of each class",
+                "Images the memory bank counts for each class (labels, and the latest confident pseudo-label of "
+                "every unlabeled image) beside the true number.",
+            )
+        )
+    if data.calibration is not None:
+        pictures.append(
+            picture(
+                "reliability",
+                partial(diagnostic_figures.reliability, data.calibration),
+                "Accuracy on the test images by confidence",
+                f"Calibration on the test set, last evaluation: expected calibration error "
+                f"{100 * rows[-1]['calibration_error']:.1f} %.",
+                520,
+            )
+        )
+    return pictures
+
+
+def _table(rows: Sequence[Mapping[str, Any]], key: str, num_classes: int) -> tuple[list[int], np.ndarray]:
+    """Steps [S] and values [S, K] of the evaluations that have `key`; None becomes NaN."""
+    found = [row for row in rows if row.get(key)]
+    values = np.array([row[key] for row in found], dtype=np.float64).reshape(len(found), num_classes)
+    return [row["step"] for row in found], values
