@@ -1,75 +1,30 @@
 """FixMatch with ABC, the auxiliary balanced classifier (methods.md B, C; Lee, Shin, Kim, NeurIPS 2021)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bacon_fast import functional
+from bacon_fast.methods.abc import ABC
 from bacon_fast.methods.outputs import Batch, Outputs
 
 
-class FixMatchABC(nn.Module):
-    """FixMatch on the main head, and again on a second head that keeps rows of class c with probability N_min / N_c.
+class FixMatchABC(ABC):
+    """FixMatch on the main head, and ABC on the balanced one, in one pass over both.
 
     Args:
-        labeled_counts: N_c, int [K], all at least 1.
-        threshold: confidence from which a pseudo-label of either head counts.
-        lambda_u, lambda_abc: weights of FixMatch's unlabeled loss and of ABC's two losses.
-        steps, epochs: T and E; the keep probability of pseudo-labels anneals from 1 to N_min / N_c in E stages.
-        seed: of the masks, which are drawn from counters (seed, step, stream, row).
-        backend: of `functional.fixmatch_abc_loss`.
-
-    Raises:
-        ValueError: a class without labeled images, for which N_min / N_c is undefined.
+        labeled_counts, options: of `ABC`; the threshold counts for both heads.
+        lambda_u: weight of FixMatch's unlabeled loss.
     """
 
-    def __init__(
-        self,
-        labeled_counts: Tensor,
-        *,
-        threshold: float,
-        lambda_u: float,
-        lambda_abc: float,
-        steps: int,
-        epochs: int,
-        seed: int,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__()
-        if (labeled_counts < 1).any():
-            empty = torch.nonzero(labeled_counts < 1).flatten().tolist()
-            raise ValueError(f"labeled_counts: expected at least one labeled image per class, found none for {empty}")
-        keep = labeled_counts.min() / labeled_counts.to(torch.float64)
-        self.register_buffer("keep", keep.float(), persistent=False)  # derived from the split, which has its own hash
-        self.threshold, self.lambda_u, self.lambda_abc = threshold, lambda_u, lambda_abc
-        self.steps, self.epochs, self.seed, self.backend = steps, epochs, seed, backend
-
-    def keep_probability(self, step: Tensor) -> Tensor:
-        """pi^u_c(e) = 1 - (e/E)(1 - pi_c) at the epoch e of `step` (0-d int64): float32 [K]."""
-        epoch = torch.div(step * self.epochs, self.steps, rounding_mode="floor")
-        return 1 - (epoch / self.epochs) * (1 - self.keep)
+    def __init__(self, labeled_counts: Tensor, *, lambda_u: float, **options) -> None:
+        super().__init__(labeled_counts, **options)
+        self.lambda_u = lambda_u
 
     def forward(self, out: Outputs, batch: Batch, step: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Losses `supervised`, `unsupervised`, `abc_labeled` and `abc_unlabeled`, all 0-d float32; statistics; the main
         head's pseudo-labels int64 [U], -1 below the threshold.
         """
-        heads = functional.fixmatch_abc_loss(
-            out.logits,
-            out.balanced,
-            batch.labels,
-            batch.true_labels,
-            self.keep,
-            self.keep_probability(step),
-            step=step,
-            seed=self.seed,
-            threshold=self.threshold,
-            backend=self.backend,
-        )
-        losses = {
-            "supervised": heads.supervised,
-            "unsupervised": self.lambda_u * heads.unsupervised,
-            "abc_labeled": self.lambda_abc * heads.abc_labeled,
-            "abc_unlabeled": self.lambda_abc * heads.abc_unlabeled,
-        }
+        heads = self.heads(out, batch, step)
+        losses = {"supervised": heads.supervised, "unsupervised": self.lambda_u * heads.unsupervised}
         stats = {
             "pseudo_rate": heads.pseudo_rate,
             "abc_rate": heads.abc_rate,
@@ -77,4 +32,5 @@ class FixMatchABC(nn.Module):
             "pseudo_correct": heads.pseudo_correct,
         }
         confidence, pseudo_labels = out.weak_logits.detach().float().softmax(1).max(1)
-        return losses, stats, torch.where(confidence >= self.threshold, pseudo_labels, -1)
+        pseudo_labels = torch.where(confidence >= self.threshold, pseudo_labels, -1)
+        return losses | self.weighted(heads), stats, pseudo_labels
