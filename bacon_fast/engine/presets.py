@@ -56,6 +56,7 @@ def _digits() -> Config:
         hflip=False,  # a mirrored digit is no digit
         bn_momentum=0.05,
         ema=0.99,
+        distribution_momentum=0.99,
         contrast_start=0.25,
         eval_every=50,
         log_every=50,

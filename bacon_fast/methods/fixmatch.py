@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bacon_fast.methods.balancer import Targets
 from bacon_fast.methods.outputs import Batch, Outputs
 
 
@@ -19,16 +20,26 @@ class FixMatch(nn.Module):
         super().__init__()
         self.threshold, self.lambda_u = threshold, lambda_u
 
-    def forward(self, out: Outputs, batch: Batch, step: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """Losses `supervised` and `unsupervised`, 0-d float32; statistics; pseudo-labels int64 [U], -1 for none."""
-        confidence, pseudo_labels = out.weak_logits.detach().float().softmax(1).max(1)
-        mask = confidence >= self.threshold
-        # Divided by U, not by the number of confident rows: no confident row gives exactly 0.
-        per_row = F.cross_entropy(out.strong_logits.float(), pseudo_labels, reduction="none")
-        losses = {
-            "supervised": F.cross_entropy(out.labeled_logits.float(), batch.labels),
-            "unsupervised": self.lambda_u * (per_row * mask).mean(),
-        }
+    def forward(
+        self, out: Outputs, batch: Batch, step: Tensor, targets: Targets | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Losses `supervised` and `unsupervised`, 0-d float32; statistics; pseudo-labels int64 [U], -1 for none.
+
+        `targets` is a balancer's answer; None: the softmax of the weak views.
+        """
+        if targets is None:
+            targets = Targets(out.weak_logits.detach().float().softmax(1))
+        confidence, pseudo_labels = targets.probabilities.max(1)
+        mask = (confidence if targets.confidence is None else targets.confidence) >= self.threshold
+        strong_logits = out.strong_logits.float()
+        if targets.strong_bias is not None:
+            strong_logits = strong_logits + targets.strong_bias
+        # Means over the rows: not divided by weights, nor by the number of confident rows (none gives exactly 0).
+        labeled = F.cross_entropy(
+            out.labeled_logits.float(), batch.labels, weight=targets.labeled_weights, reduction="none"
+        )
+        unlabeled = F.cross_entropy(strong_logits, pseudo_labels, weight=targets.unlabeled_weights, reduction="none")
+        losses = {"supervised": labeled.mean(), "unsupervised": self.lambda_u * (unlabeled * mask).mean()}
         stats = pseudo_label_stats(mask, pseudo_labels, batch.true_labels)
         return losses, stats, torch.where(mask, pseudo_labels, -1)
 

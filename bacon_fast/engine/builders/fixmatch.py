@@ -1,6 +1,7 @@
-"""supervised, fixmatch and what is added to it: abc, bacon."""
+"""supervised, fixmatch and what is added to it: abc, the balancers of pseudo-labels, bacon."""
 
 from bacon_fast.engine.builders.bacon import build_bacon_loss
+from bacon_fast.engine.builders.balancers import build_balancer
 from bacon_fast.engine.builders.info import DataInfo
 from bacon_fast.engine.config import Config
 from bacon_fast.methods.composed import ComposedMethod
@@ -40,6 +41,7 @@ def build_method(config: Config, network: Network, info: DataInfo) -> ComposedMe
         network,
         base,
         build_bacon_loss(config, network.backbone.num_features, info) if "bacon" in others else None,
+        build_balancer(config, info),
         steps=config.steps,
         lambda_con=config.lambda_con,
         contrast_start=config.contrast_start,

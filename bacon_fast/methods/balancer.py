@@ -1,0 +1,85 @@
+"""What a class balancer sees of a step of FixMatch or ReMixMatch, and what it may change there."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from bacon_fast.methods.method import NewGeneration, RefreshContext
+from bacon_fast.methods.outputs import Batch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the global batch: B labeled ones, and U unlabeled ones by view.
+
+    Attributes:
+        weak_logits: float32 [U,K], the main head's on the weak views, without gradient.
+        weak_features, strong_features: [U,F], the online backbone's; only the strong ones may have a gradient.
+        averaged_features: float32 [., F], the averaged backbone's on the images that `Balancer.averaged_images` chose.
+        batch: labels and slots.
+    """
+
+    weak_logits: Tensor
+    weak_features: Tensor
+    strong_features: Tensor
+    averaged_features: Tensor | None
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the base learner trains towards.
+
+    Attributes:
+        probabilities: float32 [U,K], in the place of the weak views' softmax: the largest one names the pseudo-label
+            and is its confidence.
+        confidence: float32 [U], another confidence, or None.
+        strong_bias: float32 [K], added to the strong views' logits within the loss, or None.
+        labeled_weights, unlabeled_weights: float32 [K], weight of a row by its label or pseudo-label, or None.
+        losses: further losses, 0-d float32, already weighted.
+    """
+
+    probabilities: Tensor
+    confidence: Tensor | None = None
+    strong_bias: Tensor | None = None
+    labeled_weights: Tensor | None = None
+    unlabeled_weights: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Balancer(nn.Module):
+    """Base of the class balancers that act between the weak views' probabilities and the pseudo-labels (methods.md H).
+
+    `forward` computes the targets of one step and updates the state, which lives in buffers. `phase`, `refresh_due` and
+    `refresh` are those of a method (methods/method.py), which hands them on.
+
+    Attributes:
+        balanced_view: the batch also holds B labeled images drawn class by class, strongly augmented.
+    """
+
+    balanced_view = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._networks: tuple[nn.Module, ...] = ()
+
+    def bind(self, network: nn.Module, averaged: nn.Module) -> None:
+        """Makes the online and the averaged network known, without becoming part of the state."""
+        self._networks = (network, averaged)
+
+    def averaged_images(self, batch: Batch, phase: Hashable) -> Tensor | None:
+        """Images whose features by the averaged backbone `forward` needs: B labeled rows, then views of U rows each."""
+        return None
+
+    def phase(self, step: int) -> Hashable:
+        return None
+
+    def forward(self, rows: Rows, step: Tensor, phase: Hashable) -> Targets:
+        raise NotImplementedError
+
+    def refresh_due(self, step: int) -> bool:
+        return False
+
+    def refresh(self, context: RefreshContext) -> NewGeneration | None:
+        raise NotImplementedError

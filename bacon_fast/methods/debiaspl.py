@@ -1,0 +1,48 @@
+"""DebiasPL (methods.md H; Wang et al., "Debiased learning from naturally imbalanced pseudo-labels", CVPR 2022)."""
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from bacon_fast.methods.balancer import Balancer, Rows, Targets
+
+_SMALLEST = 1e-12  # of a mean probability, so that its logarithm stays finite
+
+
+class DebiasPL(Balancer):
+    """Takes the average prediction out of the pseudo-labels, and asks for a margin in proportion to it.
+
+        pseudo-label: softmax(a(h^w) - tau log p_bar);   loss: CE(a(h^s) + tau log p_bar, pseudo-label)
+
+    p_bar starts at 1/K. After the pseudo-labels, p_bar <- m p_bar + (1 - m) mean over the batch of softmax(a(h^w)),
+    class by class, and the loss takes the new one. The confidence is that of the debiased probabilities.
+
+    Args:
+        num_classes: K.
+        tau: strength of the debiasing; 1 in the authors' ImageNet runs, 0.4 in USB.
+        momentum: m.
+        usb_ema: None, or the momentum of the network's average, to reproduce USB's code: it averages over all elements
+            of softmax(a(h^w)), which gives 1/K for every class, and keeps p_bar with this momentum. p_bar stays a
+            constant vector, which no softmax sees: USB's DebiasPL is FixMatch.
+
+    Buffers:
+        mean_prediction: p_bar, float32 [K].
+    """
+
+    def __init__(self, num_classes: int, *, tau: float, momentum: float, usb_ema: float | None = None) -> None:
+        super().__init__()
+        self.tau, self.momentum, self.usb_ema = tau, momentum, usb_ema
+        self.register_buffer("mean_prediction", torch.full((num_classes,), 1 / num_classes))
+
+    @torch.no_grad()
+    def forward(self, rows: Rows, step: Tensor, phase: Hashable) -> Targets:
+        probabilities = (rows.weak_logits - self._bias()).softmax(1)
+        predictions = rows.weak_logits.softmax(1)
+        mean = predictions.mean(0) if self.usb_ema is None else predictions.mean()
+        kept = self.momentum if self.usb_ema is None else self.usb_ema
+        self.mean_prediction.mul_(kept).add_(mean, alpha=1 - self.momentum)
+        return Targets(probabilities, strong_bias=self._bias())
+
+    def _bias(self) -> Tensor:
+        return self.tau * self.mean_prediction.clamp_min(_SMALLEST).log()
