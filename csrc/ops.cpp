@@ -49,6 +49,12 @@ TORCH_LIBRARY_FRAGMENT(bacon_fast, m) {
       "Tensor step, Tensor table, Tensor ranges, int padding, bool hflip, int num_ops, bool cutout, ScalarType dtype, "
       "bool channels_last) -> Tensor");
   m.def("augment_ops(Tensor images, Tensor ops, Tensor magnitudes) -> Tensor");
+
+  // Nesterov SGD and the moving average (csrc/optim); an empty gradient or average stands for none.
+  m.def(
+      "sgd_ema_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] momenta, Tensor(c!)[] averages, "
+      "float[] weight_decays, Tensor(d!)[] copies, Tensor[] copied, Tensor rate, float momentum, "
+      "float average_momentum, Tensor? grad_scale, Tensor? found_inf) -> ()");
 }
 
 PYBIND11_MODULE(_C, m) {
