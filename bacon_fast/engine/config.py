@@ -20,6 +20,7 @@ MethodName = Literal[
     "fixmatch+bacon",
     "fixmatch+abc+bacon",
     "fixmatch+debiaspl",
+    "fixmatch+saw",
 ]
 METHODS: tuple[str, ...] = get_args(MethodName)
 
@@ -144,7 +145,7 @@ class Config:
     lambda_abc: float = 1.0
     """Weight of ABC's losses."""
     epochs: int = 1000
-    """E: ABC's keep probability anneals in E stages over the run."""
+    """E: ABC's keep probability anneals in E stages over the run; SAW counts pseudo-labels at the start of each."""
 
     # --- BaCon -----------------------------------------------------------------------------------------------------
     lambda_con: float = 1.0

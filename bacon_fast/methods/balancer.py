@@ -68,6 +68,11 @@ class Balancer(nn.Module):
         """Makes the online and the averaged network known, without becoming part of the state."""
         self._networks = (network, averaged)
 
+    @property
+    def averaged(self) -> nn.Module:
+        """The averaged network of the run."""
+        return self._networks[1]
+
     def averaged_images(self, batch: Batch, phase: Hashable) -> Tensor | None:
         """Images whose features by the averaged backbone `forward` needs: B labeled rows, then views of U rows each."""
         return None

@@ -4,6 +4,7 @@ from bacon_fast.engine.builders.info import DataInfo
 from bacon_fast.engine.config import Config
 from bacon_fast.methods.balancer import Balancer
 from bacon_fast.methods.debiaspl import DebiasPL
+from bacon_fast.methods.saw import SAW
 
 
 def build_balancer(config: Config, info: DataInfo) -> Balancer | None:
@@ -16,4 +17,6 @@ def build_balancer(config: Config, info: DataInfo) -> Balancer | None:
             momentum=config.distribution_momentum,
             usb_ema=config.ema if config.usb_compat else None,
         )
+    if "saw" in parts:
+        return SAW(info.labeled_counts, steps=config.steps, epochs=config.epochs)
     return None

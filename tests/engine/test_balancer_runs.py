@@ -1,0 +1,40 @@
+"""Runs of the class balancers: what is resumed is what would have been, with state, phases and refreshes."""
+
+import dataclasses
+
+import pytest
+from test_trainer import assert_equal_states, final_state, tiny
+
+from bacon_fast.engine.trainer import Trainer
+
+BALANCERS = ("debiaspl", "saw")
+
+
+@pytest.mark.parametrize("name", BALANCERS)
+def test_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(tmp_path, name):
+    config = tiny(tmp_path / "whole", method=f"fixmatch+{name}", eval_every=12)
+    Trainer(config).fit()
+    first = Trainer(dataclasses.replace(config, run_dir=tmp_path / "parts"))
+    for _ in range(7):
+        first.train_step()
+    first.save()
+    first.train_step()  # lost with the process
+    first.logger.close()
+    second = Trainer(dataclasses.replace(config, run_dir=tmp_path / "parts", resume=True))
+    assert second.step == 7
+    second.fit()
+    one, two = final_state(tmp_path / "whole"), final_state(tmp_path / "parts")
+    del one["rows"], two["rows"]
+    assert any(key.startswith("balancer.") for key in one["method"]), "the state under test"
+    assert_equal_states(one, two)
+
+
+@pytest.mark.parametrize("name", BALANCERS)
+def test_state_keeps_its_address(tmp_path, name):
+    """A captured graph updates the buffers where it found them."""
+    trainer = Trainer(tiny(tmp_path, method=f"fixmatch+{name}"))
+    before = {key: value.data_ptr() for key, value in trainer.method.named_buffers()}
+    for _ in range(12):
+        trainer.train_step()
+    trainer.logger.close()
+    assert {key: value.data_ptr() for key, value in trainer.method.named_buffers()} == before
