@@ -21,6 +21,10 @@ MethodName = Literal[
     "fixmatch+abc+bacon",
     "fixmatch+debiaspl",
     "fixmatch+saw",
+    "remixmatch",
+    "remixmatch+abc",
+    "remixmatch+bacon",
+    "remixmatch+abc+bacon",
 ]
 METHODS: tuple[str, ...] = get_args(MethodName)
 
@@ -147,6 +151,18 @@ class Config:
     epochs: int = 1000
     """E: ABC's keep probability anneals in E stages over the run; SAW counts pseudo-labels at the start of each."""
 
+    # --- ReMixMatch (methods.md D) ---------------------------------------------------------------------------------
+    lambda_kl: float = 0.5
+    """Weight of the first strong view's loss against the weak view's targets."""
+    lambda_rot: float = 0.5
+    """Weight of the rotation task."""
+    rampup: float = 1 / 64
+    """Fraction of the run in which --lambda-u and --lambda-kl rise from 0."""
+    sharpening: float = 0.5
+    """Temperature of the targets."""
+    mixup_alpha: float = 0.75
+    """MixUp's coefficient is drawn from Beta(alpha, alpha)."""
+
     # --- BaCon -----------------------------------------------------------------------------------------------------
     lambda_con: float = 1.0
     """Weight of BaCon's contrastive loss."""
@@ -187,7 +203,7 @@ class Config:
     debiaspl_tau: float = 0.4
     """DebiasPL: strength of the debiasing and of the margin; 0.4 in USB, 1 in the authors' ImageNet runs."""
     distribution_momentum: float = 0.999
-    """Momentum of the running mean of the predictions (DebiasPL)."""
+    """Momentum of the running mean of the predictions (ReMixMatch, DebiasPL)."""
     usb_compat: bool = False
     """Reproduce the errors of USB's code that published numbers contain (DebiasPL), instead of the method."""
 
@@ -226,6 +242,12 @@ class Config:
         for name in ("lr", "temperature", "bta", "negative_weight", "weight_decay", "gamma_l", "gamma_u"):
             value = getattr(self, name)
             _require(value is None or math.isfinite(value), name, "a finite number", value)
+        for name in ("rampup", "sharpening", "mixup_alpha"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, name, "a finite number above 0", value)
+        for name in ("lambda_kl", "lambda_rot"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, name, "a finite number of at least 0", value)
         _require(self.proj_layers <= 2, "proj_layers", "0, 1 or 2", self.proj_layers)
         _require(0 <= self.seed < 2**64, "seed", "an integer in 0..2^64-1", self.seed)
         backbones = r"wrn-\d+-\d+|resnet18|resnet50"

@@ -1,0 +1,156 @@
+"""ReMixMatch as a base (methods.md D; Berthelot et al., ICLR 2020, arXiv 1911.09785), alone or with ABC and BaCon.
+
+The passes are those of USB and of BaCon's authors: every view and every mixed block by itself, in training mode with
+BatchNorm statistics of its own; only the first mixed block moves the running ones.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bacon_fast.losses.bacon import BaConLoss
+from bacon_fast.methods.abc import ABC
+from bacon_fast.methods.alignment import DistributionAlignment
+from bacon_fast.methods.gather import gather_batch, gather_views, own_views
+from bacon_fast.methods.method import Method
+from bacon_fast.methods.mixup import MixUp, draw_quarter_turns, mix, rotate
+from bacon_fast.methods.outputs import Batch, Outputs, StepOutput, step_output
+from bacon_fast.models.batchnorm import frozen_statistics
+from bacon_fast.models.heads import main_head
+from bacon_fast.models.network import Network
+
+
+class ReMixMatch(Method):
+    """MixUp of all views towards aligned, sharpened predictions, and a rotation task.
+
+    Args:
+        network: backbone and heads.
+        labeled_counts: N_c, int [K]; their frequencies are what predictions are aligned to.
+        steps: T.
+        seed: of MixUp and rotations.
+        lambda_u, lambda_kl, lambda_rot: weights of the mixed unlabeled rows, the first strong view, the rotations.
+        rampup: share of T in which the first two of these rise from 0.
+        sharpening: temperature of the targets.
+        mixup_alpha: of Beta(alpha, alpha).
+        alignment_momentum: of the average prediction.
+        abc: ABC on the network's balanced head, or None.
+        regularizer: BaCon's loss, or None.
+        lambda_con: weight of the regularizer's loss.
+        contrast_start: fraction of T after which it is added.
+    """
+
+    # In the order in which MixUp has them, behind the labeled rows.
+    unlabeled_views = ("strong", "strong", "weak")
+
+    def __init__(
+        self,
+        network: Network,
+        labeled_counts: Tensor,
+        *,
+        steps: int,
+        seed: int,
+        lambda_u: float = 1.5,
+        lambda_kl: float = 0.5,
+        lambda_rot: float = 0.5,
+        rampup: float = 1 / 64,
+        sharpening: float = 0.5,
+        mixup_alpha: float = 0.75,
+        alignment_momentum: float = 0.999,
+        abc: ABC | None = None,
+        regularizer: BaConLoss | None = None,
+        lambda_con: float = 1.0,
+        contrast_start: float = 1 / 30,
+    ) -> None:
+        super().__init__(network)
+        self.abc, self.regularizer = abc, regularizer
+        self.rotation_head = main_head(network.backbone.num_features, 4)
+        self.alignment = DistributionAlignment(labeled_counts / labeled_counts.sum(), alignment_momentum)
+        self.mixup = MixUp(mixup_alpha, seed)
+        self.steps, self.seed, self.rampup, self.sharpening = steps, seed, rampup, sharpening
+        self.lambda_u, self.lambda_kl, self.lambda_rot = lambda_u, lambda_kl, lambda_rot
+        self.lambda_con, self.contrast_start = lambda_con, contrast_start
+
+    def phase(self, step: int) -> bool:
+        """Whether BaCon's loss is added yet. Before, the projection has no gradient at all and is not decayed."""
+        return self.regularizer is not None and step > self.contrast_start * self.steps
+
+    def forward(self, batch: Batch, step: Tensor, phase: bool) -> StepOutput:
+        sizes = rows, _ = batch.num_labeled, batch.num_unlabeled
+        if rows != batch.num_unlabeled:
+            raise ValueError(f"batch: expected as many unlabeled rows as labeled ones, {rows}, found {sizes[1]}")
+        labeled, strong, _, weak = batch.images.split(rows)
+        images, batch = gather_views(batch.images, *sizes), gather_batch(batch)
+
+        # 1 and 2: targets from the weak views. The pass is detached rather than under no_grad: autocast keeps the cast
+        # weights of a pass, and those made under no_grad would have no gradient in the passes that follow.
+        with frozen_statistics(self.network):
+            weak_out = [None if part is None else part.detach() for part in self.network(weak)]
+        probabilities = _wide(gather_views(weak_out[1], 0, rows)).softmax(1)
+        targets = self.alignment(probabilities) ** (1 / self.sharpening)
+        targets = targets / targets.sum(1, keepdim=True)
+
+        # 3: the views as they are. Statistics are frozen, so a pass whose result nothing uses can be left out: that of
+        # the second strong view, and without ABC and BaCon that of the labeled one.
+        with frozen_statistics(self.network):
+            strong_out = self.network(strong)
+            needed = self.abc is not None or self.regularizer is not None
+            labeled_out = self.network(labeled) if needed else None
+
+        # 4: all rows of all views mixed with each other, then block by block through the network.
+        coefficient, permutation = self.mixup.draw(len(images), step)
+        one_hot = F.one_hot(batch.labels, targets.shape[1]).to(targets.dtype)
+        mixed_targets = mix(torch.cat([one_hot, targets, targets, targets]), coefficient, permutation)
+        first, *others = own_views(mix(images, coefficient, permutation), *sizes).split(rows)
+        mixed_logits = [self.network(first)[1]]
+        with frozen_statistics(self.network):
+            mixed_logits += [self.network(block)[1] for block in others]
+        mixed_logits = _wide(gather_views(torch.cat(mixed_logits), *sizes))
+
+        # The first strong view, turned: by how much?
+        turns = draw_quarter_turns(batch.num_unlabeled, self.seed, step)
+        with frozen_statistics(self.network):
+            rotated_features = self.network(rotate(strong, own_views(turns, 0, rows)))[0]
+        rotation_logits = _wide(gather_views(self.rotation_head(rotated_features), 0, rows))
+
+        # 5: soft targets, means over rows, no threshold.
+        split, ramp = batch.num_labeled, (step / (self.rampup * self.steps)).clamp(max=1)
+        losses = {
+            "supervised": F.cross_entropy(mixed_logits[:split], mixed_targets[:split]),
+            "unsupervised": self.lambda_u * ramp * F.cross_entropy(mixed_logits[split:], mixed_targets[split:]),
+            "unmixed": self.lambda_kl * ramp * F.cross_entropy(_wide(gather_views(strong_out[1], 0, rows)), targets),
+            "rotation": self.lambda_rot * F.cross_entropy(rotation_logits, turns),
+        }
+        pseudo_labels = targets.argmax(1)
+        known = batch.true_labels >= 0
+        stats = {
+            "pseudo_known": known.sum().float(),
+            "pseudo_correct": (known & (pseudo_labels == batch.true_labels)).sum().float(),
+        }
+        if labeled_out is None:
+            return step_output(losses, stats, pseudo_labels)
+
+        # ABC and BaCon see the passes of 1 and 3, so weak rows have no graph behind their features.
+        views = zip(labeled_out, weak_out, strong_out, strict=True)
+        joined = [None if view[0] is None else gather_views(torch.cat(view), *sizes) for view in views]
+        out = Outputs(*joined, batch.num_labeled, batch.num_unlabeled)
+        if self.abc is not None:
+            abc_losses, abc_stats = self.abc(out, batch, step)
+            losses, stats = losses | abc_losses, stats | abc_stats
+        if self.regularizer is not None:
+            contrastive, contrastive_stats = self.regularizer(
+                out.anchor_features,
+                batch.labels,
+                out.anchor_logits,
+                batch.labeled_slots,
+                batch.unlabeled_slots,
+                progress=step / self.steps,
+                active=phase,
+            )
+            losses["contrastive"] = self.lambda_con * contrastive
+            stats |= contrastive_stats
+        return step_output(losses, stats, pseudo_labels)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
