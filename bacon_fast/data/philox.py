@@ -34,6 +34,7 @@ class Stream(IntEnum):
     SSCL_KEYS = 13
     SSCL_MIXTURE = 14
     SIMCLR = 15
+    SSCL_SHUFFLE = 16
 
 
 def philox(seed: int, step: int | Tensor, view: int, slot: Tensor, words: int) -> Tensor:

@@ -39,14 +39,13 @@ class SimCLRDistortion(nn.Module):
         for name, values in (("mean", mean), ("std", std), ("neutral", _NEUTRAL), ("strength", _STRENGTH)):
             self.register_buffer(name, torch.tensor(values), persistent=False)
 
-    def forward(self, images: Tensor, step: int | Tensor, first_slot: int = 0) -> Tensor:
-        """Normalized images [N, 3, H, W] of slots first_slot to first_slot + N - 1, in the same shape and dtype.
+    def forward(self, images: Tensor, step: int | Tensor, slots: Tensor) -> Tensor:
+        """Normalized images [N, 3, H, W], distorted, in the same shape and dtype.
 
         Args:
             step: as in `philox`.
-            first_slot: offset of these images in the global batch.
+            slots: int64 [N], the images' places in the global batch.
         """
-        slots = torch.arange(first_slot, first_slot + len(images), device=images.device)
         u = to_uniform(philox(self.seed, step, Stream.SIMCLR, slots, 16), torch.float32)
         large = min(images.shape[2:]) > LARGEST_SMALL_IMAGE
         mean, std = self.mean[:, None, None], self.std[:, None, None]

@@ -25,12 +25,16 @@ MethodName = Literal[
     "remixmatch+abc",
     "remixmatch+bacon",
     "remixmatch+abc+bacon",
+    "sscl",
 ]
 METHODS: tuple[str, ...] = get_args(MethodName)
 
-# What a field left at None stands for, by family, the first part of a method's name (methods.md B, D, E.2).
-DEFAULTS = {"unlabeled_ratio": 2, "lambda_u": 1.0, "contrast_start": 0.5}
-FAMILY_DEFAULTS = {"remixmatch": {"unlabeled_ratio": 1, "lambda_u": 1.5, "contrast_start": 1 / 30}}
+# What a field left at None stands for, by family, the first part of a method's name (methods.md B, D, E.2, F.2).
+DEFAULTS = {"unlabeled_ratio": 2, "lambda_u": 1.0, "contrast_start": 0.5, "proj_dim": 32, "proj_layers": 1}
+FAMILY_DEFAULTS = {
+    "remixmatch": {"unlabeled_ratio": 1, "lambda_u": 1.5, "contrast_start": 1 / 30},
+    "sscl": {"proj_dim": 64, "proj_layers": 2},
+}
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 BACKBONE_FORMS = "wrn-DEPTH-WIDTH, resnet18 or resnet50"
@@ -165,7 +169,7 @@ class Config:
 
     # --- BaCon -----------------------------------------------------------------------------------------------------
     lambda_con: float = 1.0
-    """Weight of BaCon's contrastive loss."""
+    """Weight of the contrastive loss (BaCon; lambda_ctr of SsCL)."""
     contrast_start: float | None = None
     """Fraction of the run after which the contrastive loss is added. Default: 1/2, and 1/30 for ReMixMatch."""
     variant: Literal["fixed", "official", "blog"] = "fixed"
@@ -173,10 +177,10 @@ class Config:
     neg_mode: Literal["authors", "paper"] | None = None
     """Denominator shared by the anchors of a class (authors: released code), or one per anchor (paper). Default of this
     and of the next three: the variant's (fixed: authors, 0.1, 0.005, 64)."""
-    proj_dim: int = 32
-    """D, width of the contrastive space."""
-    proj_layers: int = 1
-    """Linear layers of the projection head; 0: none."""
+    proj_dim: int | None = None
+    """D, width of the contrastive space. Default: 32, and 64 for SsCL."""
+    proj_layers: int | None = None
+    """Linear layers of the projection head; 0: none. Default: 1, and 2 for SsCL."""
     temperature: float | None = None
     """tau of the negatives, and upper bound of the class temperatures."""
     bta: float | None = None
@@ -207,6 +211,31 @@ class Config:
     usb_compat: bool = False
     """Reproduce the errors of USB's code that published numbers contain (DebiasPL), instead of the method."""
 
+    # --- SsCL (methods.md F; arXiv 2105.07387) -----------------------------------------------------------------------
+    sscl_queue: int = 4096
+    """K_q, keys in the queue (CIFAR-10; 65,536 on ImageNet)."""
+    sscl_momentum: float = 0.999
+    """Momentum of the key encoder (MoCo)."""
+    sscl_extra_keys: int = 3
+    """Keys of labeled images that are positives of each query, beside its own; 0: MoCo with a margin."""
+    sscl_gamma: float = 5.0
+    """gamma, one over the temperature of the contrastive loss (5 on CIFAR-10, 10 on ImageNet)."""
+    sscl_margin: float = -0.25
+    """m, added to the similarities of the negatives."""
+    sscl_form: Literal["prod", "sum"] = "prod"
+    """Equation (5) by its third line, where all positives must be close, or by its second, where one suffices."""
+    sscl_mask_queue: bool = False
+    """Keys of the query's own class in the queue are no negatives."""
+    sscl_calibration: Literal["ratio", "literal"] = "ratio"
+    """Pseudo-labels are multiplied by an image's similarities to the classes over their average, or, the wording of the
+    paper, by the average."""
+    sscl_temperature: float = 0.1
+    """T_s of the softmax over the similarities to the class prototypes."""
+    sscl_soft: bool = False
+    """Train towards the calibrated distribution instead of its largest class."""
+    sscl_refresh_epochs: int = 5
+    """Epochs, of --steps/--epochs steps, between refreshes of prototypes and assignments."""
+
     # --- logging ---------------------------------------------------------------------------------------------------
     eval_every: int = 1000
     """Steps between evaluations of the averaged model on the test part."""
@@ -225,11 +254,12 @@ class Config:
         _require(
             self.keep_checkpoints >= 2, "keep_checkpoints", "at least 2 (one may be damaged)", self.keep_checkpoints
         )
-        for name, lowest in (("unlabeled_ratio", 1), ("randaugment_ops", 0), ("threads", 0), ("proj_layers", 0)):
+        for name, lowest in (("unlabeled_ratio", 1), ("randaugment_ops", 0), ("threads", 0), ("sscl_extra_keys", 0)):
             value = getattr(self, name)
             _require(value is None or value >= lowest, name, f"an integer of at least {lowest}", value)
-        for name in ("proj_dim", "top_k"):
-            _require(getattr(self, name) >= 1, name, "an integer of at least 1", getattr(self, name))
+        for name in ("proj_dim", "top_k", "sscl_queue", "sscl_refresh_epochs"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, "an integer of at least 1", value)
         for name in ("lr", "temperature", "negative_weight"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, "a number above 0", value)
@@ -242,13 +272,15 @@ class Config:
         for name in ("lr", "temperature", "bta", "negative_weight", "weight_decay", "gamma_l", "gamma_u"):
             value = getattr(self, name)
             _require(value is None or math.isfinite(value), name, "a finite number", value)
-        for name in ("rampup", "sharpening", "mixup_alpha"):
+        for name in ("rampup", "sharpening", "mixup_alpha", "sscl_gamma", "sscl_temperature"):
             value = getattr(self, name)
             _require(0 < value < math.inf, name, "a finite number above 0", value)
         for name in ("lambda_kl", "lambda_rot"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, name, "a finite number of at least 0", value)
-        _require(self.proj_layers <= 2, "proj_layers", "0, 1 or 2", self.proj_layers)
+        _require(self.proj_layers in (None, 0, 1, 2), "proj_layers", "0, 1 or 2", self.proj_layers)
+        _require(0 <= self.sscl_momentum <= 1, "sscl_momentum", "a number between 0 and 1", self.sscl_momentum)
+        _require(math.isfinite(self.sscl_margin), "sscl_margin", "a finite number", self.sscl_margin)
         _require(0 <= self.seed < 2**64, "seed", "an integer in 0..2^64-1", self.seed)
         backbones = r"wrn-\d+-\d+|resnet18|resnet50"
         _require(bool(re.fullmatch(backbones, self.backbone)), "backbone", BACKBONE_FORMS, self.backbone)

@@ -107,7 +107,8 @@ class Trainer:
         config, split = self.config, self.split
         build.seed_everything(config.seed)
         counts = torch.as_tensor(split.labeled_counts)
-        info = DataInfo(self.dataset.num_classes, counts, len(split.labeled), len(split.unlabeled))
+        sizes, data = (len(split.labeled), len(split.unlabeled)), self.dataset
+        info = DataInfo(data.num_classes, counts, *sizes, data.mean, data.std)
         method = build_method(config, info)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.method = method.to(self.device, memory_format=memory_format)

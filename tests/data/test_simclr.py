@@ -97,7 +97,7 @@ def test_the_distortion_replays_its_draws_through_torchvision(side):
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     distortion = SimCLRDistortion(MEAN, STD, seed=7)
     normalized = ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
-    result = distortion(normalized, torch.tensor(step), first)
+    result = distortion(normalized, torch.tensor(step), torch.arange(first, first + count))
     assert result.is_contiguous(memory_format=torch.channels_last)
     u = to_uniform(philox(7, step, Stream.SIMCLR, torch.arange(first, first + count), 16), torch.float32)
     seen = set()
@@ -124,19 +124,20 @@ def test_the_distortion_replays_its_draws_through_torchvision(side):
 def test_draws_belong_to_seed_step_and_slot():
     pixels = images(8)
     distortion = SimCLRDistortion(MEAN, STD, seed=0)
-    whole = distortion(pixels, 4)
-    assert torch.equal(whole[5:], distortion(pixels[5:], 4, first_slot=5)), "a rank makes its part of the global batch"
-    for other in (distortion(pixels, 5), SimCLRDistortion(MEAN, STD, seed=1)(pixels, 4)):
+    slots = torch.arange(8)
+    whole = distortion(pixels, 4, slots)
+    assert torch.equal(whole[5:], distortion(pixels[5:], 4, slots[5:])), "a rank makes its part of the global batch"
+    for other in (distortion(pixels, 5, slots), SimCLRDistortion(MEAN, STD, seed=1)(pixels, 4, slots)):
         assert not torch.equal(whole, other)
-    assert distortion(pixels.bfloat16(), 4).dtype == torch.bfloat16
-    assert distortion(pixels[:0], 4).shape == (0, 3, 17, 13)
+    assert distortion(pixels.bfloat16(), 4, slots).dtype == torch.bfloat16
+    assert distortion(pixels[:0], 4, slots[:0]).shape == (0, 3, 17, 13)
 
 
 def test_frequencies():
     """10,000 draws: rates of jitter and gray within 4 standard deviations."""
     count = 10_000
     pixel = torch.rand(1, 3, 1, 1, generator=torch.Generator().manual_seed(3)).expand(count, -1, -1, -1)
-    result = SimCLRDistortion((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), seed=2)(pixel, 0)[:, :, 0, 0]
+    result = SimCLRDistortion((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), seed=2)(pixel, 0, torch.arange(count))[:, :, 0, 0]
     gray = (result.amax(1) - result.amin(1)) < 1e-6
     unchanged = (result - pixel[:, :, 0, 0]).abs().amax(1) < 1e-6
     for rate, expected in ((gray, 0.2), (unchanged, 0.2 * 0.8)):

@@ -1,0 +1,162 @@
+"""SsCL, semi-supervised contrastive learning with similarity co-calibration (methods.md F; arXiv 2105.07387)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bacon_fast import functional
+from bacon_fast.data.philox import Stream, philox
+from bacon_fast.losses.calibration import CoCalibration
+from bacon_fast.losses.key_bank import LabeledKeyBank
+from bacon_fast.losses.prototypes import ClassPrototypes
+from bacon_fast.losses.queue import KeyQueue
+from bacon_fast.methods.fixmatch import pseudo_label_stats
+from bacon_fast.methods.gather import gather_batch, gather_views, num_ranks, own_views
+from bacon_fast.methods.method import Method, RefreshContext
+from bacon_fast.methods.outputs import Batch, Outputs, StepOutput, step_output
+from bacon_fast.methods.sscl_refresh import refresh
+from bacon_fast.models.momentum import MomentumEncoder
+from bacon_fast.models.network import Network
+
+
+class SsCL(Method):
+    """FixMatch with pseudo-labels calibrated by class prototypes, beside a contrast of unlabeled images with a momentum
+    encoder's keys: their own, those of labeled images of their class as further positives, a queue as negatives.
+
+    Labeled, weak and strong views pass the query encoder as one batch, the labeled and weak ones the key encoder as
+    another; BatchNorm is in training mode in both. Between refreshes an unlabeled image belongs to the class that the
+    classifier gave it at the last one, confident or not.
+
+    Args:
+        network: backbone and classifier; what is averaged and evaluated.
+        projection: features [N, F] -> [N, D], of the queries.
+        distortion: what strong views undergo beyond RandAugment, (images, step, slots) -> images; see
+            `SimCLRDistortion`.
+        num_labeled, num_unlabeled: sizes of the two sets.
+        threshold: tau_p, confidence from which a calibrated pseudo-label counts.
+        lambda_u, lambda_con: weights of the pseudo-label loss (lambda_pl) and of the contrastive loss (lambda_ctr).
+        soft: train towards the calibrated distribution instead of its largest class.
+        momentum: m_k of the key encoder.
+        queue_size: K_q.
+        extra_keys: labeled keys drawn as positives of each query; 0 is MoCo with a margin.
+        gamma, margin, form: of `functional.sscl_loss`.
+        mask_queue: a queued key that was taken for the query's class is no negative.
+        calibration, temperature: mode and T_s of `CoCalibration`.
+        refresh_every: steps between refreshes of prototypes, assignments and labeled keys; the first is before step 0.
+        seed: of the draws of keys and mixtures.
+        backend: of `functional.sscl_loss`.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        projection: nn.Module,
+        distortion: nn.Module,
+        *,
+        num_labeled: int,
+        num_unlabeled: int,
+        threshold: float,
+        lambda_u: float,
+        lambda_con: float,
+        soft: bool,
+        momentum: float,
+        queue_size: int,
+        extra_keys: int,
+        gamma: float,
+        margin: float,
+        form: str,
+        mask_queue: bool,
+        calibration: str,
+        temperature: float,
+        refresh_every: int,
+        seed: int,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(network)
+        num_classes, num_features = network.head.out_features, network.head.in_features
+        dim = projection(torch.zeros(1, num_features)).shape[1]
+        self.projection, self.distortion = projection, distortion
+        self.key_encoder = MomentumEncoder(network.backbone, projection, momentum)
+        self.queue = KeyQueue(queue_size, dim)
+        self.bank = LabeledKeyBank(num_labeled, num_classes, dim)
+        self.prototypes = ClassPrototypes(num_classes, num_features, num_unlabeled)
+        self.calibration = CoCalibration(num_classes, mode=calibration, temperature=temperature)
+        self.threshold, self.soft, self.lambda_u, self.lambda_con = threshold, soft, lambda_u, lambda_con
+        self.extra_keys, self.mask_queue = extra_keys, mask_queue
+        self.contrast = {"gamma": gamma, "margin": margin, "form": form, "backend": backend}
+        self.refresh_every, self.seed = refresh_every, seed
+
+    def refresh_due(self, step: int) -> bool:
+        return step % self.refresh_every == 0
+
+    def refresh(self, context: RefreshContext) -> None:
+        refresh(context, self.network, self.key_encoder, self.prototypes, self.bank, self.seed)
+
+    def forward(self, batch: Batch, step: Tensor, phase: None) -> StepOutput:
+        sizes = batch.num_labeled, batch.num_unlabeled
+        weak = batch.images[: sum(sizes)]
+        strong = self.distortion(batch.view(1), step, global_slots(batch))
+
+        # Both encoders on this rank's images; everything after that is on the rows of all ranks.
+        features, logits, _ = self.network(torch.cat([weak, strong]))
+        queries = gather_views(self.projection(features[len(weak) :]), 0, batch.num_unlabeled)
+        self.key_encoder.update(self.network.backbone, self.projection)
+        keys = gather_views(self._encode(weak, step), *sizes)
+        features, logits = gather_views(features.detach(), *sizes), gather_views(logits, *sizes)
+        batch = gather_batch(batch)
+        out = Outputs(features, logits, None, batch.num_labeled, batch.num_unlabeled)
+        labeled_keys, own_keys = keys.split([batch.num_labeled, batch.num_unlabeled])
+
+        # Cross entropy on labels, and on confident pseudo-labels: the weak view's, calibrated by the prototypes.
+        supervised = F.cross_entropy(out.labeled_logits.float(), batch.labels)
+        calibrated = self.calibration(out.weak_logits.detach(), self.prototypes.similarity(out.weak(features)))
+        confidence, pseudo_labels = calibrated.max(1)
+        mask = confidence >= self.threshold
+        target = calibrated if self.soft else pseudo_labels
+        per_row = F.cross_entropy(out.strong_logits.float(), target, reduction="none")
+
+        # Each query beside its own key and labeled keys of its class, among the queue as it was before this step.
+        classes = self.prototypes.assigned[batch.unlabeled_slots]
+        drawn, present = self.bank.draw(classes, self.extra_keys, self.seed, step)
+        mined_keys, alpha = self.bank.keys[drawn], self.prototypes.alpha[batch.unlabeled_slots]
+        contrastive = functional.sscl_loss(
+            queries,
+            torch.cat([own_keys[:, None], mined_keys], dim=1),
+            self.queue.keys.clone(),  # backward comes after this step's keys have overwritten some
+            alpha=F.pad(alpha[:, None].expand(drawn.shape), (1, 0), value=1.0),
+            key_mask=F.pad(present, (1, 0), value=True),
+            query_classes=classes if self.mask_queue else None,
+            queue_classes=self.queue.classes.clone() if self.mask_queue else None,
+            **self.contrast,
+        )
+        self.queue.enqueue_(own_keys, classes)
+        self.bank.write_(batch.labeled_slots, labeled_keys)
+
+        losses = {
+            "supervised": supervised,
+            "unsupervised": self.lambda_u * (per_row * mask).mean(),
+            "contrastive": self.lambda_con * contrastive,
+        }
+        stats = pseudo_label_stats(mask, pseudo_labels, batch.true_labels) | {"alpha": alpha.mean()}
+        return step_output(losses, stats, torch.where(mask, pseudo_labels, -1))
+
+    def _encode(self, images: Tensor, step: Tensor) -> Tensor:
+        """Keys float32 [n, D] of this rank's images.
+
+        Under several ranks each encodes a random share of all ranks' images, MoCo's shuffled BatchNorm: a query and its
+        key in the same small batch would know each other by the batch's statistics.
+        """
+        ranks, share = num_ranks(), len(images)
+        if ranks == 1:
+            return self.key_encoder(images)
+        rows = torch.arange(ranks * share, device=images.device)
+        order = philox(self.seed, step, Stream.SSCL_SHUFFLE, rows, 1)[:, 0].argsort()
+        mixed = gather_views(images, 0, share)[order]
+        keys = gather_views(self.key_encoder(own_views(mixed, 0, share)), 0, share)
+        return own_views(torch.empty_like(keys).index_copy_(0, order, keys), 0, share)
+
+
+def global_slots(batch: Batch) -> Tensor:
+    """Places int64 [U] of this rank's unlabeled rows in the global batch."""
+    rows = num_ranks() * batch.num_unlabeled
+    return own_views(torch.arange(rows, device=batch.images.device), 0, batch.num_unlabeled)
