@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import tyro
+from torch.distributed import Store
 
+from bacon_fast.engine import distributed
+from bacon_fast.engine.build import resolve_device
 from bacon_fast.engine.checkpoint import CheckpointError
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.presets import PRESETS
@@ -17,7 +20,7 @@ from bacon_fast.engine.run_report import write_run_report
 from bacon_fast.engine.trainer import DivergedError, StoppedError, Trainer
 
 # What a user can cause. Anything else is a defect of ours and keeps its traceback.
-USER_ERRORS = (ValueError, TypeError, OSError, CheckpointError, DivergedError)
+USER_ERRORS = (ValueError, TypeError, OSError, CheckpointError, DivergedError, distributed.LostProcessError)
 
 DESCRIPTION = """Train a class-imbalanced semi-supervised classifier: train.py [PRESET] [--option value ...]
 
@@ -50,17 +53,32 @@ def parse(args: Sequence[str]) -> Config:
 
 
 def train(args: Sequence[str] | None = None) -> None:
-    """Entry point of train.py."""
+    """Entry point of train.py, under plain python or, for several GPUs or machines, under torchrun."""
     with_clear_errors(lambda: _train(sys.argv[1:] if args is None else args))
 
 
 def _train(args: Sequence[str]) -> None:
-    trainer = Trainer(parse(args))
-    print(f"run directory: {trainer.run_dir}", flush=True)
-    summary = trainer.fit()
+    config = parse(args)
+    with distributed.process_group(resolve_device(config.device), config.rank_timeout) as store:
+        main = distributed.is_main()
+        trainer = Trainer(_same_run_everywhere(config, store))
+        distributed.mark_started(store, trainer.run_dir)
+        if main:
+            print(f"run directory: {trainer.run_dir}", flush=True)
+        summary = trainer.fit()
+    if not main:
+        return
     print(format_summary(summary, trainer.split.labeled_counts, trainer.split.unlabeled_counts), flush=True)
     if trainer.config.report:
         print(f"report: {write_run_report(trainer, summary)}")
+
+
+def _same_run_everywhere(config: Config, store: Store | None) -> Config:
+    """With rank 0's run directory on all ranks; after a restart by torchrun, with the one to continue in."""
+    earlier = distributed.started_before(store)
+    if earlier is not None:
+        return dataclasses.replace(config, run_dir=earlier, resume=True)
+    return dataclasses.replace(config, run_dir=distributed.share(config.run_dir))
 
 
 def with_clear_errors(main: Callable[[], None]) -> None:
@@ -81,6 +99,8 @@ def with_clear_errors(main: Callable[[], None]) -> None:
 
 
 def _exit(message: str, status: int) -> NoReturn:
+    if "RANK" in os.environ:  # torchrun mixes the output of its processes
+        message = f"[rank {os.environ['RANK']}] {message}"
     print(message, file=sys.stderr)
     sys.exit(status)
 

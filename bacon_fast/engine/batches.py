@@ -9,6 +9,7 @@ from bacon_fast.data.loader import IndexSampler
 from bacon_fast.data.longtail import Split
 from bacon_fast.data.philox import Stream
 from bacon_fast.engine.config import Config
+from bacon_fast.engine.distributed import own_part
 from bacon_fast.methods.outputs import Batch
 
 _STRONG = (Stream.STRONG_0, Stream.STRONG_1)
@@ -17,7 +18,9 @@ _STRONG = (Stream.STRONG_0, Stream.STRONG_1)
 class Batches:
     """The run's images, resident on the device, and the batch of every step.
 
-    A batch is a pure function of (seed, step): indices, crops, flips and operations are Philox counters.
+    A batch is a pure function of (seed, step): indices, crops, flips and operations are Philox counters. Under several
+    ranks each makes its consecutive part of the labeled rows, and of each view of the unlabeled ones, with the pixels
+    that one process would give these rows of the global batch.
 
     Args:
         config, split, dataset, device: of the run.
@@ -76,18 +79,23 @@ class Batches:
                 sampler.prepare(step)
 
     def batch(self, step: Tensor) -> Batch:
-        """The batch of `step`, 0-d int64 on the device, for which `prepare` was called (methods.md 0.3)."""
-        labeled_slots = self.labeled_sampler.batch(step)
+        """The batch of `step`, 0-d int64 on the device, for which `prepare` was called (methods.md 0.3).
+
+        Under several ranks: this rank's part of it.
+        """
+        part = own_part(self.labeled_sampler.batch_size)
+        labeled_slots = self.labeled_sampler.batch(step, part)
         labeled = self.labeled[labeled_slots]
-        requests = [ViewRequest(labeled, Stream.LABELED_WEAK, strong=False)]
+        requests = [ViewRequest(labeled, Stream.LABELED_WEAK, strong=False, first_slot=part.start)]
         unlabeled_slots = labeled_slots[:0]
         if self.unlabeled_sampler is not None:
-            unlabeled_slots = self.unlabeled_sampler.batch(step)
+            part = own_part(self.unlabeled_sampler.batch_size)
+            unlabeled_slots = self.unlabeled_sampler.batch(step, part)
             unlabeled, strong_streams = self.unlabeled[unlabeled_slots], iter(_STRONG)
             for view in self.unlabeled_views:
                 strong = view == "strong"
                 stream = next(strong_streams) if strong else Stream.UNLABELED_WEAK
-                requests.append(ViewRequest(unlabeled, stream, strong))
+                requests.append(ViewRequest(unlabeled, stream, strong, part.start))
         images = self.augment.views(
             self.pool, requests, self.config.seed, step, channels_last=self.config.channels_last
         )

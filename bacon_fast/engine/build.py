@@ -12,13 +12,27 @@ from bacon_fast import ops
 from bacon_fast.data.datasets import ImageDataset, load_dataset
 from bacon_fast.data.longtail import PROTOCOLS, Split, make_split
 from bacon_fast.engine.config import Config
+from bacon_fast.engine.distributed import Launch
 from bacon_fast.methods.method import Method
 
 
 def resolve_device(name: str) -> torch.device:
-    """'auto' -> cuda when usable, else cpu. Raises ValueError for a device this machine does not have."""
+    """'auto' -> cuda when usable, else cpu; under torchrun cuda -> the device of this process's local rank.
+
+    Raises ValueError for a device this machine does not have.
+    """
+    launch = Launch.from_environment()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if launch is not None and launch.local_world_size > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise ValueError(f"device: expected auto, cuda or cpu for several processes on a machine, found {name!r}")
+        if launch.local_world_size > torch.cuda.device_count():
+            raise ValueError(
+                f"device: {launch.local_world_size} processes on this machine need a CUDA device each, and it has "
+                f"{torch.cuda.device_count()}; start fewer, or add --device cpu"
+            )
+        return torch.device("cuda", launch.local_rank)
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -35,8 +49,7 @@ def check_backend(config: Config, device: torch.device) -> None:
     if config.loss_backend == "auto":
         return
     parts = config.method.split("+")
-    losses = (("bacon_loss", "bacon"), ("fixmatch_abc_loss", "abc"), ("contrastive", "sscl"))
-    operations = [name for name, part in losses if part in parts]
+    operations = [name for name, part in (("bacon_loss", "bacon"), ("fixmatch_abc_loss", "abc")) if part in parts]
     for operation in operations:
         try:
             ops.choose_backend(operation, config.loss_backend, torch.empty(0, 1, device=device))
@@ -45,8 +58,10 @@ def check_backend(config: Config, device: torch.device) -> None:
 
 
 def use_threads(threads: int) -> None:
-    """Sets torch's CPU threads; 0 means the cores this process may run on."""
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    """Sets torch's CPU threads; 0 means the cores this process may run on, shared by torchrun's processes."""
+    launch = Launch.from_environment()
+    processes = 1 if launch is None else launch.local_world_size
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // processes))
 
 
 def seed_everything(seed: int) -> None:

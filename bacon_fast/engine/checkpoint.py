@@ -69,6 +69,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name).group(1)))
 
 
+def load_checkpoint(path: Path) -> dict:
+    """The state in `path`, on the CPU. Raises CheckpointError when it cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a damaged archive
+        reason = (str(error).splitlines() or ["empty file"])[0][:200]
+        raise CheckpointError(f"{path}: {type(error).__name__}: {reason}") from error
+
+
 def load_latest(folder: Path, map_location: torch.device | str = "cpu") -> tuple[Path, dict]:
     """Newest readable checkpoint in `folder`. Each damaged one is named in a warning and passed over.
 

@@ -51,6 +51,7 @@ RESUME_MAY_CHANGE = frozenset(
         "keep_checkpoints",
         "report",
         "split",
+        "rank_timeout",
     }
 )
 
@@ -144,6 +145,11 @@ class Config:
     """Compile network and losses with torch.compile."""
     threads: int = 0
     """CPU threads; 0: the cores this process may use."""
+    sync_batchnorm: bool = False
+    """Under torchrun: normalize with the statistics of the whole batch, so that the run is the one of a single process.
+    Without, each process normalizes its own rows, and the running statistics of the first are evaluated and saved."""
+    rank_timeout: float = 600.0
+    """Under torchrun: seconds a process waits for the others before it gives up."""
 
     # --- FixMatch and ABC ------------------------------------------------------------------------------------------
     threshold: float = 0.95
@@ -260,7 +266,7 @@ class Config:
         for name in ("proj_dim", "top_k", "sscl_queue", "sscl_refresh_epochs"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "an integer of at least 1", value)
-        for name in ("lr", "temperature", "negative_weight"):
+        for name in ("lr", "temperature", "negative_weight", "rank_timeout"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, "a number above 0", value)
         for name in ("weight_decay", "bta", "lambda_u", "lambda_abc", "lambda_con", "debiaspl_tau"):
@@ -269,7 +275,7 @@ class Config:
         for name in ("threshold", "reliable_threshold", "contrast_start", "ema", "distribution_momentum"):
             value = getattr(self, name)
             _require(value is None or 0 <= value <= 1, name, "a number between 0 and 1", value)
-        for name in ("lr", "temperature", "bta", "negative_weight", "weight_decay", "gamma_l", "gamma_u"):
+        for name in ("lr", "temperature", "bta", "negative_weight", "weight_decay", "gamma_l", "gamma_u", "rank_timeout"):
             value = getattr(self, name)
             _require(value is None or math.isfinite(value), name, "a finite number", value)
         for name in ("rampup", "sharpening", "mixup_alpha", "sscl_gamma", "sscl_temperature"):

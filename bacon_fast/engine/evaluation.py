@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bacon_fast.data.augment import Augment
 from bacon_fast.data.datasets import ImageDataset
+from bacon_fast.engine.distributed import gather_rows, num_ranks, rank
 from bacon_fast.engine.metrics import confusion_matrix
 
 EVALUATION_BATCH = 500
@@ -45,9 +47,24 @@ def predict(network: nn.Module, normalize: Augment, images: Tensor, device: torc
     return torch.cat(features), torch.cat(logits)
 
 
+def predict_together(
+    network: nn.Module, normalize: Augment, images: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`predict` with the images divided over the ranks and the results, the same bits, on all of them.
+
+    Running statistics that are each rank's own have to be made equal before (`copy_statistics_from_main`).
+    """
+    part = -(-len(images) // num_ranks())
+    own = images[rank() * part : (rank() + 1) * part]
+    # A rank without images predicts one for the shapes of its rows, which `gather_rows` drops.
+    features, logits = predict(network, normalize, own if len(own) else images[:1], device)
+    missing = (0, 0, 0, part - len(features))
+    return gather_rows(F.pad(features, missing), len(images)), gather_rows(F.pad(logits, missing), len(images))
+
+
 def evaluate(network: nn.Module, normalize: Augment, dataset: ImageDataset, device: torch.device) -> Evaluation:
-    """The whole test part, on the device."""
-    features, logits = predict(network, normalize, dataset.test_images, device)
+    """The whole test part, on the device; divided over the ranks."""
+    features, logits = predict_together(network, normalize, dataset.test_images, device)
     labels = dataset.test_labels.to(device)
     return Evaluation(
         confusion_matrix(labels, logits.argmax(1), dataset.num_classes),
@@ -80,7 +97,7 @@ def intra_class_variance(features: Tensor, labels: Tensor, num_classes: int) -> 
     For unit vectors that is 1 - |mean|^2: 0 when a class is one direction, near 1 when it is spread over all.
     Arguments: features float [N,F], labels int64 [N].
     """
-    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    unit = F.normalize(features.double(), dim=1)
     sums = unit.new_zeros(num_classes, unit.shape[1]).index_add_(0, labels, unit)
     images = unit.new_zeros(num_classes).index_add_(0, labels, unit.new_ones(len(labels)))
     variance = 1 - (sums / images.clamp(min=1)[:, None]).square().sum(1)

@@ -2,19 +2,30 @@
 
 import signal
 import threading
+import time
+
+from bacon_fast.engine import distributed
+
+# Seconds between two questions of the ranks to each other whether one of them was asked to stop.
+ASK_EVERY = 1.0
 
 
 class StopRequest:
     """Context manager that turns the first SIGINT or SIGTERM into a request; a second one interrupts at once.
 
-    `signum` is the signal received, or None. Outside the main thread, where Python delivers no signals, it stays None.
+    `signum` is the signal that this process received, or None. Outside the main thread, where Python delivers no
+    signals, it stays None.
+
+    Args:
+        step: completed steps at the start.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, step: int = 0) -> None:
         self.signum: int | None = None
         self._previous: dict[int, object] = {}
+        self._asked, self._next, self._time = step, step + 1, time.perf_counter()
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -29,3 +40,24 @@ class StopRequest:
         if self.signum is not None:
             raise KeyboardInterrupt
         self.signum = signum
+
+    def agreed(self, step: int, *, now: bool = False) -> int | None:
+        """The signal that any rank received, on all ranks after the same step; None while there is none.
+
+        One process answers at once. Several ask each other, which lets their hosts meet but waits for no device, about
+        once a second: after a number of steps that follows from the speed that all of them measured.
+
+        Args:
+            step: completed steps, the same on all ranks.
+            now: ask in any case; the same on all ranks.
+        """
+        if distributed.num_ranks() == 1:
+            return self.signum
+        if not now and step < self._next:
+            return None
+        steps, seconds = max(1, step - self._asked), time.perf_counter() - self._time
+        # At most twice as long as before: what a first step takes, or a burst of launches, says little.
+        gap = max(1, min(2 * steps, int(steps * ASK_EVERY / max(seconds, 1e-6))))
+        signum, negative_gap = distributed.maxima(self.signum or 0, -gap)
+        self._asked, self._next, self._time = step, step - negative_gap, time.perf_counter()
+        return signum or None

@@ -13,11 +13,42 @@ from tqdm import tqdm
 from bacon_fast.engine.checkpoint import write_atomically
 
 
-class RunLogger:
+class Rows:
+    """Rows of a run, in memory alone: all that ranks other than 0 keep.
+
+    A row is a dict with "step" and "kind" ("train" or "eval"); its other values are numbers, lists or None.
+    """
+
+    def __init__(self, rows: list[dict] | None = None) -> None:
+        self.rows = list(rows or [])
+
+    def train_rows(self) -> list[dict]:
+        return [row for row in self.rows if row["kind"] == "train"]
+
+    def eval_rows(self) -> list[dict]:
+        return [row for row in self.rows if row["kind"] == "eval"]
+
+    def log(self, row: dict) -> None:
+        """Adds a row. Numbers that are not finite become null (JSON has none)."""
+        self.rows.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
+
+    def advance(self) -> None:
+        """One step is done."""
+
+    def show_train(self, row: dict) -> None:
+        """Losses, pseudo-labels, bank, speed: in the bar, or as a plain line when there is no terminal."""
+
+    def show_eval(self, row: dict) -> None:
+        """The accuracies of an evaluation, as a line."""
+
+    def close(self) -> None:
+        """No more rows come."""
+
+
+class RunLogger(Rows):
     """Rows of a run, in memory and on disk.
 
-    A row is a dict with "step" and "kind" ("train" or "eval"); its other values are numbers, lists or None. The files
-    are rewritten from the checkpoint's rows on resume, so that steps lost in a crash do not appear twice.
+    The files are rewritten from the checkpoint's rows on resume, so that steps lost in a crash do not appear twice.
 
     Args:
         run_dir: existing directory.
@@ -27,7 +58,8 @@ class RunLogger:
     """
 
     def __init__(self, run_dir: Path, steps: int, start: int = 0, rows: list[dict] | None = None) -> None:
-        self.run_dir, self.rows = run_dir, list(rows or [])
+        super().__init__(rows)
+        self.run_dir = run_dir
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(run_dir / "metrics.jsonl", lambda temporary: temporary.write_text(text))
         self._write_csv()
@@ -37,20 +69,14 @@ class RunLogger:
             self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
         self.steps = steps
 
-    def train_rows(self) -> list[dict]:
-        return [row for row in self.rows if row["kind"] == "train"]
-
-    def eval_rows(self) -> list[dict]:
-        return [row for row in self.rows if row["kind"] == "eval"]
-
     def advance(self) -> None:
         if self.bar is not None:
             self.bar.update()
 
     def log(self, row: dict) -> None:
-        """Adds a row to every file. Numbers that are not finite become null (JSON has none)."""
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self.rows.append(row)
+        """Adds a row to every file."""
+        super().log(row)
+        row = self.rows[-1]
         with open(self.run_dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in row.items():
@@ -67,7 +93,6 @@ class RunLogger:
             self.bar.write(text, file=sys.stderr)
 
     def show_train(self, row: dict) -> None:
-        """Losses, pseudo-labels, bank, speed: in the bar, or as a plain line when there is no terminal."""
         parts = {k.removeprefix("loss/"): f"{v:.3f}" for k, v in row.items() if k.startswith("loss/")}
         for name in ("pseudo_rate", "pseudo_accuracy", "reliable", "bank_fill"):
             if (value := row.get(f"stats/{name}")) is not None:

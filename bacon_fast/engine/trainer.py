@@ -1,5 +1,6 @@
 """The training loop: one static-shape step, evaluations, checkpoints, and the files of a run."""
 
+import functools
 import json
 import math
 import time
@@ -9,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import bacon_fast
-from bacon_fast.engine import build
+from bacon_fast.engine import build, distributed
 from bacon_fast.engine.batches import Batches
 from bacon_fast.engine.builders import DataInfo, build_method, build_network
 from bacon_fast.engine.checkpoint import (
     CheckpointError,
     discard_after,
     list_checkpoints,
+    load_checkpoint,
     load_latest,
     save_checkpoint,
     write_atomically,
@@ -23,13 +25,15 @@ from bacon_fast.engine.checkpoint import (
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.diagnostics import Diagnostics
 from bacon_fast.engine.ema import EMA
-from bacon_fast.engine.evaluation import Evaluation, calibration_error, evaluate, predict
+from bacon_fast.engine.evaluation import Evaluation, calibration_error, evaluate, predict_together
 from bacon_fast.engine.interrupt import StopRequest
-from bacon_fast.engine.logger import RunLogger
+from bacon_fast.engine.logger import Rows, RunLogger
 from bacon_fast.engine.metrics import History, compute_metrics
+from bacon_fast.engine.parallel import PhaseParallel
 from bacon_fast.engine.run_report import summarize
 from bacon_fast.engine.step import TrainStep, autocast
 from bacon_fast.methods.method import NewGeneration, RefreshContext
+from bacon_fast.models.batchnorm import synchronize
 
 
 class DivergedError(RuntimeError):
@@ -47,6 +51,9 @@ class StoppedError(RuntimeError):
 class Trainer:
     """A run: everything it needs is built, or restored from `config.run_dir`, in the constructor.
 
+    Inside `distributed.process_group` every rank builds one and calls the same methods in the same order. Their state
+    is the same on all ranks, but for BatchNorm's running statistics without `sync_batchnorm`. Only rank 0 writes files.
+
     Raises:
         ValueError: a wrong setting, a split that does not fit the data, or a run directory that holds another run.
         CheckpointError: `config.resume` is set and there is nothing to resume, or its configuration differs.
@@ -61,19 +68,26 @@ class Trainer:
         if config.precision == "tf32" and self.device.type != "cuda":
             raise ValueError(f"precision: tf32 needs a CUDA device, found {self.device}; use fp32 or bf16")
         build.check_backend(config, self.device)
+        distributed.own_part(config.batch_size)  # refuses a batch that does not divide among the ranks
+        distributed.require_equal({k: v for k, v in config.to_dict().items() if k != "data_dir"})
         saved = self._saved_state()
         build.use_threads(config.threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
 
-        self.dataset = build.build_dataset(config)
+        load_dataset = functools.partial(build.build_dataset, config)
+        self.dataset = distributed.leader_first(load_dataset) if config.download else load_dataset()
         split_file = self.run_dir / "split.json"
         self.split = build.build_split(config, self.dataset, split_file if saved and split_file.exists() else None)
+        distributed.require_equal({"split": self.split.hash})
         self._build()
         self.step, self.generation, self.train_seconds = 0, 0, 0.0
         self.history, rows = History(), []
         if saved:
             rows = self._restore(saved)
-        else:
+        if not distributed.is_main():
+            self.logger = Rows(rows)
+            return
+        if not saved:
             self.split.save(split_file)
         self.logger = RunLogger(self.run_dir, config.steps, self.step, rows)
         write_atomically(self.run_dir / "config.json", lambda path: path.write_text(config.to_json()))
@@ -81,7 +95,28 @@ class Trainer:
     # --- construction ----------------------------------------------------------------------------------------------
 
     def _saved_state(self) -> dict | None:
-        """State to resume from, after checking that the directory and the configuration allow it."""
+        """State to resume from: rank 0 chooses the file, every rank reads it."""
+        state = None
+
+        def choose() -> tuple[Path, int] | None:
+            nonlocal state
+            path, state = self._newest_state()
+            return None if state is None else (path, state["step"])
+
+        chosen = distributed.from_main(choose)
+        if chosen is None:
+            return None
+        path, step = chosen
+        state = state or load_checkpoint(path)
+        if state["step"] != step:
+            raise CheckpointError(f"{path} holds step {state['step']} on rank {distributed.rank()}, {step} on rank 0")
+        return state
+
+    def _newest_state(self) -> tuple[Path, dict | None]:
+        """The newest checkpoint, after checking that the directory and the configuration allow to continue from it.
+
+        None in its place for a run that begins.
+        """
         folder = self.run_dir / "checkpoints"
         if not self.config.resume:
             if (self.run_dir / "config.json").exists():
@@ -89,7 +124,7 @@ class Trainer:
                     f"run_dir: {self.run_dir} holds a run already; add --resume, or name another directory"
                 )
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            return None
+            return self.run_dir, None
         path, state = self.run_dir / "config.json", None
         if not path.exists():
             raise CheckpointError(f"nothing to resume: {self.run_dir} holds no run")
@@ -101,7 +136,7 @@ class Trainer:
             print(f"{self.run_dir} holds no checkpoint yet: starting it again from step 0", flush=True)
         else:
             discard_after(folder, state["step"])
-        return state
+        return path, state
 
     def _build(self) -> None:
         config, split = self.config, self.split
@@ -112,6 +147,8 @@ class Trainer:
         method = build_method(config, info)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.method = method.to(self.device, memory_format=memory_format)
+        if config.sync_batchnorm and distributed.num_ranks() > 1:
+            synchronize(self.method)
         self.batches = Batches(config, split, self.dataset, self.device, method.unlabeled_views)
         bank = None if method.regularizer is None else method.regularizer.bank
         self.diagnostics = Diagnostics(self.dataset.num_classes, bank).to(self.device)
@@ -124,6 +161,8 @@ class Trainer:
         self.ema = EMA(self.method.network, config.ema, config.ema_buffers)
         self.method.bind(self.ema.network)
         forward = torch.compile(self.method) if config.compile else self.method
+        if distributed.num_ranks() > 1:
+            forward = PhaseParallel(forward)
         self.program = TrainStep(config, self.method, forward, self.batches, self.optimizer, self.ema, self.diagnostics)
 
     def _start_generation(self, new: NewGeneration) -> None:
@@ -188,14 +227,23 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of the present state."""
-        return save_checkpoint(self.run_dir / "checkpoints", self.step, self.state(), self.config.keep_checkpoints)
+        self._share_statistics()
+        folder, keep = self.run_dir / "checkpoints", self.config.keep_checkpoints
+        return distributed.from_main(lambda: save_checkpoint(folder, self.step, self.state(), keep))
+
+    def _share_statistics(self) -> None:
+        """Makes what is evaluated and saved the same on all ranks."""
+        if not self.config.sync_batchnorm:
+            distributed.copy_statistics_from_main(self.method, self.ema)
 
     # --- one step --------------------------------------------------------------------------------------------------
 
     def train_step(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One step of the method (engine/step.py). Returns losses and statistics as 0-d tensors."""
         if self.method.refresh_due(self.step):
+            self._share_statistics()
             new = self.method.refresh(self._refresh_context())
+            distributed.copy_from_main(self.method)  # sums on a device may differ in their last bits
             if new is not None:
                 self._start_generation(new)
         result = self.program(self.step)
@@ -207,7 +255,7 @@ class Trainer:
 
         def predict_images(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
             with autocast(self.config, self.device):
-                return predict(network, batches.augment, images, self.device)
+                return predict_together(network, batches.augment, images, self.device)
 
         return RefreshContext(
             self.step,
@@ -224,14 +272,15 @@ class Trainer:
     def fit(self) -> dict:
         """Trains to `config.steps` and returns the summary, also in summary.json. The report is written by the caller.
 
-        The first interrupt or SIGTERM finishes the step, saves a checkpoint and raises StoppedError.
+        The first interrupt or SIGTERM finishes the step, saves a checkpoint and raises StoppedError: on all ranks,
+        after the same step, when one of them receives it.
 
         Raises:
             DivergedError: the loss stopped being finite.
             StoppedError: a signal asked to stop.
         """
         try:
-            with StopRequest() as stop:
+            with StopRequest(self.step) as stop:
                 self._loop(stop)
         finally:
             self.logger.close()
@@ -249,7 +298,8 @@ class Trainer:
             last = self.step == config.steps
             evaluating = last or self.step % config.eval_every == 0
             saving = last or self.step % config.checkpoint_every == 0
-            if evaluating or saving or self.step % config.log_every == 0 or stop.signum is not None:
+            asked_to_stop = stop.agreed(self.step) is not None
+            if evaluating or saving or self.step % config.log_every == 0 or asked_to_stop:
                 names = [f"loss/{k}" for k in losses] + [f"stats/{k}" for k in stats]
                 means = dict(zip(names, (window / window_steps).tolist()))  # the host waits for the device here
                 self.train_seconds += time.perf_counter() - started
@@ -258,19 +308,18 @@ class Trainer:
                 if evaluating:
                     self._evaluate()
                 # Read once: a signal that comes after this line is answered after the next step.
-                stopping = stop.signum is not None and not last
-                if saving or stopping:
+                signum = None if last else stop.agreed(self.step, now=True)
+                if saving or signum is not None:
                     path = self.save()
-                if stopping:
-                    raise StoppedError(
-                        f"stopped at step {self.step}: saved {path}; continue with --resume", stop.signum
-                    )
+                if signum is not None:
+                    raise StoppedError(f"stopped at step {self.step}: saved {path}; continue with --resume", signum)
                 started = time.perf_counter()
 
     def _log_train(self, means: dict[str, float]) -> None:
         # The loss is of the parameters before this step's update: a checkpoint must not hold what the update broke.
         parameters_finite = torch.stack([p.isfinite().all() for p in self.method.parameters()]).all()
-        if not math.isfinite(means["loss/total"]) or not parameters_finite:
+        (diverged,) = distributed.maxima(int(not math.isfinite(means["loss/total"]) or not parameters_finite))
+        if diverged:
             raise DivergedError(
                 f"at step {self.step} the losses are {means}, and the parameters are "
                 f"{'finite' if parameters_finite else 'not finite'}. "
@@ -286,6 +335,7 @@ class Trainer:
         self.logger.show_train(row)
 
     def _evaluate(self) -> None:
+        self._share_statistics()
         evaluation = self.evaluation()
         metrics = compute_metrics(evaluation.confusion, self.split.labeled_counts)
         metrics["calibration_error"] = calibration_error(evaluation.calibration)
@@ -299,12 +349,12 @@ class Trainer:
         self.logger.show_eval(row)
 
     def evaluation(self) -> Evaluation:
-        """The averaged network on the whole test part."""
+        """The averaged network on the whole test part, which the ranks divide."""
         return evaluate(self.ema.network, self.batches.augment, self.dataset, self.device)
 
     def _finish(self) -> dict:
         summary = summarize(self)
-        write_atomically(
-            self.run_dir / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n")
-        )
+        if distributed.is_main():
+            text = json.dumps(summary, indent=2) + "\n"
+            write_atomically(self.run_dir / "summary.json", lambda path: path.write_text(text))
         return summary
