@@ -49,7 +49,8 @@ def check_backend(config: Config, device: torch.device) -> None:
     if config.loss_backend == "auto":
         return
     parts = config.method.split("+")
-    operations = [name for name, part in (("bacon_loss", "bacon"), ("fixmatch_abc_loss", "abc")) if part in parts]
+    losses = (("bacon_loss", "bacon"), ("fixmatch_abc_loss", "abc"), ("contrastive", "sscl"))
+    operations = [name for name, part in losses if part in parts]
     for operation in operations:
         try:
             ops.choose_backend(operation, config.loss_backend, torch.empty(0, 1, device=device))
