@@ -275,7 +275,8 @@ class Config:
         for name in ("threshold", "reliable_threshold", "contrast_start", "ema", "distribution_momentum"):
             value = getattr(self, name)
             _require(value is None or 0 <= value <= 1, name, "a number between 0 and 1", value)
-        for name in ("lr", "temperature", "bta", "negative_weight", "weight_decay", "gamma_l", "gamma_u", "rank_timeout"):
+        finite = ("lr", "temperature", "bta", "negative_weight", "weight_decay", "gamma_l", "gamma_u", "rank_timeout")
+        for name in finite:
             value = getattr(self, name)
             _require(value is None or math.isfinite(value), name, "a finite number", value)
         for name in ("rampup", "sharpening", "mixup_alpha", "sscl_gamma", "sscl_temperature"):
