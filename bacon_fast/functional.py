@@ -14,6 +14,7 @@ from . import ops, reference
 from .batch_norm import batch_norm_act
 from .checks import check_devices, check_kind, check_number, check_shape
 from .contrastive_losses import info_nce, sscl_loss, sup_con_loss
+from .sgd_ema import sgd_ema_
 
 __all__ = [
     "bacon_loss",
@@ -24,6 +25,7 @@ __all__ = [
     "class_centers",
     "fixmatch_abc_loss",
     "info_nce",
+    "sgd_ema_",
     "sscl_loss",
     "sup_con_loss",
 ]

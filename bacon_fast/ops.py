@@ -82,6 +82,7 @@ def _in_place(*arguments: Any) -> None:
 if native_error is None:
     torch.library.register_fake("bacon_fast::bank_select_", _in_place)
     torch.library.register_fake("bacon_fast::bank_write_", _in_place)
+    torch.library.register_fake("bacon_fast::sgd_ema_", _in_place)
     bacon_ops.register_native()
     heads_ops.register_native()
 
@@ -92,6 +93,10 @@ def _bank_select_(*arguments: Tensor) -> None:
 
 def _bank_write_(*arguments: Tensor) -> None:
     torch.ops.bacon_fast.bank_write_(*arguments)
+
+
+def _sgd_ema_(*arguments: Any) -> None:
+    torch.ops.bacon_fast.sgd_ema_(*arguments)
 
 
 @torch.library.custom_op("bacon_fast::snapshot", mutates_args=())
@@ -145,6 +150,11 @@ BACKENDS: dict[str, dict[str, Backend]] = {
         "triton": Backend(heads_ops.run_triton, _triton_heads),
         "reference": Backend(reference.fixmatch_abc_loss, _always),
     },
+    "sgd_ema_": {
+        "cpp": Backend(_sgd_ema_, _cpp),
+        "cuda": Backend(_sgd_ema_, _cuda),
+        "reference": Backend(reference.sgd_ema_, _always),
+    },
 }
 BACKEND_NAMES = ("reference", "cpp", "triton", "cuda")
 
@@ -176,3 +186,8 @@ def choose_backend(operation: str, name: str | None, tensor: Tensor) -> Callable
     if (reason := table[name].why_not(tensor)) is not None:
         raise RuntimeError(f"backend {name!r} cannot run {operation} here: {reason}")
     return table[name].run
+
+
+def is_native(operation: str, tensor: Tensor) -> bool:
+    """Whether an operation on ``tensor`` has a backend other than the reference."""
+    return any(b.why_not(tensor) is None for name, b in BACKENDS[operation].items() if name != "reference")

@@ -1,10 +1,30 @@
-"""Exponential moving average of a network, updated in a handful of launches."""
+"""Exponential moving average of a network, updated in a handful of launches, or along with the optimizer's step."""
 
 import copy
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+class AveragePairs(NamedTuple):
+    """What an average does in a step: averages[i] moves towards sources[i], copies[i] is set to copied[i].
+
+    momentum: weight of the old average.
+    """
+
+    averages: list[Tensor]
+    sources: list[Tensor]
+    copies: list[Tensor]
+    copied: list[Tensor]
+    momentum: float
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Moves all of it. No host synchronization, fixed storage."""
+        torch._foreach_lerp_(self.averages, self.sources, 1 - self.momentum)
+        if self.copies:
+            torch._foreach_copy_(self.copies, self.copied)
 
 
 class EMA(nn.Module):
@@ -27,18 +47,15 @@ class EMA(nn.Module):
         self.buffers_mode = buffers
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
 
-    @torch.no_grad()
-    def update(self, online: nn.Module) -> None:
-        """Takes in the online network's present state. No host synchronization, fixed storage."""
-        averaged, source = list(self.network.parameters()), [p.detach() for p in online.parameters()]
-        copied, copied_from = [], []
+    def pairs(self, online: nn.Module) -> AveragePairs:
+        """The tensors of a step, beside their counterparts in the online network (the parameters themselves)."""
+        averages, sources, copies, copied = list(self.network.parameters()), list(online.parameters()), [], []
         for own, other in zip(self.network.buffers(), online.buffers(), strict=True):
-            if self.buffers_mode == "average" and own.is_floating_point():
-                averaged.append(own)
-                source.append(other)
-            else:
-                copied.append(own)
-                copied_from.append(other)
-        torch._foreach_lerp_(averaged, source, 1 - self.momentum)
-        if copied:
-            torch._foreach_copy_(copied, copied_from)
+            averaged = self.buffers_mode == "average" and own.is_floating_point()
+            (averages if averaged else copies).append(own)
+            (sources if averaged else copied).append(other)
+        return AveragePairs(averages, sources, copies, copied, self.momentum)
+
+    def update(self, online: nn.Module) -> None:
+        """Takes in the online network's present state."""
+        self.pairs(online).apply()

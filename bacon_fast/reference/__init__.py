@@ -5,6 +5,7 @@ from .bank import bank_select_, bank_write_
 from .batch_norm import batch_norm_act
 from .contrastive import contrastive
 from .heads import fixmatch_abc_loss
+from .sgd_ema import sgd_ema_
 
 __all__ = [
     "bacon_loss",
@@ -14,4 +15,5 @@ __all__ = [
     "batch_norm_act",
     "contrastive",
     "fixmatch_abc_loss",
+    "sgd_ema_",
 ]

@@ -1,0 +1,127 @@
+"""The optimizers of a run. A step moves the run's average along, and makes the host wait for nothing.
+
+Both take the fused path of torch.amp.GradScaler: fp16's gradient scale is divided out inside the step, and a step whose
+gradients overflowed changes nothing but the average.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bacon_fast import functional, ops
+from bacon_fast.engine.ema import AveragePairs
+
+
+class SGD(torch.optim.SGD):
+    """torch.optim.SGD with Nesterov momentum: parameters, momentum and average in one pass over memory.
+
+    Groups, state and checkpoints are torch's, in both directions; all groups share one learning rate, a number or a 0-d
+    float32 tensor on the parameters' device. Where `functional.sgd_ema_` has no native backend, torch's fused kernels
+    take the step.
+
+    Momentum starts as zeros, which give the same first step. Left to itself torch allocates without filling, and its
+    fused kernel leaves the garbage in place when fp16's first step overflows and is skipped; nor does it let a
+    parameter of a group, such as the projection, start later than the others.
+    """
+
+    def __init__(self, params: Iterable, lr: float | Tensor, momentum: float = 0.9, weight_decay: float = 0.0) -> None:
+        super().__init__(params, lr, momentum, weight_decay=weight_decay, nesterov=True, fused=True)
+
+    def _set_momenta(self) -> None:
+        """Gives every parameter a momentum in its own memory order: zeros, or what a checkpoint brought."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                present = self.state[parameter].get("momentum_buffer")
+                if present is None or present.stride() != parameter.stride():
+                    momentum = self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                    if present is not None:
+                        momentum.copy_(present)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._set_momenta()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._set_momenta()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None, *, average: AveragePairs | None = None) -> float | None:
+        """One step. `average` moves towards the new parameters."""
+        rate = self.param_groups[0]["lr"]
+        if not isinstance(rate, Tensor) and any(group["lr"] != rate for group in self.param_groups):
+            raise ValueError(f"lr: expected one for all groups, found {[group['lr'] for group in self.param_groups]}")
+        parameters = [(p, group) for group in self.param_groups for p in group["params"]]
+        if not ops.is_native("sgd_ema_", parameters[0][0]):
+            loss = super().step(closure)
+            if average is not None:
+                average.apply()
+            return loss
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step(parameters, rate, average)
+        return loss
+
+    def _step(self, parameters: list[tuple[Tensor, dict]], rate: float | Tensor, average: AveragePairs | None) -> None:
+        if average is None:
+            average = AveragePairs([], [], [], [], 0.0)
+        average_of = dict(zip(map(id, average.sources), average.averages))
+        rows = [
+            (p, p.grad, self.state[p]["momentum_buffer"], average_of.pop(id(p), None), group["weight_decay"])
+            for p, group in parameters
+        ]
+        # What the average follows beside: frozen parameters, and statistics that are averaged.
+        rows += [
+            (source, None, None, average_of[id(source)], 0.0) for source in average.sources if id(source) in average_of
+        ]
+        if not isinstance(rate, Tensor):
+            rate = torch.full((), rate, device=parameters[0][0].device)
+        functional.sgd_ema_(
+            *zip(*rows),
+            average.copies,
+            average.copied,
+            rate=rate,
+            momentum=self.param_groups[0]["momentum"],
+            average_momentum=average.momentum,
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+        )
+
+
+class Adam(torch.optim.Adam):
+    """ABC's recipe (methods.md C): torch's fused Adam, after which what was trained shrinks by 1 - shrink * lr.
+
+    `lr` may be a 0-d float32 tensor on the parameters' device.
+    """
+
+    def __init__(self, params: Iterable, lr: float | Tensor, shrink: float = 0.0) -> None:
+        super().__init__(params, lr, fused=True)
+        self.shrink = shrink
+        self._set_capturable()
+
+    def _set_capturable(self) -> None:
+        """Lets a CUDA graph capture the step: so far as a checkpoint goes, only the device decides."""
+        for group in self.param_groups:
+            group["capturable"] = group["params"][0].is_cuda
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._set_capturable()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None, *, average: AveragePairs | None = None) -> float | None:
+        """One step. `average` moves towards the new parameters."""
+        loss = super().step(closure)
+        if self.shrink:
+            trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+            lost = self.shrink * self.param_groups[0]["lr"]
+            if (found_inf := getattr(self, "found_inf", None)) is not None:
+                lost = lost * (found_inf == 0)
+            torch._foreach_mul_(trained, 1 - lost)
+        if average is not None:
+            average.apply()
+        return loss
