@@ -71,6 +71,11 @@ torch.library.impl("bacon_fast::batch_norm_act_backward_triton", ("cpu", "cuda")
 _register("triton")
 
 
+def register_native() -> None:
+    """Fakes and autograd of csrc/norm; called where the extension is loaded."""
+    _register("cpp")
+
+
 class _BatchNormAct(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -86,7 +91,7 @@ class _BatchNormAct(torch.autograd.Function):
         momentum: float,
         eps: float,
         negative_slope: float,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         op = getattr(torch.ops.bacon_fast, f"batch_norm_act_{name}")
         activated, total, mean, inverse = op(
             x,
@@ -101,14 +106,12 @@ class _BatchNormAct(torch.autograd.Function):
             negative_slope,
         )
         ctx.save_for_backward(x if residual is None else total, weight, bias, mean, inverse)
-        if residual is None:
-            ctx.mark_non_differentiable(total)
         ctx.set_materialize_grads(False)
         ctx.name, ctx.negative_slope = name, negative_slope
-        return activated, total
+        return activated if residual is None else (activated, total)
 
     @staticmethod
-    def backward(ctx: Any, grad_activated: Tensor | None, grad_sum: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_activated: Tensor | None, grad_sum: Tensor | None = None) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight, grad_bias = grad_sum, None, None
         if grad_activated is not None:
             op = getattr(torch.ops.bacon_fast, f"batch_norm_act_backward_{ctx.name}")
@@ -135,8 +138,8 @@ def run(
     buffers = running_mean, running_var, num_batches_tracked
     if not training:
         return reference.batch_norm_act(x, weight, bias, *buffers, residual, False, momentum, eps, negative_slope)
-    activated, total = _BatchNormAct.apply(name, x, residual, weight, bias, *buffers, momentum, eps, negative_slope)
-    return activated, x if residual is None else total
+    out = _BatchNormAct.apply(name, x, residual, weight, bias, *buffers, momentum, eps, negative_slope)
+    return (out, x) if residual is None else out
 
 
 def default_backend(x: Tensor) -> str | None:

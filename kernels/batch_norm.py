@@ -27,29 +27,25 @@ def _tile(start, end, num_channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 
 
 @triton.jit
-def _add(x, residual, total, offsets, inside, ACC: tl.constexpr):
-    """A tile of x + residual as it is stored, in the accumulator dtype."""
+def _sum(x, residual, offsets, inside, ACC: tl.constexpr):
+    """x + residual in the dtype of x, as it is stored."""
     value = tl.load(x + offsets, mask=inside, other=0.0)
     if residual is not None:
         other = tl.load(residual + offsets, mask=inside, other=0.0)
-        value = (value.to(ACC) + other.to(ACC)).to(total.dtype.element_ty)
-        tl.store(total + offsets, value, mask=inside)
-    return value.to(ACC)
+        value = (value.to(ACC) + other.to(ACC)).to(x.dtype.element_ty)
+    return value
 
 
 @triton.jit
 def _merge(count, mean, squares):
     """Mean and sum of squared deviations of all, from those of the parts along axis 0 (Chan et al. 1979)."""
-    # Means are compared with one of them: their own sum would be as rough as the mean is far from zero.
-    origin = tl.max(tl.where(count > 0, mean, float("-inf")), axis=0)
-    offset = tl.where(count > 0, mean - origin[None, :], 0.0)
-    shift = tl.sum(count * offset, axis=0) / tl.sum(count, axis=0)
-    offset -= shift[None, :]
-    return origin + shift, tl.sum(squares + count * offset * offset, axis=0)
+    average = tl.sum(count * mean, axis=0) / tl.sum(count, axis=0)
+    deviation = mean - average[None, :]
+    return average, tl.sum(squares + count * deviation * deviation, axis=0)
 
 
 @triton.jit
-def _statistics_kernel(
+def _moments_kernel(
     x,
     residual,
     total,
@@ -62,29 +58,38 @@ def _statistics_kernel(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """partial [2, splits, channels]: mean and sum of squared deviations of the rows of each split."""
+    """partial [2, splits, channels]: of the rows of each split, mean less the value of row 0, and sum of squared
+    deviations from the mean. Writes the sum, if there is a residual."""
     split, splits = tl.program_id(0), tl.num_programs(0)
     start = split * rows_per_split
     end = tl.minimum(start + rows_per_split, num_rows)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # Sums of values that are far from zero would lose what sets them apart: means are compared with row 0, and values
+    # with the first one that their place of the block sees, of which there are few.
+    origin = _sum(x, residual, channel, channel < num_channels, ACC).to(ACC)
     offsets, inside = _tile(start, end, num_channels, BLOCK_R, BLOCK_C)
-    # Deviations from the first value that each place of the block sees: few terms, so their sums lose next to nothing.
-    first = _add(x, residual, total, offsets, inside, ACC)
+    value = _sum(x, residual, offsets, inside, ACC)
+    if residual is not None:
+        tl.store(total + offsets, value, mask=inside)
+    first = value.to(ACC)
     deviations = tl.zeros([BLOCK_R, BLOCK_C], ACC)
     squares = tl.zeros([BLOCK_R, BLOCK_C], ACC)
     for current in tl.range(start + BLOCK_R, end, BLOCK_R, num_stages=STAGES):
         offsets, inside = _tile(current, end, num_channels, BLOCK_R, BLOCK_C)
-        deviation = tl.where(inside, _add(x, residual, total, offsets, inside, ACC) - first, 0.0)
+        value = _sum(x, residual, offsets, inside, ACC)
+        if residual is not None:
+            tl.store(total + offsets, value, mask=inside)
+        deviation = tl.where(inside, value.to(ACC) - first, 0.0)
         deviations += deviation
         squares += deviation * deviation
     number = tl.maximum(end - start - tl.arange(0, BLOCK_R) + BLOCK_R - 1, 0) // BLOCK_R
     count = tl.broadcast_to(number[:, None], [BLOCK_R, BLOCK_C]).to(ACC)
-    shift = deviations / tl.maximum(count, 1.0)
-    mean, squared = _merge(count, first + shift, squares - deviations * shift)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tl.store(partial + split * num_channels + channel, mean, mask=channel < num_channels)
-    # Rounding may have taken a variance of nothing below nothing.
-    squared = tl.maximum(squared, 0.0)
-    tl.store(partial + (splits + split) * num_channels + channel, squared, mask=channel < num_channels)
+    mean = deviations / tl.maximum(count, 1.0)
+    squares = tl.maximum(squares - deviations * mean, 0.0)
+    mean, squared = _merge(count, first - origin[None, :] + mean, squares)
+    here = partial + split * num_channels + channel
+    tl.store(here, mean, mask=channel < num_channels)
+    tl.store(here + splits * num_channels, squared, mask=channel < num_channels)
 
 
 @triton.jit
@@ -122,6 +127,7 @@ def _normalize_kernel(
     means = tl.load(place, mask=known, other=0.0)
     squares = tl.load(place + splits * num_channels, mask=known, other=0.0)
     mean, squared = _merge(count, means, squares)
+    mean += tl.load(total + channel, mask=is_channel, other=0.0).to(ACC)
     inverse = 1.0 / tl.sqrt(squared / num_rows + EPS)
     if split == 0:
         tl.store(mean_out + channel, mean, mask=is_channel)
@@ -172,7 +178,7 @@ def _vectors(weight, bias, mean, inverse, num_channels, ACC: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _reduce_kernel(
+def _gradient_sums_kernel(
     grad_activated,
     total,
     weight,
@@ -211,7 +217,7 @@ def _reduce_kernel(
 
 
 @triton.jit
-def _gradient_kernel(
+def _input_gradient_kernel(
     grad_activated,
     grad_total,
     total,
@@ -302,7 +308,7 @@ def batch_norm_forward(
     shared |= {"BLOCK_R": config.block_rows, "BLOCK_C": config.block_channels}
     sizes = rows, channels, config.rows_per_split
     launch(
-        _statistics_kernel,
+        _moments_kernel,
         config.grid,
         x,
         None if residual is None else _rows_first(residual),
@@ -356,9 +362,9 @@ def batch_norm_backward(
     shared = {"num_warps": config.num_warps, "ACC": TRITON_DTYPE[mean.dtype], "STAGES": config.num_stages}
     shared |= {"BLOCK_R": config.block_rows, "BLOCK_C": config.block_channels, "SLOPE": negative_slope}
     sizes = rows, channels, config.rows_per_split
-    launch(_reduce_kernel, config.grid, grad_activated, total, *vectors, partial, *sizes, **shared)
+    launch(_gradient_sums_kernel, config.grid, grad_activated, total, *vectors, partial, *sizes, **shared)
     launch(
-        _gradient_kernel,
+        _input_gradient_kernel,
         config.grid,
         grad_activated,
         None if grad_total is None else _rows_first(grad_total),

@@ -128,7 +128,7 @@ def batch_norm_config(rows: int, channels: int, dtype: torch.dtype, arch: int) -
     if dtype == torch.float64:
         block_rows //= 2
     if arch == INTERPRETER:
-        block_rows, block_channels, fill, num_warps, num_stages = 16, 16, 10, 1, 1
+        block_rows, block_channels, fill, num_warps, num_stages = 32, 16, 8, 1, 1
     channel_blocks, tiles = -(-channels // block_channels), -(-rows // block_rows)
     tiles_per_split = -(-tiles // max(1, min(fill // channel_blocks, tiles)))
     return BatchNormConfig(
