@@ -13,6 +13,7 @@ from bacon_fast.data.datasets import ImageDataset, load_dataset
 from bacon_fast.data.longtail import PROTOCOLS, Split, make_split
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.distributed import Launch
+from bacon_fast.engine.optimizers import SGD, Adam
 from bacon_fast.methods.method import Method
 
 
@@ -107,21 +108,11 @@ def split_overrides(config: Config) -> dict:
     return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
 
 
-def build_optimizer(config: Config, method: Method) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum and no decay on one-dimensional parameters ([US]), or ABC's Adam.
-
-    Both are the fused kernels: one launch for all parameters of a group, and fp16's gradient scale is applied inside,
-    without the host reading whether an overflow occurred.
-    """
+def build_optimizer(config: Config, method: Method) -> SGD | Adam:
+    """SGD with Nesterov momentum and no decay on one-dimensional parameters ([US]), or ABC's Adam."""
     parameters = [p for p in method.parameters() if p.requires_grad]
+    if config.optimizer == "adam":
+        return Adam(parameters, config.lr, shrink=config.weight_decay)
     matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
-    if config.optimizer == "adam":  # decays by shrinking the parameters after the step, in the trainer
-        return torch.optim.Adam(parameters, lr=config.lr, fused=True)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=True)
-    for parameter in parameters:
-        # Zeros, which give the same first step. Left to itself torch allocates without filling, and the fused kernel
-        # leaves the garbage in place when fp16's first step overflows and is skipped; nor does it let a parameter of a
-        # group, such as the projection, start later than the others.
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+    return SGD(groups, config.lr, momentum=0.9)

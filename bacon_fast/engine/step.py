@@ -9,7 +9,9 @@ from bacon_fast.engine.batches import Batches
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.diagnostics import Diagnostics
 from bacon_fast.engine.ema import EMA
-from bacon_fast.engine.schedule import learning_rate
+from bacon_fast.engine.meter import Meter
+from bacon_fast.engine.optimizers import SGD, Adam
+from bacon_fast.engine.schedule import learning_rate_tensor
 from bacon_fast.methods.gather import gather_batch
 from bacon_fast.methods.method import Method
 
@@ -30,9 +32,11 @@ class TrainStep:
         method: whose buffers and parameters are trained.
         forward: `method`, or what wraps it (torch.compile, DistributedDataParallel).
         batches, optimizer, ema, diagnostics: of the run.
+        meter: takes the losses and statistics of every step.
 
     Attributes:
         counter: completed steps, 0-d int64 on the device.
+        rate: learning rate of the last step, 0-d float32 on the device.
         scaler: fp16's loss scale, which lives on the device.
     """
 
@@ -42,21 +46,21 @@ class TrainStep:
         method: Method,
         forward: nn.Module,
         batches: Batches,
-        optimizer: torch.optim.Optimizer,
+        optimizer: SGD | Adam,
         ema: EMA,
         diagnostics: Diagnostics,
+        meter: Meter,
     ) -> None:
         self.config, self.method, self.forward = config, method, forward
-        self.batches, self.optimizer, self.ema, self.diagnostics = batches, optimizer, ema, diagnostics
+        self.batches, self.optimizer, self.ema = batches, optimizer, ema
+        self.diagnostics, self.meter = diagnostics, meter
         self.device = batches.device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.counter = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.rate = torch.zeros((), device=self.device)
 
     def __call__(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Runs the step that follows `step` completed ones. Returns losses and statistics as 0-d tensors."""
-        rate = learning_rate(self.config.lr_schedule, self.config.lr, step, self.config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         self.batches.prepare(step)
         return self.run(self.method.phase(step))
 
@@ -68,15 +72,14 @@ class TrainStep:
             output = self.forward(batch, self.counter, phase)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(output.total).backward()
-        self.scaler.step(self.optimizer)
+        self.rate.copy_(learning_rate_tensor(config.lr_schedule, config.lr, self.counter, config.steps))
+        for group in self.optimizer.param_groups:  # here, as a checkpoint may have brought another rate
+            group["lr"] = self.rate
+        self.scaler.step(self.optimizer, average=self.ema.pairs(self.method.network))
         self.scaler.update()
-        if config.optimizer == "adam" and config.weight_decay:
-            rate = self.optimizer.param_groups[0]["lr"]
-            with torch.no_grad():
-                started = [p for p in self.method.parameters() if p.grad is not None]
-                torch._foreach_mul_(started, 1 - config.weight_decay * rate)
-        self.ema.update(self.method.network)
         if output.pseudo_labels is not None:
             self.diagnostics.update(output.pseudo_labels, gather_batch(batch).true_labels)
+        values = {f"loss/{name}": value for name, value in output.losses.items()}
+        self.meter.add(phase, values | {f"stats/{name}": value for name, value in output.stats.items()})
         self.counter += 1
         return output.losses, output.stats

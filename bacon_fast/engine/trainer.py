@@ -28,9 +28,11 @@ from bacon_fast.engine.ema import EMA
 from bacon_fast.engine.evaluation import Evaluation, calibration_error, evaluate, predict_together
 from bacon_fast.engine.interrupt import StopRequest
 from bacon_fast.engine.logger import Rows, RunLogger
+from bacon_fast.engine.meter import Meter
 from bacon_fast.engine.metrics import History, compute_metrics
 from bacon_fast.engine.parallel import PhaseParallel
 from bacon_fast.engine.run_report import summarize
+from bacon_fast.engine.schedule import learning_rate
 from bacon_fast.engine.step import TrainStep, autocast
 from bacon_fast.methods.method import NewGeneration, RefreshContext
 from bacon_fast.models.batchnorm import synchronize
@@ -81,6 +83,7 @@ class Trainer:
         distributed.require_equal({"split": self.split.hash})
         self._build()
         self.step, self.generation, self.train_seconds = 0, 0, 0.0
+        self._window: tuple[int, float] | None = None  # the step and the time at which it began
         self.history, rows = History(), []
         if saved:
             rows = self._restore(saved)
@@ -152,6 +155,7 @@ class Trainer:
         self.batches = Batches(config, split, self.dataset, self.device, method.unlabeled_views)
         bank = None if method.regularizer is None else method.regularizer.bank
         self.diagnostics = Diagnostics(self.dataset.num_classes, bank).to(self.device)
+        self.meter = Meter(self.device)
         self._start()
 
     def _start(self) -> None:
@@ -163,7 +167,8 @@ class Trainer:
         forward = torch.compile(self.method) if config.compile else self.method
         if distributed.num_ranks() > 1:
             forward = PhaseParallel(forward)
-        self.program = TrainStep(config, self.method, forward, self.batches, self.optimizer, self.ema, self.diagnostics)
+        parts = (self.batches, self.optimizer, self.ema, self.diagnostics, self.meter)
+        self.program = TrainStep(config, self.method, forward, *parts)
 
     def _start_generation(self, new: NewGeneration) -> None:
         """Starts again from a fresh network, on another labeled set (CReST)."""
@@ -281,43 +286,43 @@ class Trainer:
         """
         try:
             with StopRequest(self.step) as stop:
-                self._loop(stop)
+                while self.step < self.config.steps:
+                    self.advance(stop)
         finally:
             self.logger.close()
-        return self._finish()
+        return self.finish()
 
-    def _loop(self, stop: StopRequest) -> None:
+    def advance(self, stop: StopRequest) -> None:
+        """One step, and what is due after it: log row, evaluation, checkpoint, stop. Raises what `fit` raises."""
         config = self.config
-        window, window_steps, started = None, 0, time.perf_counter()
-        while self.step < config.steps:
-            losses, stats = self.train_step()
-            self.logger.advance()
-            values = torch.stack([v.float() for v in (*losses.values(), *stats.values())])
-            window = values if window is None else window + values
-            window_steps += 1
-            last = self.step == config.steps
-            evaluating = last or self.step % config.eval_every == 0
-            saving = last or self.step % config.checkpoint_every == 0
-            asked_to_stop = stop.agreed(self.step) is not None
-            if evaluating or saving or self.step % config.log_every == 0 or asked_to_stop:
-                names = [f"loss/{k}" for k in losses] + [f"stats/{k}" for k in stats]
-                means = dict(zip(names, (window / window_steps).tolist()))  # the host waits for the device here
-                self.train_seconds += time.perf_counter() - started
-                self._log_train(means)
-                window, window_steps = None, 0
-                if evaluating:
-                    self._evaluate()
-                # Read once: a signal that comes after this line is answered after the next step.
-                signum = None if last else stop.agreed(self.step, now=True)
-                if saving or signum is not None:
-                    path = self.save()
-                if signum is not None:
-                    raise StoppedError(f"stopped at step {self.step}: saved {path}; continue with --resume", signum)
-                started = time.perf_counter()
+        if self._window is None:
+            self._window = self.step, time.perf_counter()
+        self.train_step()
+        self.logger.advance()
+        last = self.step == config.steps
+        evaluating = last or self.step % config.eval_every == 0
+        saving = last or self.step % config.checkpoint_every == 0
+        asked_to_stop = stop.agreed(self.step) is not None
+        if not (evaluating or saving or self.step % config.log_every == 0 or asked_to_stop):
+            return
+        self._log_train()
+        if evaluating:
+            self._evaluate()
+        # Read once: a signal that comes after this line is answered after the next step.
+        signum = None if last else stop.agreed(self.step, now=True)
+        if saving or signum is not None:
+            path = self.save()
+        if signum is not None:
+            raise StoppedError(f"stopped at step {self.step}: saved {path}; continue with --resume", signum)
 
-    def _log_train(self, means: dict[str, float]) -> None:
+    def _log_train(self) -> None:
+        means = self.meter.read()  # the host waits for the device here, and so the time below is that of whole steps
+        first, started = self._window
+        seconds, self._window = time.perf_counter() - started, None
+        self.train_seconds += seconds
         # The loss is of the parameters before this step's update: a checkpoint must not hold what the update broke.
-        parameters_finite = torch.stack([p.isfinite().all() for p in self.method.parameters()]).all()
+        largest = torch._foreach_norm([p.detach() for p in self.method.parameters()], math.inf)
+        parameters_finite = bool(torch.stack(largest).isfinite().all())
         (diverged,) = distributed.maxima(int(not math.isfinite(means["loss/total"]) or not parameters_finite))
         if diverged:
             raise DivergedError(
@@ -328,9 +333,9 @@ class Trainer:
         known, right = means.pop("stats/pseudo_known", 0.0), means.pop("stats/pseudo_correct", 0.0)
         if known:
             means["stats/pseudo_accuracy"] = right / known
-        rate = self.optimizer.param_groups[0]["lr"]
-        row = {"kind": "train", "step": self.step, **means, "lr": rate}
-        row["steps_per_second"] = self.step / self.train_seconds
+        rate = learning_rate(self.config.lr_schedule, self.config.lr, self.step - 1, self.config.steps)
+        row = {"kind": "train", "step": self.step, **means, "lr": rate, "train_seconds": self.train_seconds}
+        row["steps_per_second"] = (self.step - first) / seconds
         self.logger.log(row)
         self.logger.show_train(row)
 
@@ -352,7 +357,8 @@ class Trainer:
         """The averaged network on the whole test part, which the ranks divide."""
         return evaluate(self.ema.network, self.batches.augment, self.dataset, self.device)
 
-    def _finish(self) -> dict:
+    def finish(self) -> dict:
+        """Writes and returns the summary of the whole run."""
         summary = summarize(self)
         if distributed.is_main():
             text = json.dumps(summary, indent=2) + "\n"

@@ -26,9 +26,11 @@ def sgd_ema_(
 ) -> None:
     """The arguments are those of `bacon_fast.functional.sgd_ema_`, with an empty tensor for every None in a list.
 
-        g = gradient / grad_scale + weight_decay · parameter
-        velocity <- momentum · velocity + g
-        parameter <- parameter - rate · (g + momentum · velocity)      both unless found_inf
+    One after the other, the first three only with a gradient, and the second and third unless found_inf:
+
+        slope = gradient / grad_scale + weight_decay · parameter
+        velocity <- momentum · velocity + slope
+        parameter <- parameter - rate · (slope + momentum · velocity)
         average <- average_momentum · average + (1 - average_momentum) · parameter
     """
     for parameter, gradient, velocity, average, decay in zip(

@@ -3,8 +3,9 @@
 import math
 
 import pytest
+import torch
 
-from bacon_fast.engine.schedule import learning_rate
+from bacon_fast.engine.schedule import learning_rate, learning_rate_tensor
 
 
 def test_constant_stays():
@@ -20,3 +21,14 @@ def test_cosine_is_seven_sixteenths_of_a_period():
 def test_unknown_name_lists_the_allowed_ones():
     with pytest.raises(ValueError, match=r"constant.*cosine.*'step'"):
         learning_rate("step", 0.03, 0, 1)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine"])
+def test_a_counter_on_the_device_gives_the_same_rate(name):
+    steps = 300_000
+    for t in (0, 1, 7, 12_345, 150_000, 299_999, 300_000, 400_000):  # beyond 8/7 of the run the cosine is negative
+        found = learning_rate_tensor(name, 0.03, torch.tensor(t), steps)
+        assert found.dtype == torch.float32 and found.dim() == 0
+        assert found.item() == torch.tensor(learning_rate(name, 0.03, t, steps), dtype=torch.float32).item()
+    with pytest.raises(ValueError, match="lr_schedule"):
+        learning_rate_tensor("step", 0.03, torch.tensor(0), steps)
