@@ -5,7 +5,7 @@ a whole step: selection, counts, loss, then the memory bank and the class center
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,14 +78,21 @@ def temperatures(class_counts: Tensor, progress: Tensor) -> Tensor:
     return TEMPERATURE * (1 - BTA * (1 - progress) ** 2 * share.sqrt())
 
 
-def bacon_class_loop(features, labels, logits, centers, selected, class_counts, progress) -> Tensor:
-    """As the authors' code is built: a Python loop over classes, rows picked by boolean masks, broadcast cosines."""
+def bacon_class_loop(
+    features, labels, logits, centers, selected, class_counts, progress, has_center: Sequence[bool] | None = None
+) -> Tensor:
+    """As the authors' code is built: a Python loop over classes, rows picked by boolean masks, broadcast cosines.
+
+    Classes without a center are left out, if there are any: the host knows which from the loop that made the centers.
+    """
     batch = labels.shape[0]
     top = logits[batch:].topk(TOP_K, dim=1).indices
     classes = torch.cat([labels, top[:, 0]])
     tau = temperatures(class_counts, progress)
     total = 0.0
     for c in range(centers.shape[0]):
+        if has_center is not None and not has_center[c]:
+            continue
         anchors = features[classes == c]
         if anchors.shape[0] == 0:
             continue
@@ -99,8 +106,10 @@ def bacon_class_loop(features, labels, logits, centers, selected, class_counts, 
     return total / (selected.sum() + EPS)
 
 
-def bacon_vectorized(features, labels, logits, centers, selected, class_counts, progress) -> Tensor:
-    """The same in one R x R matrix of similarities; no loop, no synchronization."""
+def bacon_vectorized(
+    features, labels, logits, centers, selected, class_counts, progress, has_center: Tensor | None = None
+) -> Tensor:
+    """The same in one R x R matrix of similarities; no loop, no synchronization. ``has_center`` is [K] bool."""
     batch, num_classes, rows = labels.shape[0], centers.shape[0], features.shape[0]
     top = logits[batch:].topk(TOP_K, dim=1).indices
     classes = torch.cat([labels, top[:, 0]])
@@ -116,7 +125,8 @@ def bacon_vectorized(features, labels, logits, centers, selected, class_counts, 
     class_size = row_sum.new_zeros(num_classes).index_add(0, classes, row_sum.new_ones(rows))
     mean = class_sum / (class_size * is_negative.sum(dim=1)).clamp_min(1)
     loss = torch.log(positive.exp() + NEGATIVE_WEIGHT * mean[classes] + EPS) - positive
-    return (loss * selected).sum() / (selected.sum() + EPS)
+    anchors = selected if has_center is None else selected & has_center[classes]
+    return torch.where(anchors, loss, 0).sum() / (selected.sum() + EPS)
 
 
 def loss_call(loss: Callable, batch: BaConBatch) -> Callable[[], tuple[Tensor, Tensor]]:

@@ -1,0 +1,172 @@
+"""The arms of benchmarks/throughput.py, from USB itself to bacon_fast, each a step further than the one before it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from throughput_gate import Truth, check_timed, check_trainer, check_usb_style, check_vectorized, split
+from throughput_loaders import AS_SHIPPED, Loaders, ample_workers
+from throughput_peers import UsbStyleStep
+from throughput_problem import Problem, State, make_trainer
+from throughput_step import Flags, StepArm
+from throughput_usb import UsbArm
+from throughput_usb import why_not as why_not_usb
+from throughput_vectorized import NAMES, DeviceBatches, VectorizedStep
+from torch import Tensor
+
+from bacon_fast.engine.trainer import Trainer
+from bacon_fast.methods.outputs import Batch
+
+OURS = "F"
+
+
+@dataclass
+class Bench:
+    """What the arms are built from."""
+
+    problem: Problem
+    state: State
+    truth: Truth | None  # None: nothing is gated, since no speed is wanted
+    scratch: Path
+    precision: str  # of the arms from C on
+    compile: bool
+    passed: set[Callable] = field(default_factory=set)  # gates of arms that share their code
+
+    @property
+    def cuda(self) -> bool:
+        return self.problem.device.type == "cuda"
+
+    def gate(self, check: Callable[[Problem, Truth], None]) -> None:
+        """Checks code that arms share, once. Raises RedGateError."""
+        if self.truth is not None and check not in self.passed:
+            check(self.problem, self.truth)
+            self.passed.add(check)
+
+    def gate_timed(self, arm: StepArm, first_losses: Callable[[Batch], dict[str, float]], precision: str) -> None:
+        """Checks the first step of the arm that is to be timed. Raises RedGateError."""
+        if self.truth is not None:
+            with arm.flags.applied():
+                losses = first_losses(self.truth.batches[0])
+            check_timed(losses, self.truth, precision)
+
+
+class TrainerStep(StepArm):
+    """bacon_fast's own trainer, with what its loop does between two log rows."""
+
+    def __init__(self, trainer: Trainer, state: State) -> None:
+        self.trainer, self.device, self.flags = trainer, trainer.device, Flags.present()
+        state.load(trainer)
+        self.window: Tensor | None = None
+
+    def step(self) -> None:
+        losses, stats = self.trainer.train_step()
+        values = torch.stack([value.float() for value in (*losses.values(), *stats.values())])
+        self.window = values if self.window is None else self.window + values
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of the table.
+
+    Attributes:
+        name: for tables and the picture; its key in `ARMS` says its place on the ladder.
+        build: makes it ready to run, or raises RedGateError.
+        precision: of its network.
+        why_not: reason it is left out on this machine, or None.
+        workers: loader processes for labeled and unlabeled images.
+    """
+
+    name: str
+    build: Callable[[Bench], StepArm]
+    precision: Callable[[Bench], str]
+    why_not: Callable[[Bench], str | None] = lambda bench: None
+    workers: Callable[[], tuple[int, int]] = lambda: (0, 0)
+
+
+def _usb_style(bench: Bench, workers: tuple[int, int]) -> StepArm:
+    bench.gate(check_usb_style)
+    arm = UsbStyleStep(bench.problem, bench.state, workers)
+    bench.gate_timed(arm, lambda batch: arm.update(split(batch)), "tf32" if bench.cuda else "fp32")
+    return arm
+
+
+def _vectorized(bench: Bench, batches: Loaders | DeviceBatches, compiled: bool = False) -> StepArm:
+    bench.gate(check_vectorized)
+    arm = VectorizedStep(bench.problem, bench.state, bench.precision, batches, compiled)
+    bench.gate_timed(arm, lambda batch: dict(zip(NAMES, arm.update(split(batch)).tolist())), bench.precision)
+    return arm
+
+
+def _trainer(bench: Bench, precision: str) -> StepArm:
+    def trainer(**changes: str) -> Trainer:
+        return make_trainer(bench.problem.config, bench.scratch, **changes)
+
+    ours = trainer(precision=precision)
+    arm = TrainerStep(ours, bench.state)
+    if bench.truth is not None:
+        for name in dict.fromkeys(("fp32", precision)):
+            reference = trainer(loss_backend="reference", precision="fp32")
+            checked = ours if name == precision else trainer(precision=name)
+            check_trainer(checked, reference, bench.state, name)
+    return arm
+
+
+def _why_not_ample(bench: Bench) -> str | None:
+    if sum(ample_workers()) > sum(AS_SHIPPED):
+        return None
+    return f"no more cores here than the {sum(AS_SHIPPED)} workers of A occupy"
+
+
+def _why_not_compiled(bench: Bench) -> str | None:
+    return None if bench.cuda or bench.compile else "takes a minute to compile; ask for it by --compile"
+
+
+def _plain(bench: Bench) -> str:
+    return "fp32 (TF32 convolutions)" if bench.cuda else "fp32"
+
+
+def _same(bench: Bench) -> str:
+    return bench.precision
+
+
+def _ample() -> tuple[int, int]:
+    return max(AS_SHIPPED, ample_workers(), key=sum)
+
+
+ARMS: dict[str, Arm] = {
+    "USB": Arm(
+        "USB 0.3.2 itself: FixMatch + ABC, without BaCon",
+        lambda bench: UsbArm(bench.problem, bench.scratch),
+        _plain,
+        lambda bench: why_not_usb(bench.problem),
+        lambda: AS_SHIPPED,
+    ),
+    "A": Arm(
+        "USB-style reference, as shipped",
+        lambda bench: _usb_style(bench, AS_SHIPPED),
+        _plain,
+        workers=lambda: AS_SHIPPED,
+    ),
+    "B": Arm("A with workers on all cores", lambda bench: _usb_style(bench, _ample()), _plain, _why_not_ample, _ample),
+    "C": Arm(
+        "B + half precision, channels_last, vectorized",
+        lambda bench: _vectorized(bench, Loaders(bench.problem, _ample(), pin_memory=bench.cuda)),
+        _same,
+        workers=_ample,
+    ),
+    "D": Arm("C + our augmentation, no loader", lambda bench: _vectorized(bench, DeviceBatches(bench.problem)), _same),
+    "E": Arm(
+        "D + torch.compile, max-autotune, CUDA graphs",
+        lambda bench: _vectorized(bench, DeviceBatches(bench.problem), compiled=True),
+        _same,
+        _why_not_compiled,
+    ),
+    OURS: Arm("bacon_fast", lambda bench: _trainer(bench, bench.precision), _same),
+    f"{OURS}-tf32": Arm(
+        "bacon_fast in TF32",
+        lambda bench: _trainer(bench, "tf32"),
+        lambda bench: "tf32",
+        lambda bench: None if bench.cuda else "TF32 is a precision of GPUs",
+    ),
+}
