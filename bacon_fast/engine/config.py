@@ -21,6 +21,7 @@ MethodName = Literal[
     "fixmatch+abc+bacon",
     "fixmatch+debiaspl",
     "fixmatch+saw",
+    "fixmatch+daso",
     "remixmatch",
     "remixmatch+abc",
     "remixmatch+bacon",
@@ -214,8 +215,12 @@ class Config:
     """DebiasPL: strength of the debiasing and of the margin; 0.4 in USB, 1 in the authors' ImageNet runs."""
     distribution_momentum: float = 0.999
     """Momentum of the running mean of the predictions (ReMixMatch, DebiasPL)."""
+    daso_start: float = 0.02
+    """DASO: fraction of the run after which it acts (its authors: 5,000 of 250,000 steps)."""
+    daso_t_dist: float = 1.5
+    """DASO: T_dist; 1.5 where the unlabeled classes are distributed as the labeled ones, else 0.3 (CIFAR-10)."""
     usb_compat: bool = False
-    """Reproduce the errors of USB's code that published numbers contain (DebiasPL), instead of the method."""
+    """Reproduce the errors of USB's code that published numbers contain (DebiasPL, DASO), instead of the method."""
 
     # --- SsCL (methods.md F; arXiv 2105.07387) -----------------------------------------------------------------------
     sscl_queue: int = 4096
@@ -255,6 +260,7 @@ class Config:
     """Write report.html at the end."""
 
     def __post_init__(self) -> None:
+        self._check_balancers()
         for name in ("steps", "batch_size", "eval_every", "log_every", "checkpoint_every", "epochs"):
             _require(getattr(self, name) >= 1, name, "an integer of at least 1", getattr(self, name))
         _require(
@@ -309,6 +315,13 @@ class Config:
         defaults = DEFAULTS | FAMILY_DEFAULTS.get(self.method.split("+")[0], {})
         unset = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **unset)
+
+    def _check_balancers(self) -> None:
+        """Settings of methods.md H."""
+        for name in ("daso_start",):
+            _require(0 <= getattr(self, name) < 1, name, "a number from 0 to below 1", getattr(self, name))
+        for name in ("daso_t_dist",):
+            _require(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
 
     def to_dict(self) -> dict:
         """JSON-ready values, paths as strings."""

@@ -7,7 +7,7 @@ from test_trainer import assert_equal_states, final_state, tiny
 
 from bacon_fast.engine.trainer import Trainer
 
-BALANCERS = ("debiaspl", "saw")
+BALANCERS = ("debiaspl", "saw", "daso")
 
 
 @pytest.mark.parametrize("name", BALANCERS)
@@ -38,3 +38,14 @@ def test_state_keeps_its_address(tmp_path, name):
         trainer.train_step()
     trainer.logger.close()
     assert {key: value.data_ptr() for key, value in trainer.method.named_buffers()} == before
+
+
+@pytest.mark.parametrize("name", ["debiaspl", "daso"])
+def test_usb_compat_reaches_the_method(tmp_path, name):
+    totals = []
+    for usb_compat in (False, True):
+        config = tiny(tmp_path / str(usb_compat), method=f"fixmatch+{name}", usb_compat=usb_compat)
+        trainer = Trainer(config)
+        totals.append([trainer.train_step()[0]["total"].item() for _ in range(3)])
+        trainer.logger.close()
+    assert totals[0] != totals[1]

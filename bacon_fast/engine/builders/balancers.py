@@ -3,13 +3,22 @@
 from bacon_fast.engine.builders.info import DataInfo
 from bacon_fast.engine.config import Config
 from bacon_fast.methods.balancer import Balancer
+from bacon_fast.methods.daso import DASO
 from bacon_fast.methods.debiaspl import DebiasPL
 from bacon_fast.methods.saw import SAW
 
 
-def build_balancer(config: Config, info: DataInfo) -> Balancer | None:
-    """The balancer that `config.method` names, or None."""
+def build_balancer(config: Config, num_features: int, info: DataInfo) -> Balancer | None:
+    """The balancer that `config.method` names, for features of width `num_features`; None where it names none."""
     parts = config.method.split("+")
+    if "daso" in parts:
+        return DASO(
+            info.num_classes,
+            num_features,
+            start=round(config.daso_start * config.steps),
+            t_dist=config.daso_t_dist,
+            usb_rows=config.unlabeled_ratio * config.batch_size if config.usb_compat else None,
+        )
     if "debiaspl" in parts:
         return DebiasPL(
             info.num_classes,

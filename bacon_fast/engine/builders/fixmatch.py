@@ -41,7 +41,7 @@ def build_method(config: Config, network: Network, info: DataInfo) -> ComposedMe
         network,
         base,
         build_bacon_loss(config, network.backbone.num_features, info) if "bacon" in others else None,
-        build_balancer(config, info),
+        build_balancer(config, network.backbone.num_features, info),
         steps=config.steps,
         lambda_con=config.lambda_con,
         contrast_start=config.contrast_start,

@@ -1,0 +1,109 @@
+"""DASO, distribution-aware semantics-oriented pseudo-labels (methods.md H; Oh, Kim, Kweon, CVPR 2022)."""
+
+from collections.abc import Hashable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bacon_fast.methods.balancer import Balancer, Rows, Targets
+from bacon_fast.methods.feature_queue import FeatureQueue
+from bacon_fast.methods.outputs import Batch
+
+
+class DASO(Balancer):
+    """Blends the classifier's prediction with the similarity to class prototypes, the more the commoner the prediction.
+
+        q = softmax(cos(h^w, c) / T_proto);   v = m^(1/T_dist) / max;   k' = argmax p
+        p' = (1 - v_k') p + v_k' q;           L_align = mean CE(cos(h^s, c) / T_proto, q)
+
+    c_k is the mean of the latest averaged features of labeled images of class k; a class without one counts as having
+    cosine -1. m is how often each class was the final pseudo-label, confident or not, counted anew every `interval`
+    steps; 1/K before the first count. Confidence and pseudo-label are those of p'. Before `start` p' is p.
+
+    Args:
+        num_classes: K.
+        num_features: F.
+        start: completed steps from which p' and L_align are used.
+        t_dist: T_dist: 1.5 where the unlabeled images are distributed as the labeled ones, else 0.3 (CIFAR-10).
+        t_proto: T_proto.
+        queue_length: features kept for each class.
+        interval: steps between counts.
+        lambda_align: weight of L_align.
+        usb_rows: None, or U, to reproduce USB's code: it blends with q of the previous batch, so with rows of other
+            images, and its confidence is that of p.
+
+    Buffers:
+        distribution: m, float32 [K]; counts: int64 [K], since the last count; those of the queue; with `usb_rows`
+        previous_q: float32 [U,K].
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_features: int,
+        *,
+        start: int,
+        t_dist: float,
+        t_proto: float = 0.05,
+        queue_length: int = 256,
+        interval: int = 100,
+        lambda_align: float = 1.0,
+        usb_rows: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.start, self.t_dist, self.t_proto = start, t_dist, t_proto
+        self.interval, self.lambda_align = interval, lambda_align
+        self.queue = FeatureQueue(num_classes, num_features, queue_length)
+        self.register_buffer("distribution", torch.full((num_classes,), 1 / num_classes))
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+        self.usb = usb_rows is not None
+        if self.usb:
+            self.register_buffer("previous_q", torch.full((usb_rows, num_classes), 1 / num_classes))
+
+    def averaged_images(self, batch: Batch, phase: Hashable) -> Tensor:
+        return batch.labeled_images
+
+    def phase(self, step: int) -> bool:
+        """Whether p' and L_align are used."""
+        return step >= self.start
+
+    def forward(self, rows: Rows, step: Tensor, phase: bool) -> Targets:
+        self.queue.enqueue(rows.averaged_features, rows.batch.labels)
+        predicted = rows.weak_logits.softmax(1)
+        if phase:
+            targets = self._blend(rows, predicted)
+        else:
+            targets = Targets(predicted)
+        self._count(targets.probabilities.argmax(1), step)
+        return targets
+
+    def _blend(self, rows: Rows, predicted: Tensor) -> Targets:
+        prototypes, present = self.queue.prototypes()
+        with torch.no_grad():
+            q = self._similarity(rows.weak_features, prototypes, present).softmax(1)
+            share = self.distribution ** (1 / self.t_dist)
+            weight = (share / share.max())[predicted.argmax(1)][:, None]
+            semantic = self.previous_q.clone() if self.usb else q
+            blended = (1 - weight) * predicted + weight * semantic
+            if self.usb:
+                self.previous_q.copy_(q)
+        align = F.cross_entropy(self._similarity(rows.strong_features, prototypes, present), q)
+        return Targets(
+            blended,
+            confidence=predicted.amax(1) if self.usb else None,
+            losses={"align": self.lambda_align * align},
+        )
+
+    def _similarity(self, features: Tensor, prototypes: Tensor, present: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            cosine = F.normalize(features.float()) @ F.normalize(prototypes).T
+        return torch.where(present, cosine, -1) / self.t_proto
+
+    @torch.no_grad()
+    def _count(self, pseudo_labels: Tensor, step: Tensor) -> None:
+        self.counts.scatter_add_(0, pseudo_labels, torch.ones_like(pseudo_labels))
+        completed = step + 1
+        due = (completed % self.interval == 0) | (completed == self.start)
+        self.distribution.copy_(torch.where(due, self.counts / self.counts.sum(), self.distribution))
+        self.counts.masked_fill_(due, 0)
