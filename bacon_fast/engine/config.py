@@ -22,6 +22,7 @@ MethodName = Literal[
     "fixmatch+debiaspl",
     "fixmatch+saw",
     "fixmatch+daso",
+    "fixmatch+darp",
     "remixmatch",
     "remixmatch+abc",
     "remixmatch+bacon",
@@ -219,6 +220,8 @@ class Config:
     """DASO: fraction of the run after which it acts (its authors: 5,000 of 250,000 steps)."""
     daso_t_dist: float = 1.5
     """DASO: T_dist; 1.5 where the unlabeled classes are distributed as the labeled ones, else 0.3 (CIFAR-10)."""
+    darp_start: float = 0.4
+    """DARP: fraction of the run after which pseudo-labels are refined (its authors: 200 of 500 epochs)."""
     usb_compat: bool = False
     """Reproduce the errors of USB's code that published numbers contain (DebiasPL, DASO), instead of the method."""
 
@@ -318,7 +321,7 @@ class Config:
 
     def _check_balancers(self) -> None:
         """Settings of methods.md H."""
-        for name in ("daso_start",):
+        for name in ("daso_start", "darp_start"):
             _require(0 <= getattr(self, name) < 1, name, "a number from 0 to below 1", getattr(self, name))
         for name in ("daso_t_dist",):
             _require(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))

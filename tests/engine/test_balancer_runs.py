@@ -7,7 +7,7 @@ from test_trainer import assert_equal_states, final_state, tiny
 
 from bacon_fast.engine.trainer import Trainer
 
-BALANCERS = ("debiaspl", "saw", "daso")
+BALANCERS = ("debiaspl", "saw", "daso", "darp")
 
 
 @pytest.mark.parametrize("name", BALANCERS)
