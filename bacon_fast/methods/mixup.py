@@ -12,8 +12,8 @@ QUANTILES = 4097
 class MixUp(nn.Module):
     """One coefficient and one permutation a step, drawn on the device from the counters of `Stream.MIXUP`.
 
-    The coefficient inverts the Beta distribution's CDF by a table of quantiles, between which it is interpolated: exact
-    at the table's points, so in between the CDF is off by less than 1/4096, for any alpha.
+    The coefficient inverts the Beta distribution's CDF by a table of quantiles, between which it is interpolated. The
+    table's points are exact to float32's resolution, so in between the CDF is off by less than 1/4096.
 
     Args:
         alpha: > 0; lambda ~ Beta(alpha, alpha), and 1 - lambda is taken where it is the larger one.
@@ -30,13 +30,17 @@ class MixUp(nn.Module):
     def draw(self, rows: int, step: Tensor) -> tuple[Tensor, Tensor]:
         """Lambda, 0-d float32 in [1/2, 1], and a permutation of `rows` rows, int64 [rows], of `step` (0-d int64)."""
         words = philox(self.seed, step, Stream.MIXUP, torch.arange(rows, device=self.quantiles.device), 3)
-        position = to_uniform(words[0, 2], torch.float32) * (QUANTILES - 1)
+        coefficient = self.quantile(to_uniform(words[0, 2], torch.float32))
+        keys = (words[:, 0] << 31) | (words[:, 1] >> 1)
+        return torch.maximum(coefficient, 1 - coefficient), keys.argsort(stable=True)
+
+    def quantile(self, probability: Tensor) -> Tensor:
+        """Inverse CDF of Beta(alpha, alpha) at probabilities in [0, 1), of any shape."""
+        position = probability * (QUANTILES - 1)
         below = position.long()
         # take, not indexing: the host would read an index that is a 0-d tensor.
         low, high = self.quantiles.take(below), self.quantiles.take(below + 1)
-        coefficient = torch.lerp(low, high, (position - below).to(low.dtype))
-        keys = (words[:, 0] << 31) | (words[:, 1] >> 1)
-        return torch.maximum(coefficient, 1 - coefficient), keys.argsort(stable=True)
+        return torch.lerp(low, high, (position - below).to(low.dtype))
 
 
 def mix(values: Tensor, coefficient: Tensor, permutation: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class ReMixMatch(Method):
 
         # 4: all rows of all views mixed with each other, then block by block through the network.
         coefficient, permutation = self.mixup.draw(len(images), step)
-        one_hot = F.one_hot(batch.labels, targets.shape[1]).to(targets.dtype)
+        one_hot = (batch.labels[:, None] == torch.arange(targets.shape[1], device=targets.device)).to(targets.dtype)
         mixed_targets = mix(torch.cat([one_hot, targets, targets, targets]), coefficient, permutation)
         first, *others = own_views(mix(images, coefficient, permutation), *sizes).split(rows)
         mixed_logits = [self.network(first)[1]]
