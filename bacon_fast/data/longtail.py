@@ -51,10 +51,12 @@ class Protocol:
     Attributes:
         name, source: what tables call it, and where it comes from.
         dataset: name of the dataset it was defined for; other data can be split by it as well.
-        labeled_head, gamma_l: N_1 and the imbalance ratio of the labeled set; N_1 None labels every train image.
+        labeled_head, gamma_l: N_1 and the imbalance ratio of the labeled set; N_1 None labels every train image, or
+            the share of them that labeled_fraction says.
         unlabeled_head, gamma_u: M_1 and the imbalance ratio of the unlabeled set; gamma_u None is unknown.
         lb_in_ulb: the labeled images are in the unlabeled set too.
         unlabeled_all: the unlabeled set is the dataset's own unlabeled images plus all train images (STL-10).
+        labeled_fraction: share of each class's train images that is labeled, rounded, at least one image; in 0..1.
     """
 
     name: str
@@ -66,8 +68,14 @@ class Protocol:
     lb_in_ulb: bool = False
     unlabeled_all: bool = False
     source: str = ""
+    labeled_fraction: float | None = None
 
     def __post_init__(self) -> None:
+        if self.labeled_fraction is not None and not (self.labeled_head is None and 0 < self.labeled_fraction <= 1):
+            raise ValueError(
+                f"protocol {self.name!r}: expected labeled_head=None beside labeled_fraction in 0..1, found "
+                f"labeled_head={self.labeled_head}, labeled_fraction={self.labeled_fraction}"
+            )
         unknown = self.unlabeled_head is None
         if self.unlabeled_all != unknown or unknown != (self.gamma_u is None):
             raise ValueError(
@@ -116,9 +124,19 @@ def _protocols() -> dict[str, Protocol]:
         ("bacon-stl10-450-10", "stl10", 450, None, 10, None, "methods.md A.1"),
         ("as-is", "folder", None, None, 1, None, "all train images labeled, all images unlabeled"),
     ]
+    # The balanced settings of the semi-supervised literature: so many labels in all, every train image unlabeled.
+    unknown += [
+        (f"balanced-cifar10-{10 * n}", "cifar10", n, None, 1, None, f"{n} labels a class; FixMatch, SsCL")
+        for n in (4, 25, 400)
+    ]
     protocols = [Protocol(*row[:6], source=row[6]) for row in disjoint]
     protocols += [Protocol(*row[:6], source=row[6], lb_in_ulb=True) for row in inclusive]
     protocols += [Protocol(*row[:6], source=row[6], unlabeled_all=True) for row in unknown]
+    share = Protocol("", "folder", None, None, 1, None, unlabeled_all=True)
+    for percent in (1, 10):
+        source = f"SsCL; {percent} % of each class, drawn by the seed (published lists hold other images)"
+        name, fraction = f"imagenet-{percent}pct", percent / 100
+        protocols.append(dataclasses.replace(share, name=name, source=source, labeled_fraction=fraction))
     return {protocol.name: protocol for protocol in protocols}
 
 
@@ -149,7 +167,9 @@ class Split:
 
     def _content(self) -> dict:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        fields["protocol"] = dataclasses.asdict(self.protocol)
+        # Without a fraction as before there was one, so that the hashes of older splits stay.
+        protocol = dataclasses.asdict(self.protocol)
+        fields["protocol"] = {k: v for k, v in protocol.items() if k != "labeled_fraction" or v is not None}
         return fields | {"labeled": self.labeled.tolist(), "unlabeled": self.unlabeled.tolist()}
 
     @property
@@ -221,7 +241,9 @@ def make_split(dataset: ImageDataset, protocol: Protocol, seed: int) -> Split:
     shuffled = _shuffled_by_class(labels, num_classes, seed)
     found = [len(indices) for indices in shuffled]
     if protocol.labeled_head is None:
-        wanted_l = found
+        fraction = 1.0 if protocol.labeled_fraction is None else protocol.labeled_fraction
+        # At least one image, but of a class that has none.
+        wanted_l = [min(n, max(1, round(fraction * n))) for n in found]
     else:
         wanted_l = class_counts(protocol.labeled_head, protocol.gamma_l, num_classes)
     for name, n in zip(dataset.class_names, wanted_l):

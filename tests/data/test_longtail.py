@@ -42,6 +42,9 @@ DOCUMENTED_SUMS = {
     "bacon-stl10-10": (609, None),
     "bacon-stl10-20": (507, None),
     "bacon-stl10-450-10": (1835, None),
+    "balanced-cifar10-40": (40, None),
+    "balanced-cifar10-250": (250, None),
+    "balanced-cifar10-4000": (4000, None),
 }
 
 
@@ -190,11 +193,30 @@ def test_a_class_without_labeled_images_is_refused():
         {"unlabeled_all": True},
         {"unlabeled": None, "gamma_u": None, "unlabeled_all": True, "lb_in_ulb": True},
         {"labeled": None},
+        {"unlabeled": None, "gamma_u": None, "unlabeled_all": True, "labeled_fraction": 0.1},
+        {"labeled": None, "unlabeled": None, "gamma_u": None, "unlabeled_all": True, "labeled_fraction": 1.5},
     ],
 )
 def test_contradictory_protocols(changes):
     with pytest.raises(ValueError, match="protocol 'simple'"):
         simple(**changes)
+
+
+def test_a_fraction_of_every_class_is_labeled_and_at_least_one_image():
+    dataset = dataset_of([1300, 732, 40])
+    split = make_split(dataset, PROTOCOLS["imagenet-1pct"], 0)
+    assert split.labeled_counts == (13, 7, 1)
+    assert np.bincount(dataset.train_labels.numpy()[split.labeled]).tolist() == [13, 7, 1]
+    assert sorted(split.unlabeled) == list(range(1300 + 732 + 40)) and split.unlabeled_counts is None
+    assert make_split(dataset, PROTOCOLS["imagenet-10pct"], 0).labeled_counts == (130, 73, 4)
+
+
+def test_fractions_leave_the_files_and_hashes_of_other_splits_alone(tmp_path):
+    make_split(dataset_of([9, 8]), simple(4, 4, 2, 2), 0).save(tmp_path / "split.json")
+    assert "labeled_fraction" not in json.loads((tmp_path / "split.json").read_text())["protocol"]
+    split = make_split(dataset_of([9, 8]), PROTOCOLS["imagenet-10pct"], 0)
+    split.save(tmp_path / "fraction.json")
+    assert Split.load(tmp_path / "fraction.json").protocol == split.protocol
 
 
 def test_save_and_load(tmp_path):
