@@ -23,6 +23,8 @@ MethodName = Literal[
     "fixmatch+saw",
     "fixmatch+daso",
     "fixmatch+darp",
+    "fixmatch+crest",
+    "fixmatch+crest+pda",
     "remixmatch",
     "remixmatch+abc",
     "remixmatch+bacon",
@@ -215,15 +217,21 @@ class Config:
     debiaspl_tau: float = 0.4
     """DebiasPL: strength of the debiasing and of the margin; 0.4 in USB, 1 in the authors' ImageNet runs."""
     distribution_momentum: float = 0.999
-    """Momentum of the running mean of the predictions (ReMixMatch, DebiasPL)."""
+    """Momentum of the running mean of the predictions (ReMixMatch, CReST+, DebiasPL)."""
     daso_start: float = 0.02
     """DASO: fraction of the run after which it acts (its authors: 5,000 of 250,000 steps)."""
     daso_t_dist: float = 1.5
     """DASO: T_dist; 1.5 where the unlabeled classes are distributed as the labeled ones, else 0.3 (CIFAR-10)."""
     darp_start: float = 0.4
     """DARP: fraction of the run after which pseudo-labels are refined (its authors: 200 of 500 epochs)."""
+    crest_generations: int = 6
+    """CReST: G; each generation has steps/G steps from a fresh network (its authors: 65,536 each)."""
+    crest_alpha: float = 3.0
+    """CReST: the fraction of pseudo-labels taken from a class is a ratio of counts to the power 1/alpha."""
+    crest_t_min: float = 0.5
+    """CReST+: exponent of the aligned distribution in the last generation; 1 in the first."""
     usb_compat: bool = False
-    """Reproduce the errors of USB's code that published numbers contain (DebiasPL, DASO), instead of the method."""
+    """Reproduce the errors of USB's code that published numbers contain, in DebiasPL, DASO and CReST."""
 
     # --- SsCL (methods.md F; arXiv 2105.07387) -----------------------------------------------------------------------
     sscl_queue: int = 4096
@@ -323,7 +331,9 @@ class Config:
         """Settings of methods.md H."""
         for name in ("daso_start", "darp_start"):
             _require(0 <= getattr(self, name) < 1, name, "a number from 0 to below 1", getattr(self, name))
-        for name in ("daso_t_dist",):
+        _require(self.crest_generations >= 1, "crest_generations", "an integer of at least 1", self.crest_generations)
+        _require(0 <= self.crest_t_min <= 1, "crest_t_min", "a number between 0 and 1", self.crest_t_min)
+        for name in ("daso_t_dist", "crest_alpha"):
             _require(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
 
     def to_dict(self) -> dict:

@@ -25,11 +25,22 @@ class DistributionAlignment(nn.Module):
         self.register_buffer("average", torch.zeros_like(self.target))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
 
+    def restart(self) -> None:
+        """Forgets the average: the next batch sets it."""
+        self.started.fill_(False)
+
     @torch.no_grad()
-    def forward(self, probabilities: Tensor) -> Tensor:
-        """Aligned probabilities [U,K] of those of one batch; updates the average."""
+    def forward(self, probabilities: Tensor, exponent: Tensor | None = None) -> Tensor:
+        """Aligned probabilities [U,K] of those of one batch; updates the average.
+
+        With `exponent`, 0-d float, the target is the wanted distribution to that power, scaled to sum 1.
+        """
+        target = self.target
+        if exponent is not None:
+            target = target**exponent
+            target = target / target.sum()
         mean = probabilities.mean(0)
         self.average.copy_(torch.where(self.started, torch.lerp(mean, self.average.to(mean), self.momentum), mean))
         self.started.fill_(True)
-        aligned = probabilities * ((self.target + _EPSILON) / (self.average + _EPSILON))
+        aligned = probabilities * ((target + _EPSILON) / (self.average + _EPSILON))
         return aligned / aligned.sum(1, keepdim=True)

@@ -51,8 +51,8 @@ class Targets:
 class Balancer(nn.Module):
     """Base of the class balancers that act between the weak views' probabilities and the pseudo-labels (methods.md H).
 
-    `forward` computes the targets of one step and updates the state, which lives in buffers. `phase`, `refresh_due` and
-    `refresh` are those of a method (methods/method.py), which hands them on.
+    `forward` computes the targets of one step and updates the state, which lives in buffers. `phase`, `schedule`,
+    `refresh_due` and `refresh` are those of a method (methods/method.py), which hands them on.
 
     Attributes:
         balanced_view: the batch also holds B labeled images drawn class by class, strongly augmented.
@@ -82,6 +82,9 @@ class Balancer(nn.Module):
 
     def forward(self, rows: Rows, step: Tensor, phase: Hashable) -> Targets:
         raise NotImplementedError
+
+    def schedule(self, step: Tensor, steps: int) -> tuple[Tensor, int]:
+        return step, steps
 
     def refresh_due(self, step: int) -> bool:
         return False

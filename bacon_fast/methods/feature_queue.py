@@ -1,7 +1,6 @@
 """A queue of features for each class, of equal length (DASO's balanced memory)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bacon_fast.methods.last_rows import last_of_equal
@@ -28,7 +27,7 @@ class FeatureQueue(nn.Module):
     def enqueue(self, features: Tensor, labels: Tensor) -> None:
         """Puts rows, float32 [B,F] with labels int64 [B], behind those that are there, over the oldest ones."""
         length = self.features.shape[1]
-        one_hot = F.one_hot(labels, len(self.written))
+        one_hot = (labels[:, None] == torch.arange(len(self.written), device=labels.device)).long()
         rank = one_hot.cumsum(0).gather(1, labels[:, None])[:, 0] - 1  # among the rows of the same class
         place = labels * length + (self.written[labels] + rank) % length
         self.features.flatten(0, 1).index_copy_(0, place, features[last_of_equal(place)])

@@ -93,6 +93,13 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def schedule(self, step: Tensor, steps: int) -> tuple[Tensor, int]:
+        """Where the learning-rate schedule of the step that follows `step` of `steps` is, and its length.
+
+        Those of the run, unless the method starts again. `step` is 0-d int64 on the device.
+        """
+        return step, steps
+
     def refresh_due(self, step: int) -> bool:
         """Whether `refresh` runs before the step that follows `step` completed ones."""
         return False

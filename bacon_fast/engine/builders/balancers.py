@@ -3,6 +3,7 @@
 from bacon_fast.engine.builders.info import DataInfo
 from bacon_fast.engine.config import Config
 from bacon_fast.methods.balancer import Balancer
+from bacon_fast.methods.crest import CReST
 from bacon_fast.methods.darp import DARP
 from bacon_fast.methods.daso import DASO
 from bacon_fast.methods.debiaspl import DebiasPL
@@ -12,6 +13,16 @@ from bacon_fast.methods.saw import SAW
 def build_balancer(config: Config, num_features: int, info: DataInfo) -> Balancer | None:
     """The balancer that `config.method` names, for features of width `num_features`; None where it names none."""
     parts = config.method.split("+")
+    if "crest" in parts:
+        return CReST(
+            info.labeled_counts,
+            steps=config.steps,
+            generations=config.crest_generations,
+            alpha=config.crest_alpha,
+            t_min=config.crest_t_min if "pda" in parts else None,
+            momentum=config.distribution_momentum,
+            usb_compat=config.usb_compat,
+        )
     if "darp" in parts:
         return DARP(info.labeled_counts, info.num_unlabeled, start=round(config.darp_start * config.steps))
     if "daso" in parts:
