@@ -50,7 +50,7 @@ def check_backend(config: Config, device: torch.device) -> None:
     if config.loss_backend == "auto":
         return
     parts = config.method.split("+")
-    losses = (("bacon_loss", "bacon"), ("fixmatch_abc_loss", "abc"), ("contrastive", "sscl"))
+    losses = (("bacon_loss", "bacon"), ("fixmatch_abc_loss", "abc"), ("contrastive", "ssc"), ("contrastive", "sscl"))
     operations = [name for name, part in losses if part in parts]
     for operation in operations:
         try:

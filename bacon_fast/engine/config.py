@@ -30,6 +30,7 @@ MethodName = Literal[
     "remixmatch+bacon",
     "remixmatch+abc+bacon",
     "sscl",
+    "ssc",
 ]
 METHODS: tuple[str, ...] = get_args(MethodName)
 
@@ -111,7 +112,7 @@ class Config:
 
     # --- model -----------------------------------------------------------------------------------------------------
     backbone: str = "wrn-28-2"
-    """wrn-DEPTH-WIDTH (depth 6n+4), resnet18 or resnet50."""
+    """wrn-DEPTH-WIDTH (depth 6n+4, or 8n+5 for 96x96 pixels), resnet18 or resnet50."""
     bn_momentum: float = 0.001
     """Weight of the newest batch in BatchNorm's running statistics (methods.md 0.3)."""
 
@@ -157,7 +158,7 @@ class Config:
 
     # --- FixMatch and ABC ------------------------------------------------------------------------------------------
     threshold: float = 0.95
-    """Confidence from which a pseudo-label counts (FixMatch, ABC, and BaCon's class counts)."""
+    """Confidence from which a pseudo-label counts (FixMatch, ABC, SSC, and BaCon's class counts)."""
     lambda_u: float | None = None
     """Weight of the unlabeled loss. Default: 1, and 1.5 for ReMixMatch."""
     lambda_abc: float = 1.0
@@ -176,6 +177,20 @@ class Config:
     """Temperature of the targets."""
     mixup_alpha: float = 0.75
     """MixUp's coefficient is drawn from Beta(alpha, alpha)."""
+
+    # --- SSC (methods.md G) ----------------------------------------------------------------------------------------
+    ssc_temperature: float = 0.1
+    """T of the contrastive loss."""
+    ssc_pl_temperature: float = 0.08
+    """T_pl, temperature of the similarities to the prototypes that pseudo-labels and predictions are made of."""
+    ssc_lambda_proto: float = 1.0
+    """Weight of the prototypes' rows in the loss."""
+    ssc_lambda_up: float = 1.0
+    """Weight of the confident unlabeled rows."""
+    ssc_lambda_down: float = 0.2
+    """Weight of the unconfident unlabeled rows."""
+    ssc_reduction: Literal["wmean", "pml"] = "wmean"
+    """Weighted mean over the rows with a positive, or what the released code gets from pytorch-metric-learning."""
 
     # --- BaCon -----------------------------------------------------------------------------------------------------
     lambda_con: float = 1.0
@@ -299,7 +314,10 @@ class Config:
         for name in ("rampup", "sharpening", "mixup_alpha", "sscl_gamma", "sscl_temperature"):
             value = getattr(self, name)
             _require(0 < value < math.inf, name, "a finite number above 0", value)
-        for name in ("lambda_kl", "lambda_rot"):
+        for name in ("ssc_temperature", "ssc_pl_temperature"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, name, "a finite number above 0", value)
+        for name in ("lambda_kl", "lambda_rot", "ssc_lambda_proto", "ssc_lambda_up", "ssc_lambda_down"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, name, "a finite number of at least 0", value)
         _require(self.proj_layers in (None, 0, 1, 2), "proj_layers", "0, 1 or 2", self.proj_layers)
@@ -310,7 +328,8 @@ class Config:
         _require(bool(re.fullmatch(backbones, self.backbone)), "backbone", BACKBONE_FORMS, self.backbone)
         if self.backbone.startswith("wrn"):
             depth = int(self.backbone.split("-")[1])
-            _require(depth >= 10 and depth % 6 == 4, "backbone", "a WRN depth of 6n+4 (10, 16, 22, 28, ...)", depth)
+            expected = "a WRN depth of 6n+4 (10, 16, 22, 28, ...) or 8n+5 (13, 21, 29, 37, ...)"
+            _require(depth >= 10 and (depth % 6 == 4 or depth % 8 == 5), "backbone", expected, depth)
         _require(0 < self.bn_momentum <= 1, "bn_momentum", "a number above 0 and up to 1", self.bn_momentum)
         _require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
         _require(self.dataset in DATASETS, "dataset", f"one of {', '.join(DATASETS)}", self.dataset)

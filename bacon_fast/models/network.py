@@ -19,12 +19,9 @@ class Network(nn.Module):
 
     def __init__(self, backbone: str, num_classes: int, *, balanced_head: bool, bn_momentum: float) -> None:
         super().__init__()
-        self.backbone = build_backbone(backbone)
+        self.backbone = build_backbone(backbone, bn_momentum=bn_momentum)
         self.head = main_head(self.backbone.num_features, num_classes)
         self.balanced_head = auxiliary_head(self.backbone.num_features, num_classes) if balanced_head else None
-        for module in self.backbone.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = bn_momentum
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """images [N,3,H,W] -> features [N,F], main logits [N,K], auxiliary logits [N,K] or None."""

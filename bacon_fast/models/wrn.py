@@ -41,23 +41,29 @@ class BasicBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Backbone that maps images [N,C,H,W] to globally averaged features [N, num_features] (num_features = 64·width).
+    """Backbone that maps images [N,C,H,W] to globally averaged features [N, num_features].
 
-    Three groups of (depth-4)/6 blocks at 16·width, 32·width and 64·width channels with strides 1, 2, 2. Any input size
-    of at least 4 pixels works. There is no classifier: heads live outside (models.heads).
+    A depth of 6n+4 is the network of the paper, for 32x32 pixels: three groups of n blocks at 16·width, 32·width and
+    64·width channels with strides 1, 2, 2. A depth of 8n+5 is the literature's variant for 96x96 (STL-10): a fourth
+    group at 128·width channels, and stride 2 in all four. num_features is the last number of channels. Any input size
+    works. There is no classifier: heads live outside (models.heads).
     """
 
     def __init__(self, depth: int, width: int, in_channels: int = 3):
         super().__init__()
-        if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"depth: expected 6n+4 with n >= 1 (10, 16, 22, 28, ...), found {depth}")
+        if depth < 10 or (depth % 6 != 4 and depth % 8 != 5):
+            raise ValueError(
+                f"depth: expected 6n+4 (10, 16, 22, 28, ...) or 8n+5 (13, 21, 29, 37, ...) with n >= 1, found {depth}"
+            )
         if width < 1:
             raise ValueError(f"width: expected a positive integer, found {width}")
-        blocks = (depth - 4) // 6
-        self.num_features = 64 * width
+        strides = (1, 2, 2) if depth % 6 == 4 else (2, 2, 2, 2)
+        blocks = (depth - 1 - len(strides)) // (2 * len(strides))
+        self.num_features = 2 ** (3 + len(strides)) * width
         self.stem = nn.Conv2d(in_channels, 16, 3, padding=1)
         groups, channels = [], 16
-        for out_channels, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
+        for group, stride in enumerate(strides):
+            out_channels = 2 ** (4 + group) * width
             layers = [BasicBlock(channels, out_channels, stride)]
             layers += [BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)]
             groups.append(nn.Sequential(*layers))

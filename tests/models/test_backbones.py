@@ -31,15 +31,15 @@ def test_wrn_28_2_has_the_published_number_of_operations():
     assert counter.get_total_flops() / 1e6 == pytest.approx(428.7, abs=0.1)  # speed.md, section 2
 
 
-@pytest.mark.parametrize("name, features", [("wrn-28-2", 128), ("wrn-28-8", 512), ("wrn-40-4", 256)])
+@pytest.mark.parametrize("name, features", [("wrn-28-2", 128), ("wrn-28-8", 512), ("wrn-40-4", 256), ("wrn-37-2", 256)])
 def test_names(name, features):
     with torch.device("meta"):
         assert build_backbone(name).num_features == features
 
 
-@pytest.mark.parametrize("name", ["wrn-4-2", "wrn-29-2", "wrn-37-2"])
+@pytest.mark.parametrize("name", ["wrn-4-2", "wrn-5-2", "wrn-27-2"])
 def test_depths_that_do_not_divide_into_blocks_are_refused(name):
-    with pytest.raises(ValueError, match=r"depth: expected 6n\+4"):
+    with pytest.raises(ValueError, match=r"depth: expected 6n\+4.* or 8n\+5"):
         build_backbone(name)
 
 
@@ -70,7 +70,7 @@ def test_wrn_convolutions_are_kaiming_normal_over_the_outputs():
             assert abs(module.weight.mean().item()) < 4 * expected / math.sqrt(module.weight.numel())
 
 
-def wrn_from_its_definition(state, images, depth, training):
+def wrn_from_its_definition(state, images, blocks, strides, training):
     """Pre-activation wide residual network, straight from a state dict; batch statistics when ``training``."""
 
     def norm(x, name, eps):
@@ -81,8 +81,8 @@ def wrn_from_its_definition(state, images, depth, training):
         return torch.where(x > 0, x, 0.1 * x)
 
     x = F.conv2d(images, state["stem.weight"], state["stem.bias"], padding=1)
-    for group, stride in enumerate((1, 2, 2)):
-        for block in range((depth - 4) // 6):
+    for group, stride in enumerate(strides):
+        for block in range(blocks):
             name, step = f"groups.{group}.{block}", stride if block == 0 else 1
             pre = act(norm(x, f"{name}.bn1", 1e-5))
             out = F.conv2d(pre, state[f"{name}.conv1.weight"], stride=step, padding=1)
@@ -94,9 +94,10 @@ def wrn_from_its_definition(state, images, depth, training):
 
 @pytest.mark.parametrize("size", [16, 17, 32, 96])
 @pytest.mark.parametrize("training", [True, False])
-def test_wrn_forward(size, training):
+@pytest.mark.parametrize("depth, blocks, strides", [(16, 2, (1, 2, 2)), (21, 2, (2, 2, 2, 2))])
+def test_wrn_forward(depth, blocks, strides, size, training):
     torch.manual_seed(size)
-    backbone = wrn(16, 1).double().train(training)
+    backbone = wrn(depth, 1).double().train(training)
     for name, buffer in backbone.named_buffers():
         if buffer.is_floating_point():
             buffer.copy_(torch.rand_like(buffer) + (0.5 if "var" in name else -0.5))
@@ -104,8 +105,9 @@ def test_wrn_forward(size, training):
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1, 0.2), nn.init.normal_(module.bias)
     images = torch.randn(3, 3, size, size, dtype=torch.float64)
-    expected = wrn_from_its_definition({k: v.clone() for k, v in backbone.state_dict().items()}, images, 16, training)
-    assert expected.shape == (3, 64)
+    state = {k: v.clone() for k, v in backbone.state_dict().items()}
+    expected = wrn_from_its_definition(state, images, blocks, strides, training)
+    assert expected.shape == (3, 16 * 2 ** (len(strides) - 1))
     torch.testing.assert_close(backbone(images), expected, rtol=1e-12, atol=1e-12)
 
 

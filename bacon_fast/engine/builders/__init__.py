@@ -2,13 +2,13 @@
 
 from torch import nn
 
-from bacon_fast.engine.builders import fixmatch, remixmatch, sscl
+from bacon_fast.engine.builders import fixmatch, remixmatch, ssc, sscl
 from bacon_fast.engine.builders.info import DataInfo
 from bacon_fast.engine.config import Config
 from bacon_fast.methods.method import Method
 
 # Each has build_network(config, num_classes) and build_method(config, network, info).
-FAMILIES = {"supervised": fixmatch, "fixmatch": fixmatch, "remixmatch": remixmatch, "sscl": sscl}
+FAMILIES = {"supervised": fixmatch, "fixmatch": fixmatch, "remixmatch": remixmatch, "ssc": ssc, "sscl": sscl}
 
 __all__ = ["DataInfo", "build_method", "build_network"]
 
