@@ -119,7 +119,7 @@ def prepare(key: str, bench: Bench, options: argparse.Namespace) -> Ready:
 def run_rounds(ready: dict[str, Ready], rounds: int, deadline: float) -> None:
     """Every arm once a round, each round beginning with another one; ends early at ``deadline``."""
     names = list(ready)
-    for index in range(rounds):
+    for index in range(rounds if ready else 0):
         if index and time.monotonic() > deadline:
             print(f"out of time after {index} rounds", flush=True)
             return

@@ -190,7 +190,8 @@ def random_batch(trainer: Trainer, seed: int) -> Batch:
 def prime(trainer: Trainer, steps: int, confidence: float = 0.98) -> State:
     """Trains both heads on labels alone, sharpens them until half of the rows are confident, and fills the bank."""
     network, bacon, batches = trainer.method.network, trainer.method.regularizer, trainer.batches
-    optimizer = torch.optim.SGD(network.parameters(), trainer.config.lr, momentum=0.9)
+    config = trainer.config
+    optimizer = torch.optim.SGD(network.parameters(), config.lr, momentum=0.9)
     for step in range(steps):
         batch = random_batch(trainer, step)
         _, logits, balanced = network(batch.labeled_images)
@@ -209,12 +210,11 @@ def prime(trainer: Trainer, steps: int, confidence: float = 0.98) -> State:
             for slots in some.split(500):
                 features, _, balanced = network(batches.augment.normalize(batches.pool[rows[slots]]))
                 probability, label = balanced.softmax(dim=1).max(dim=1)
-                counted = probability >= trainer.config.threshold
-                if part == "labeled":
-                    label, counted = batches.labels[slots], torch.ones_like(counted)
+                counted, reliable = probability >= config.threshold, probability >= config.reliable_threshold
+                if part == "labeled":  # by now every one of them has been reliable at some step
+                    label, counted, reliable = batches.labels[slots], counted | True, reliable | True
                 places = slots if part == "labeled" else slots + bacon.num_labeled
                 bacon.bank.select_(places, label, counted)
-                reliable = probability >= trainer.config.reliable_threshold
                 bacon.bank.write_(places, bacon.projection(features), reliable)
     return State.of(trainer)
 
