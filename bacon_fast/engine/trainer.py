@@ -333,7 +333,8 @@ class Trainer:
         known, right = means.pop("stats/pseudo_known", 0.0), means.pop("stats/pseudo_correct", 0.0)
         if known:
             means["stats/pseudo_accuracy"] = right / known
-        rate = learning_rate(self.config.lr_schedule, self.config.lr, self.step - 1, self.config.steps)
+        schedule = self.method.schedule(self.step - 1, self.config.steps)
+        rate = learning_rate(self.config.lr_schedule, self.config.lr, *schedule)
         row = {"kind": "train", "step": self.step, **means, "lr": rate, "train_seconds": self.train_seconds}
         row["steps_per_second"] = (self.step - first) / seconds
         self.logger.log(row)

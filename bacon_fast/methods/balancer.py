@@ -83,7 +83,7 @@ class Balancer(nn.Module):
     def forward(self, rows: Rows, step: Tensor, phase: Hashable) -> Targets:
         raise NotImplementedError
 
-    def schedule(self, step: Tensor, steps: int) -> tuple[Tensor, int]:
+    def schedule(self, step: int | Tensor, steps: int) -> tuple[int | Tensor, int]:
         return step, steps
 
     def refresh_due(self, step: int) -> bool:

@@ -64,7 +64,7 @@ class ComposedMethod(Method):
         contrast = self.regularizer is not None and step > self.contrast_start * self.steps
         return Phase(contrast, None if self.balancer is None else self.balancer.phase(step))
 
-    def schedule(self, step: Tensor, steps: int) -> tuple[Tensor, int]:
+    def schedule(self, step: int | Tensor, steps: int) -> tuple[int | Tensor, int]:
         return (step, steps) if self.balancer is None else self.balancer.schedule(step, steps)
 
     def refresh_due(self, step: int) -> bool:

@@ -71,8 +71,8 @@ class CReST(Balancer):
         generation = torch.div(step * self.generations, self.steps, rounding_mode="floor")
         return 1 - (1 - self.t_min) * generation / max(self.generations - 1, 1)
 
-    def schedule(self, step: Tensor, steps: int) -> tuple[Tensor, int]:
-        return (step * self.generations).remainder(steps), steps
+    def schedule(self, step: int | Tensor, steps: int) -> tuple[int | Tensor, int]:
+        return step * self.generations % steps, steps
 
     def refresh_due(self, step: int) -> bool:
         """Whether a generation begins, but the first."""

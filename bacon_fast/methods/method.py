@@ -93,10 +93,10 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
-    def schedule(self, step: Tensor, steps: int) -> tuple[Tensor, int]:
+    def schedule(self, step: int | Tensor, steps: int) -> tuple[int | Tensor, int]:
         """Where the learning-rate schedule of the step that follows `step` of `steps` is, and its length.
 
-        Those of the run, unless the method starts again. `step` is 0-d int64 on the device.
+        Those of the run, unless the method starts again. `step` is an integer, or 0-d int64 on the device.
         """
         return step, steps
 
