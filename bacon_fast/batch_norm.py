@@ -37,7 +37,7 @@ def batch_norm_act(
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
         negative_slope: of the LeakyReLU; 0 is ReLU, 1 no activation.
-        backend: None for the best one, "reference" or "triton". Without ``training`` always the reference.
+        backend: None for the best one, "reference", "cpp" or "triton". Without ``training`` always the reference.
 
     Returns:
         (activated, sum), both [N,C,H,W] in the dtype of x; the sum is x itself without a residual. Both are

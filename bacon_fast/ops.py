@@ -84,6 +84,7 @@ if native_error is None:
     torch.library.register_fake("bacon_fast::bank_write_", _in_place)
     torch.library.register_fake("bacon_fast::sgd_ema_", _in_place)
     bacon_ops.register_native()
+    batch_norm_ops.register_native()
     heads_ops.register_native()
 
 
@@ -132,6 +133,7 @@ BACKENDS: dict[str, dict[str, Backend]] = {
         "reference": Backend(reference.contrastive, _always),
     },
     "batch_norm_act": {
+        "cpp": Backend(partial(batch_norm_ops.run, "cpp"), _cpp),
         "triton": Backend(partial(batch_norm_ops.run, "triton"), _triton),
         "reference": Backend(reference.batch_norm_act, _always),
     },

@@ -50,6 +50,15 @@ TORCH_LIBRARY_FRAGMENT(bacon_fast, m) {
       "bool channels_last) -> Tensor");
   m.def("augment_ops(Tensor images, Tensor ops, Tensor magnitudes) -> Tensor");
 
+  // BatchNorm with residual sum and LeakyReLU (csrc/norm); arguments and formulas: bacon_fast/batch_norm_ops.py.
+  m.def(
+      "batch_norm_act_cpp(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float momentum, float eps, float negative_slope) "
+      "-> (Tensor activated, Tensor sum, Tensor mean, Tensor inverse)");
+  m.def(
+      "batch_norm_act_backward_cpp(Tensor grad_activated, Tensor? grad_sum, Tensor sum, Tensor weight, Tensor bias, "
+      "Tensor mean, Tensor inverse, float negative_slope) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+
   // Nesterov SGD and the moving average (csrc/optim); an empty gradient or average stands for none.
   m.def(
       "sgd_ema_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] momenta, Tensor(c!)[] averages, "

@@ -65,6 +65,9 @@ def assert_same_state(module, other):
 def test_a_wide_residual_network_trains_as_with_torchs_modules_bit_for_bit(channels_last):
     torch.manual_seed(0)
     ours = wrn(10, 2)
+    for layer in ours.modules():
+        if isinstance(layer, BatchNormAct2d):
+            layer.backend = "reference"
     plain = copy.deepcopy(PlainWideResNet(ours))
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     for network in (ours, plain):
@@ -83,6 +86,26 @@ def test_a_wide_residual_network_trains_as_with_torchs_modules_bit_for_bit(chann
     assert ours.bn.num_batches_tracked == 3
     ours.eval(), plain.eval()
     assert torch.equal(ours(images[0]), plain(images[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_native_layers_give_the_gradient_of_torchs_modules(dtype):
+    torch.manual_seed(0)
+    ours = wrn(16, 2).to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(PlainWideResNet(ours))
+    exact = copy.deepcopy(plain).double()
+    images = torch.randn(9, 3, 16, 16).to(memory_format=torch.channels_last)
+    for network in (ours, plain, exact):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32 and network is not exact):
+            features = network(images.double() if network is exact else images)
+        features.double().square().sum().backward()
+    for (name, own), torchs, true in zip(ours.named_parameters(), plain.parameters(), exact.parameters(), strict=True):
+        error, allowed = ((p.grad.double() - true.grad).norm() / true.grad.norm() for p in (own, torchs))
+        assert error <= 1.5 * allowed + 1e-6, f"{name}: {error:.2e}, torch's {allowed:.2e}"
+    for (name, own), true in zip(ours.named_buffers(), exact.buffers(), strict=True):
+        torch.testing.assert_close(
+            own.double(), true.double(), rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=1e-5
+        )
 
 
 def test_the_keys_of_a_checkpoint_are_those_of_torchs_modules():
