@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ class ImageDataset:
         unlabeled_images: uint8 [M, H, W, 3] without labels, or None.
         class_names: K names; class 0 is the head of the long-tailed protocols.
         mean, std: per channel, of pixel values in 0..1, for normalization.
+        fingerprint_file: keeps the fingerprint of images that are too many to be read for it at every start, or None.
 
     Raises:
         ValueError: shapes, dtypes or labels are not as described.
@@ -41,6 +43,7 @@ class ImageDataset:
     class_names: tuple[str, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    fingerprint_file: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("train_images", "test_images", "unlabeled_images"):
@@ -78,13 +81,26 @@ class ImageDataset:
 
     def pool(self) -> Tensor:
         """Train images, then the unlabeled ones: uint8 [N + M, H, W, 3], the index space of splits."""
-        if self.unlabeled_images is None:
-            return self.train_images
-        return torch.cat([self.train_images, self.unlabeled_images])
+        train, unlabeled = self.train_images, self.unlabeled_images
+        if unlabeled is None:
+            return train
+        if _follows(train, unlabeled):
+            return train.as_strided((self.pool_size, *train.shape[1:]), train.stride(), train.storage_offset())
+        return torch.cat([train, unlabeled])
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) of images, labels and class names."""
+        file = self.fingerprint_file
+        if file is None:
+            return self._fingerprint()
+        if not file.is_file():
+            temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+            temporary.write_text(self._fingerprint())
+            os.replace(temporary, file)
+        return file.read_text()
+
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.class_names).encode())
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -92,6 +108,13 @@ class ImageDataset:
                 digest.update(f"{field.name} {tuple(value.shape)}".encode())
                 digest.update(value.contiguous().numpy().data)
         return digest.hexdigest()
+
+
+def _follows(first: Tensor, second: Tensor) -> bool:
+    """Whether the elements of `second` lie in memory right behind those of `first`."""
+    one_memory = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    contiguous = first.is_contiguous() and second.is_contiguous()
+    return one_memory and contiguous and second.storage_offset() == first.storage_offset() + first.numel()
 
 
 def load_dataset(
@@ -102,6 +125,7 @@ def load_dataset(
     image_size: int | None = None,
     classes: Sequence[str] | None = None,
     svhn_extra: bool = True,
+    mapped: bool = False,
 ) -> ImageDataset:
     """Loads a dataset by name.
 
@@ -121,6 +145,8 @@ def load_dataset(
             else the images' own size, which must then be the same for all.
         classes: class names in order (folder only).
         svhn_extra: add SVHN's extra part to its train images, as USB and BaCon do.
+        mapped: decode an image folder once, into a file in it that is then read as needed (`image_cache`), for images
+            that do not fit into memory; needs `image_size`.
 
     Raises:
         ValueError: a wrong argument, or data that is not as described; unreadable files are named.
@@ -130,6 +156,10 @@ def load_dataset(
         raise ValueError(f"dataset: expected one of {', '.join(DATASETS)}, found {name!r}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1, found {image_size}")
+    if mapped and (name != "folder" or image_size is None):
+        raise ValueError(
+            f"mapped: expected dataset folder and an image size, found dataset {name!r} and image size {image_size}"
+        )
     if classes is not None and name != "folder":
         raise ValueError(f"classes: the class order can be chosen for dataset folder only, not for {name!r}")
     if name == "digits":
@@ -139,9 +169,12 @@ def load_dataset(
         raise ValueError(f"data_dir: expected {what} for dataset {name!r}, found None")
     root = Path(data_dir)
     if name == "folder":
-        fields = sources.folder(root, image_size, classes)
+        fields = sources.folder(root, image_size, classes, mapped)
     elif name == "arrays":
         fields = sources.arrays(root, image_size)
     else:
         fields = sources.torchvision_dataset(name, root, download, image_size, svhn_extra)
-    return ImageDataset(name, **fields)
+    dataset = ImageDataset(name, **fields)
+    if mapped:
+        _ = dataset.fingerprint  # now, where under torchrun the other processes of the machine wait for its file
+    return dataset

@@ -1,5 +1,6 @@
 """Readers of the supported datasets. Each returns the fields of an `ImageDataset` except its name."""
 
+import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from bacon_fast.data.image_cache import mapped_files
 from bacon_fast.data.images import as_rgb, image_files, read_files, resize
 from bacon_fast.data.philox import Stream, philox
 
@@ -106,12 +108,16 @@ def torchvision_dataset(name: str, root: Path, download: bool, image_size: int |
     }
 
 
-def folder(root: Path, image_size: int | None, classes: Sequence[str] | None) -> dict:
+def folder(root: Path, image_size: int | None, classes: Sequence[str] | None, mapped: bool) -> dict:
     """An image folder: train/<class>/, test/<class>/, optionally unlabeled/. Normalized with ImageNet's statistics.
+
+    Args:
+        mapped: decode into a file and map it, instead of into memory.
 
     Raises:
         FileNotFoundError: `root`, train/ or test/ is missing.
-        ValueError: class folders that do not fit the class list, a class without train images, unreadable files.
+        ValueError: class folders that do not fit the class list, a class without train images, unreadable files, more
+            images than memory can hold.
     """
     for part in (root / "train", root / "test"):
         if not part.is_dir():
@@ -135,9 +141,14 @@ def folder(root: Path, image_size: int | None, classes: Sequence[str] | None) ->
         )
     if not files["test"]:
         raise ValueError(f"{root / 'test'}: expected image files, found none")
-    files["unlabeled"] = image_files(root / "unlabeled")
-    images = read_files([path for paths in files.values() for path in paths], image_size)
-    train, test, unlabeled = images.split([len(paths) for paths in files.values()])
+    parts = [files["train"], image_files(root / "unlabeled"), files["test"]]
+    paths, file = [path for part in parts for path in part], None
+    if mapped:
+        images, file = mapped_files(root, paths, image_size)
+    else:
+        _require_memory(len(paths), image_size)
+        images = read_files(paths, image_size)
+    train, unlabeled, test = images.split([len(part) for part in parts])
     return {
         "train_images": train,
         "train_labels": labels["train"],
@@ -145,8 +156,20 @@ def folder(root: Path, image_size: int | None, classes: Sequence[str] | None) ->
         "test_labels": labels["test"],
         "unlabeled_images": unlabeled if len(unlabeled) else None,
         "class_names": class_names,
+        "fingerprint_file": None if file is None else file.with_suffix(".fingerprint"),
         **_IMAGENET,
     }
+
+
+def _require_memory(count: int, size: int | None) -> None:
+    """Raises ValueError when `count` images at size x size need more memory than there is."""
+    needed = 2 * count * 3 * (size or 0) ** 2  # decoded one by one, then put together
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
+        raise ValueError(
+            f"images: {count} images at {size}x{size} need {needed / 1e9:.0f} GB of memory to be decoded, and this "
+            f"machine has {available / 1e9:.0f} GB; --images mapped keeps them in a file of half that size"
+        )
 
 
 def arrays(path: Path, image_size: int | None) -> dict:

@@ -1,5 +1,7 @@
 """The views of a step, made on the device from the step counter alone."""
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from bacon_fast.data.datasets import ImageDataset
 from bacon_fast.data.loader import IndexSampler
 from bacon_fast.data.longtail import Split
 from bacon_fast.data.philox import Stream
+from bacon_fast.data.pool import HostPool, Window, resident
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.distributed import own_part
 from bacon_fast.methods.outputs import Batch
@@ -16,7 +19,7 @@ _STRONG = (Stream.STRONG_0, Stream.STRONG_1)
 
 
 class Batches:
-    """The run's images, resident on the device, and the batch of every step.
+    """The run's images, resident on the device or mapped from a file, and the batch of every step.
 
     A batch is a pure function of (seed, step): indices, crops, flips and operations are Philox counters. Under several
     ranks each makes its consecutive part of the labeled rows, and of each view of the unlabeled ones, with the pixels
@@ -27,7 +30,9 @@ class Batches:
         unlabeled_views: "weak" or "strong" for each view of the unlabeled rows; empty: labeled images only.
 
     Attributes:
-        pool: uint8 [M, H, W, 3]: the training images, then the unlabeled ones.
+        pool: uint8 [M, H, W, 3]: the training images, then the unlabeled ones; indexed by rows int64 [n], it gives
+            images on the device.
+        window: the images of the prepared step, where the pool is mapped.
         labeled, unlabeled: int64, rows of `pool` by slot. labels: int64, of the labeled slots.
         true_labels: int64, of the unlabeled slots, -1 where unknown; for diagnostics only.
         augment: makes the views, and normalizes.
@@ -44,7 +49,8 @@ class Batches:
         if unlabeled_views and not len(split.unlabeled):
             raise ValueError(f"method: {config.method} needs unlabeled images, and the split holds none")
         self.config, self.device, self.unlabeled_views = config, device, unlabeled_views
-        self.pool = dataset.pool().to(device)
+        mapped = config.images == "mapped"
+        self.pool = HostPool(dataset.pool(), device) if mapped else resident(dataset.pool(), device)
         known = torch.full((len(self.pool),), -1, dtype=torch.int64)
         known[: len(dataset.train_labels)] = dataset.train_labels
         self.unlabeled = torch.as_tensor(split.unlabeled).to(device)
@@ -64,6 +70,7 @@ class Batches:
             self.unlabeled_sampler = IndexSampler(
                 len(split.unlabeled), config.unlabeled_ratio * config.batch_size, config.seed, Stream.SAMPLER_UNLABELED
             ).to(device)
+        self.window = Window(self.pool, len(self._rows_on_host(0))) if mapped else None
 
     def set_labeled(self, labeled: Tensor, labels: Tensor) -> None:
         """Trains on these rows of the pool, int64 [n], with these labels, int64 [n], from the next step on."""
@@ -71,12 +78,24 @@ class Batches:
         self.labeled_sampler = IndexSampler(
             len(labeled), self.config.batch_size, self.config.seed, Stream.SAMPLER_LABELED
         ).to(self.device)
+        self._host: list[tuple[Tensor, IndexSampler]] | None = None
 
     def prepare(self, step: int) -> None:
-        """What the host does before the batch of `step` can be made: nothing, unless an epoch begins."""
+        """What the host does before the batch of `step` can be made: nothing, unless an epoch begins or the images are
+        in a file.
+        """
         for sampler in (self.labeled_sampler, self.unlabeled_sampler):
             if sampler is not None:
                 sampler.prepare(step)
+        if self.window is not None:
+            self.window.load(self._rows_on_host(step), step)
+
+    def _rows_on_host(self, step: int) -> Tensor:
+        """Rows of the pool in this rank's batch of `step`, labeled ones first: int64 on the CPU."""
+        if self._host is None:  # the host's own copies: it must not wait for the device to know the rows
+            parts = ((self.labeled, self.labeled_sampler), (self.unlabeled, self.unlabeled_sampler))
+            self._host = [(rows.cpu(), copy.deepcopy(sampler).cpu()) for rows, sampler in parts if sampler is not None]
+        return torch.cat([rows[s.indices(step)[own_part(s.batch_size)]] for rows, s in self._host])
 
     def batch(self, step: Tensor) -> Batch:
         """The batch of `step`, 0-d int64 on the device, for which `prepare` was called (methods.md 0.3).
@@ -85,20 +104,22 @@ class Batches:
         """
         part = own_part(self.labeled_sampler.batch_size)
         labeled_slots = self.labeled_sampler.batch(step, part)
-        labeled = self.labeled[labeled_slots]
+        pool, labeled = self.pool, self.labeled[labeled_slots]
+        if self.window is not None:
+            pool, labeled = self.window.images, torch.arange(len(labeled_slots), device=self.device)
         requests = [ViewRequest(labeled, Stream.LABELED_WEAK, strong=False, first_slot=part.start)]
         unlabeled_slots = labeled_slots[:0]
         if self.unlabeled_sampler is not None:
             part = own_part(self.unlabeled_sampler.batch_size)
             unlabeled_slots = self.unlabeled_sampler.batch(step, part)
             unlabeled, strong_streams = self.unlabeled[unlabeled_slots], iter(_STRONG)
+            if self.window is not None:  # behind the labeled ones
+                unlabeled = len(labeled) + torch.arange(len(unlabeled_slots), device=self.device)
             for view in self.unlabeled_views:
                 strong = view == "strong"
                 stream = next(strong_streams) if strong else Stream.UNLABELED_WEAK
                 requests.append(ViewRequest(unlabeled, stream, strong, part.start))
-        images = self.augment.views(
-            self.pool, requests, self.config.seed, step, channels_last=self.config.channels_last
-        )
+        images = self.augment.views(pool, requests, self.config.seed, step, channels_last=self.config.channels_last)
         return Batch(
             images, self.labels[labeled_slots], labeled_slots, unlabeled_slots, self.true_labels[unlabeled_slots]
         )

@@ -80,6 +80,7 @@ def build_dataset(config: Config) -> ImageDataset:
         download=config.download,
         image_size=config.image_size,
         classes=config.classes,
+        mapped=config.images == "mapped",
     )
 
 

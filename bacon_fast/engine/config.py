@@ -57,6 +57,7 @@ RESUME_MAY_CHANGE = frozenset(
         "report",
         "split",
         "rank_timeout",
+        "images",
     }
 )
 
@@ -95,6 +96,9 @@ class Config:
     """Side in pixels that images are resized to; default: the dataset's own."""
     classes: tuple[str, ...] | None = None
     """Class order of an image folder (class 0 is the head); default: classes.txt in the folder, else sorted names."""
+    images: Literal["memory", "mapped"] = "memory"
+    """memory: all images decoded in memory, resident on the device. mapped (dataset folder with an image size): decoded
+    once into a file in --data-dir/.bacon_fast, 3 bytes a pixel, from which each step's images are sent."""
     protocol: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(PROTOCOLS) + "}")] = "digits"
     """Long-tailed split by name; the five fields below override single values of it."""
     labeled_head: int | None = None
@@ -136,8 +140,9 @@ class Config:
     """Learning rate."""
     weight_decay: float = 5e-4
     """Weight decay (adam: 0.02 in ABC's recipe)."""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """constant (every imbalanced method of USB and BaCon) or cosine: lr*max(0, cos(7*pi*t/(16*T)))."""
+    lr_schedule: Literal["constant", "cosine", "cosine_to_zero"] = "constant"
+    """constant (every imbalanced method of USB and BaCon), cosine: lr*max(0, cos(7*pi*t/(16*T))) (FixMatch), or
+    cosine_to_zero: lr*(1 + cos(pi*t/T))/2 (MoCo v2)."""
     ema: float = 0.999
     """Momentum of the parameter average that evaluation uses."""
     ema_buffers: Literal["copy", "average"] = "copy"
@@ -333,6 +338,9 @@ class Config:
         _require(0 < self.bn_momentum <= 1, "bn_momentum", "a number above 0 and up to 1", self.bn_momentum)
         _require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
         _require(self.dataset in DATASETS, "dataset", f"one of {', '.join(DATASETS)}", self.dataset)
+        if self.images == "mapped":
+            _require(self.dataset == "folder", "images", "memory, except for dataset folder", self.images)
+            _require(self.image_size is not None, "image_size", "a side in pixels for --images mapped", None)
         _require(self.protocol in PROTOCOLS, "protocol", f"one of {', '.join(PROTOCOLS)}", self.protocol)
         if self.method.startswith("remixmatch"):  # it mixes blocks of B rows with each other (methods.md D)
             _require(self.unlabeled_ratio in (None, 1), "unlabeled_ratio", "1 for ReMixMatch", self.unlabeled_ratio)

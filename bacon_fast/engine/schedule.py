@@ -5,22 +5,26 @@ import math
 import torch
 from torch import Tensor
 
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "cosine_to_zero")
 
 
 def _check(name: str) -> None:
     if name not in SCHEDULES:
-        raise ValueError(f"lr_schedule: expected 'constant' or 'cosine', found {name!r}")
+        raise ValueError(f"lr_schedule: expected one of {', '.join(SCHEDULES)}, found {name!r}")
 
 
 def learning_rate(name: str, base: float, step: int, steps: int) -> float:
     """Rate of the step after `step` completed ones.
 
     constant: every imbalanced method of [US] and [BC]. cosine: base * max(0, cos(7 pi t / (16 T))), FixMatch's own
-    (methods.md 0.3).
+    (methods.md 0.3). cosine_to_zero: base * (1 + cos(pi t / T)) / 2, half a period down to 0, as MoCo v2's.
     """
     _check(name)
-    return base if name == "constant" else base * max(0.0, math.cos(7 * math.pi * step / (16 * steps)))
+    if name == "constant":
+        return base
+    if name == "cosine":
+        return base * max(0.0, math.cos(7 * math.pi * step / (16 * steps)))
+    return base * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
 
 
 def learning_rate_tensor(name: str, base: float, step: Tensor, steps: int) -> Tensor:
@@ -28,4 +32,6 @@ def learning_rate_tensor(name: str, base: float, step: Tensor, steps: int) -> Te
     _check(name)
     if name == "constant":
         return torch.full((), base, device=step.device)
-    return (base * torch.cos(step.double() * (7 * math.pi / (16 * steps))).clamp_min(0)).float()
+    if name == "cosine":
+        return (base * torch.cos(step.double() * (7 * math.pi / (16 * steps))).clamp_min(0)).float()
+    return (base * (1 + torch.cos(math.pi * (step.double() / steps).clamp_max(1))) / 2).float()

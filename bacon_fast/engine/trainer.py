@@ -77,7 +77,8 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
 
         load_dataset = functools.partial(build.build_dataset, config)
-        self.dataset = distributed.leader_first(load_dataset) if config.download else load_dataset()
+        writes_files = config.download or config.images == "mapped"
+        self.dataset = distributed.leader_first(load_dataset) if writes_files else load_dataset()
         split_file = self.run_dir / "split.json"
         self.split = build.build_split(config, self.dataset, split_file if saved and split_file.exists() else None)
         distributed.require_equal({"split": self.split.hash})

@@ -18,12 +18,17 @@ def test_cosine_is_seven_sixteenths_of_a_period():
     assert learning_rate("cosine", 0.03, 500, 1000) == pytest.approx(0.03 * math.cos(7 * math.pi / 32))
 
 
+def test_cosine_to_zero_is_half_a_period():
+    rates = [learning_rate("cosine_to_zero", 0.4, t, 1000) for t in (0, 250, 500, 1000, 1500)]
+    assert rates == pytest.approx([0.4, 0.2 * (1 + math.sqrt(0.5)), 0.2, 0, 0])
+
+
 def test_unknown_name_lists_the_allowed_ones():
     with pytest.raises(ValueError, match=r"constant.*cosine.*'step'"):
         learning_rate("step", 0.03, 0, 1)
 
 
-@pytest.mark.parametrize("name", ["constant", "cosine"])
+@pytest.mark.parametrize("name", ["constant", "cosine", "cosine_to_zero"])
 def test_a_counter_on_the_device_gives_the_same_rate(name):
     steps = 300_000
     for t in (0, 1, 7, 12_345, 150_000, 299_999, 300_000, 400_000):  # beyond 8/7 of the run the cosine is negative

@@ -1,0 +1,56 @@
+"""Image files too many for memory: decoded once into one file, which is mapped instead of read."""
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bacon_fast.data.images import read_files
+
+FOLDER = ".bacon_fast"
+"""Where the file lies, below the image folder."""
+CHUNK = 1024
+"""Files decoded at once."""
+
+
+def mapped_files(root: Path, files: Sequence[Path], size: int) -> tuple[Tensor, Path]:
+    """Files below `root`, decoded as RGB at size x size, as a memory-mapped tensor.
+
+    The first call writes root/.bacon_fast/<key>.images, N * size * size * 3 bytes, which calls with the same files,
+    sizes and times of change find again.
+
+    Returns:
+        uint8 [N, size, size, 3] on the CPU, of which only what is read lies in memory; and the file.
+
+    Raises:
+        ValueError: files that cannot be decoded. OSError: the file cannot be written, for lack of space for instance.
+    """
+    lines = [str(size)]
+    for path in files:
+        status = path.stat()
+        lines.append(f"{path.relative_to(root)} {status.st_size} {status.st_mtime_ns}")
+    key = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    path = root / FOLDER / f"{key}.images"
+    shape = (len(files), size, size, 3)
+    if not path.is_file() or path.stat().st_size != math.prod(shape):
+        _decode(files, size, path)
+    return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=torch.uint8).view(shape), path
+
+
+def _decode(files: Sequence[Path], size: int, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with open(temporary, "wb") as output:
+            for start in tqdm(range(0, len(files), CHUNK), f"decoding {len(files)} images", leave=False):
+                output.write(read_files(files[start : start + CHUNK], size).numpy().data)
+            output.flush()
+            os.fsync(output.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,166 @@
+"""Images in a mapped file: the same dataset, the same batches, decoded once."""
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bacon_fast.data import image_cache
+from bacon_fast.data.datasets import load_dataset
+from bacon_fast.data.image_cache import mapped_files
+from bacon_fast.data.longtail import PROTOCOLS, make_split
+from bacon_fast.data.pool import HostPool, Window, resident
+from bacon_fast.engine.batches import Batches
+from bacon_fast.engine.config import Config
+
+CPU = torch.device("cpu")
+
+
+def write_folder(root, per_class: int = 5) -> None:
+    generator = np.random.default_rng(0)
+    for part, classes in (("train", ("ant", "bee")), ("test", ("ant", "bee")), ("unlabeled", ("",))):
+        for name in classes:
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                Image.fromarray(generator.integers(0, 256, (9, 11, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+
+
+def load(root, **changes):
+    return load_dataset("folder", data_dir=root, **({"image_size": 8, "mapped": True} | changes))
+
+
+def test_it_is_the_dataset_that_memory_would_hold(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    monkeypatch.setattr(image_cache, "CHUNK", 4)  # parts that end inside a chunk
+    memory, mapped = load(tmp_path, mapped=False), load(tmp_path)
+    for name in ("train_images", "train_labels", "test_images", "test_labels", "unlabeled_images"):
+        assert torch.equal(getattr(mapped, name), getattr(memory, name)), name
+    assert torch.equal(mapped.pool(), torch.cat([memory.train_images, memory.unlabeled_images]))
+    assert mapped.fingerprint == memory.fingerprint, "a split of one fits the other"
+    make_split(memory, PROTOCOLS["as-is"], 0).verify(mapped)
+
+
+def test_the_pool_is_not_copied(tmp_path):
+    write_folder(tmp_path)
+    for dataset in (load(tmp_path), load(tmp_path, mapped=False)):
+        assert dataset.pool().data_ptr() == dataset.train_images.data_ptr()
+        assert dataset.pool().shape == (15, 8, 8, 3)
+    separate = dataclasses.replace(dataset, unlabeled_images=dataset.unlabeled_images.clone())
+    assert torch.equal(separate.pool(), dataset.pool()) and separate.pool().data_ptr() != dataset.pool().data_ptr()
+
+
+def test_files_are_decoded_once_and_again_when_one_changes(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    decoded = []
+    read = image_cache.read_files
+    monkeypatch.setattr(image_cache, "read_files", lambda files, size: decoded.append(len(files)) or read(files, size))
+    first = load(tmp_path)
+    assert decoded == [25]
+    again = load(tmp_path)
+    assert decoded == [25] and torch.equal(first.train_images, again.train_images)
+    image = tmp_path / "train" / "ant" / "0.png"
+    Image.fromarray(np.zeros((9, 11, 3), dtype=np.uint8)).save(image)
+    assert load(tmp_path).train_images[0].sum() == 0 and decoded == [25, 25]
+    load(tmp_path, image_size=6)
+    assert decoded == [25, 25, 25]
+
+
+def test_a_file_of_another_length_is_not_believed(tmp_path):
+    write_folder(tmp_path)
+    expected = load(tmp_path).train_images.clone()
+    (file,) = (tmp_path / ".bacon_fast").glob("*.images")
+    file.write_bytes(b"cut short")
+    assert torch.equal(load(tmp_path).train_images, expected)
+
+
+def test_the_fingerprint_is_computed_once(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    expected = load(tmp_path).fingerprint
+    monkeypatch.setattr("bacon_fast.data.datasets.ImageDataset._fingerprint", lambda self: pytest.fail("read again"))
+    assert load(tmp_path).fingerprint == expected
+    assert [p.suffix for p in sorted((tmp_path / ".bacon_fast").iterdir())] == [".fingerprint", ".images"]
+
+
+def test_unreadable_files_are_named_and_leave_nothing(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "train" / "ant" / "3.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"(?s)1 image files cannot be read.*ant/3\.png"):
+        load(tmp_path)
+    assert list((tmp_path / ".bacon_fast").iterdir()) == []
+
+
+def test_mapping_is_copy_on_write(tmp_path):
+    write_folder(tmp_path)
+    files = sorted((tmp_path / "train" / "ant").iterdir())
+    images, path = mapped_files(tmp_path, files, 8)
+    before = path.read_bytes()
+    images[0] = 0
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(("name", "size"), [("digits", 16), ("folder", None)])
+def test_only_folders_with_a_size_can_be_mapped(tmp_path, name, size):
+    with pytest.raises(ValueError, match="mapped: expected dataset folder and an image size"):
+        load_dataset(name, data_dir=tmp_path, image_size=size, mapped=True)
+
+
+def test_more_images_than_memory_are_refused_before_decoding(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    monkeypatch.setattr("bacon_fast.data.sources.read_files", lambda *_: pytest.fail("decoded"))
+    sysconf = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda name: 9 if name == "SC_PHYS_PAGES" else sysconf(name))
+    with pytest.raises(ValueError, match=r"images: 25 images at 224x224 need .* GB .*--images mapped"):
+        load(tmp_path, mapped=False, image_size=224)
+
+
+def test_more_images_than_a_gpu_holds_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 200))
+    with pytest.raises(ValueError, match=r"images: .* do not fit .*--images mapped"):
+        resident(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.device("cuda"))
+    images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+    assert resident(images, CPU) is images
+
+
+def test_window_holds_the_rows_of_the_step_at_a_fixed_address():
+    images = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 2, 2, 3)
+    pool = HostPool(images, CPU)
+    assert len(pool) == 6 and pool.shape == (6, 2, 2, 3) and pool[torch.tensor([5, 0])][:, 0, 0, 0].tolist() == [5, 0]
+    window = Window(pool, 3)
+    address = window.images.data_ptr()
+    for step, rows in enumerate(([0, 5, 2], [1, 1, 4], [3, 2, 0])):
+        window.load(torch.tensor(rows), step)
+        assert window.images[:, 1, 1, 2].tolist() == rows and window.images.data_ptr() == address
+
+
+@pytest.mark.parametrize("views", [("weak", "strong", "strong"), ()])
+def test_batches_are_those_of_resident_images(tmp_path, views):
+    write_folder(tmp_path)
+    config = Config(
+        method="fixmatch", dataset="folder", data_dir=tmp_path, image_size=8, protocol="as-is", batch_size=3
+    ).resolved()
+    built = []
+    for images in ("memory", "mapped"):
+        dataset = load(tmp_path, mapped=images == "mapped")
+        split = make_split(dataset, PROTOCOLS["as-is"], 0)
+        built.append(Batches(dataclasses.replace(config, images=images), split, dataset, CPU, views))
+    for step in range(12):  # several epochs
+        if step == 8:  # another labeled set, as CReST has
+            for batches in built:
+                batches.set_labeled(torch.tensor([7, 1, 12, 3]), torch.tensor([1, 0, 1, 0]))
+        for batches in built:
+            batches.prepare(step)
+        one, two = (batches.batch(torch.tensor(step)) for batches in built)
+        for field in dataclasses.fields(one):
+            assert torch.equal(getattr(one, field.name), getattr(two, field.name)), field.name
+    assert built[0].window is None and isinstance(built[1].pool, HostPool)
+
+
+def test_configuration_names_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="images: expected memory, except for dataset folder"):
+        Config(images="mapped")
+    with pytest.raises(ValueError, match="image_size: expected a side in pixels"):
+        Config(images="mapped", dataset="folder", protocol="as-is", data_dir=tmp_path)
