@@ -102,10 +102,9 @@ def test_the_native_layers_give_the_gradient_of_torchs_modules(dtype):
     for (name, own), torchs, true in zip(ours.named_parameters(), plain.parameters(), exact.parameters(), strict=True):
         error, allowed = ((p.grad.double() - true.grad).norm() / true.grad.norm() for p in (own, torchs))
         assert error <= 1.5 * allowed + 1e-6, f"{name}: {error:.2e}, torch's {allowed:.2e}"
-    for (name, own), true in zip(ours.named_buffers(), exact.buffers(), strict=True):
-        torch.testing.assert_close(
-            own.double(), true.double(), rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=1e-5
-        )
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for own, true in zip(ours.buffers(), exact.buffers(), strict=True):
+        torch.testing.assert_close(own.double(), true.double(), rtol=tolerance, atol=1e-5)
 
 
 def test_the_keys_of_a_checkpoint_are_those_of_torchs_modules():
