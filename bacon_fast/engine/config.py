@@ -55,6 +55,7 @@ RESUME_MAY_CHANGE = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "report",
+        "graph",
         "split",
         "rank_timeout",
         "images",
@@ -154,6 +155,9 @@ class Config:
     compile: bool = False
     """Compile network and losses with torch.compile."""
     threads: int = 0
+    graph: Literal["auto", "on", "off"] = "auto"
+    """The whole step as one CUDA graph launch: auto (on a single GPU, unless the capture fails), on (an error where it
+    is impossible), or off (the same step, launch by launch)."""
     """CPU threads; 0: the cores this process may use."""
     sync_batchnorm: bool = False
     """Under torchrun: normalize with the statistics of the whole batch, so that the run is the one of a single process.

@@ -25,7 +25,7 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
 
 
 class TrainStep:
-    """The step of a run, in eager mode. All it changes has a fixed address: parameters, buffers, optimizer, average.
+    """The step of a run. All it changes has a fixed address: parameters, buffers, optimizer, average, sums.
 
     Args:
         config: of the run.
@@ -55,14 +55,18 @@ class TrainStep:
         self.batches, self.optimizer, self.ema = batches, optimizer, ema
         self.diagnostics, self.meter = diagnostics, meter
         self.device = batches.device
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.scaler = _scaler(config, self.device)
         self.counter = torch.zeros((), dtype=torch.int64, device=self.device)
         self.rate = torch.zeros((), device=self.device)
 
     def __call__(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Runs the step that follows `step` completed ones. Returns losses and statistics as 0-d tensors."""
+        return self.run(self.prepare(step))
+
+    def prepare(self, step: int) -> Hashable:
+        """What the host does before a step can run: returns its phase."""
         self.batches.prepare(step)
-        return self.run(self.method.phase(step))
+        return self.method.phase(step)
 
     def run(self, phase: Hashable) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The static program of a phase."""
@@ -72,8 +76,7 @@ class TrainStep:
             output = self.forward(batch, self.counter, phase)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(output.total).backward()
-        schedule = self.method.schedule(self.counter, config.steps)
-        self.rate.copy_(learning_rate_tensor(config.lr_schedule, config.lr, *schedule))
+        self.rate.copy_(learning_rate_tensor(config.lr_schedule, config.lr, self.counter, config.steps))
         for group in self.optimizer.param_groups:  # here, as a checkpoint may have brought another rate
             group["lr"] = self.rate
         self.scaler.step(self.optimizer, average=self.ema.pairs(self.method.network))
@@ -84,3 +87,15 @@ class TrainStep:
         self.meter.add(phase, values | {f"stats/{name}": value for name, value in output.stats.items()})
         self.counter += 1
         return output.losses, output.stats
+
+    def forget_broken_step(self) -> None:
+        """Clears what a step that was recorded in part, and not executed, left on the host."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for name in ("grad_scale", "found_inf"):  # GradScaler's, for the length of a step
+            vars(self.optimizer).pop(name, None)
+        state, self.scaler = self.scaler.state_dict(), _scaler(self.config, self.device)
+        self.scaler.load_state_dict(state)
+
+
+def _scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")

@@ -4,6 +4,8 @@ import functools
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from bacon_fast.engine.config import Config
 from bacon_fast.engine.diagnostics import Diagnostics
 from bacon_fast.engine.ema import EMA
 from bacon_fast.engine.evaluation import Evaluation, calibration_error, evaluate, predict_together
+from bacon_fast.engine.graph import CudaCapture, GraphedStep, use_graph
 from bacon_fast.engine.interrupt import StopRequest
 from bacon_fast.engine.logger import Rows, RunLogger
 from bacon_fast.engine.meter import Meter
@@ -70,11 +73,16 @@ class Trainer:
         if config.precision == "tf32" and self.device.type != "cuda":
             raise ValueError(f"precision: tf32 needs a CUDA device, found {self.device}; use fp32 or bf16")
         build.check_backend(config, self.device)
+        self._uses_graph = use_graph(config.graph, self.device)
+        # A graph is captured on a stream of its own, and runs that share a GPU run beside each other.
+        alone = self.device.type == "cuda" and distributed.num_ranks() == 1
+        self.stream = torch.cuda.Stream(self.device) if alone else None
         distributed.own_part(config.batch_size)  # refuses a batch that does not divide among the ranks
         distributed.require_equal({k: v for k, v in config.to_dict().items() if k != "data_dir"})
         saved = self._saved_state()
         build.use_threads(config.threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"  # shapes never change: time each convolution once
 
         load_dataset = functools.partial(build.build_dataset, config)
         writes_files = config.download or config.images == "mapped"
@@ -165,11 +173,17 @@ class Trainer:
         self.optimizer = build.build_optimizer(config, self.method)
         self.ema = EMA(self.method.network, config.ema, config.ema_buffers)
         self.method.bind(self.ema.network)
-        forward = torch.compile(self.method) if config.compile else self.method
+        # Without inductor's own graphs: the whole step is one.
+        plain = {"triton.cudagraphs": False}
+        forward = torch.compile(self.method, options=plain) if config.compile else self.method
         if distributed.num_ranks() > 1:
             forward = PhaseParallel(forward)
         parts = (self.batches, self.optimizer, self.ema, self.diagnostics, self.meter)
         self.program = TrainStep(config, self.method, forward, *parts)
+        self.graphed = None
+        if self._uses_graph:
+            strict, report = config.graph == "on", lambda text: self.logger.say(text)
+            self.graphed = GraphedStep(self.program, CudaCapture(), strict=strict, report=report)
 
     def _start_generation(self, new: NewGeneration) -> None:
         """Starts again from a fresh network, on another labeled set (CReST)."""
@@ -245,16 +259,36 @@ class Trainer:
     # --- one step --------------------------------------------------------------------------------------------------
 
     def train_step(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One step of the method (engine/step.py). Returns losses and statistics as 0-d tensors."""
-        if self.method.refresh_due(self.step):
-            self._share_statistics()
-            new = self.method.refresh(self._refresh_context())
-            distributed.copy_from_main(self.method)  # sums on a device may differ in their last bits
-            if new is not None:
-                self._start_generation(new)
-        result = self.program(self.step)
+        """One step of the method (engine/step.py). Returns losses and statistics as 0-d tensors, for the caller's
+        stream; the next step may overwrite them.
+        """
+        with self.on_stream():
+            if self.method.refresh_due(self.step):
+                self._refresh()
+            result = (self.graphed or self.program)(self.step)
         self.step += 1
         return result
+
+    def _refresh(self) -> None:
+        self._share_statistics()
+        new = self.method.refresh(self._refresh_context())
+        distributed.copy_from_main(self.method)  # sums on a device may differ in their last bits
+        if self.graphed is not None:
+            self.graphed.drop()
+        if new is not None:
+            self._start_generation(new)
+
+    @contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """Inside, CUDA work goes to the run's own stream, after the caller's work before and before that after."""
+        caller = None if self.stream is None else torch.cuda.current_stream(self.device)
+        if caller == self.stream:
+            yield
+            return
+        self.stream.wait_stream(caller)
+        with torch.cuda.stream(self.stream):
+            yield
+        caller.wait_stream(self.stream)
 
     def _refresh_context(self) -> RefreshContext:
         batches = self.batches
@@ -286,7 +320,7 @@ class Trainer:
             StoppedError: a signal asked to stop.
         """
         try:
-            with StopRequest(self.step) as stop:
+            with StopRequest(self.step) as stop, self.on_stream():
                 while self.step < self.config.steps:
                     self.advance(stop)
         finally:

@@ -1,0 +1,127 @@
+"""The whole training step as one CUDA graph: captured once for each phase of the method, then one launch a step."""
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from bacon_fast.engine.step import TrainStep
+from bacon_fast.methods.gather import num_ranks
+
+Result = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+# Steps of a phase before its capture, in which libraries choose algorithms and allocate, and kernels are compiled.
+WARM_UP = 3
+
+
+def use_graph(choice: Literal["auto", "on", "off"], device: torch.device) -> bool:
+    """Whether a run's steps become graphs. Raises ValueError, with the reason, for "on" where they cannot."""
+    reason = None
+    if device.type != "cuda":
+        reason = f"a CUDA graph needs a CUDA device, and this run is on {device}"
+    elif num_ranks() > 1:
+        reason = "under torchrun the gradients' communication is not captured"
+    if choice == "on" and reason is not None:
+        raise ValueError(f"graph: {reason}")
+    return choice != "off" and reason is None
+
+
+class Capture(Protocol):
+    """How a step is recorded."""
+
+    def __call__(self, run: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+        """Records what `run` would do. Returns what does it, again and again, and the tensors that it writes."""
+
+    def reset(self) -> None:
+        """All that was recorded is dropped."""
+
+
+class CudaCapture:
+    """Records on the current stream, which may not be the default one.
+
+    All graphs of a run share their memory: they replay one after the other, and none reads what another left in it.
+    """
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads, such as that of TensorBoard, may do what they like meanwhile.
+        options = {"stream": torch.cuda.current_stream(), "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, self._pool, **options):
+            result = run()
+        return graph.replay, result
+
+    def reset(self) -> None:
+        # Memory whose last graph is gone cannot be shared again, and must not go while a replay still runs.
+        torch.cuda.current_stream().synchronize()
+        self._pool = torch.cuda.graph_pool_handle()
+
+
+class GraphedStep:
+    """Takes the steps of `program`: `WARM_UP` of each phase as they are, then by replaying the phase's graph.
+
+    Every step counts once: warm-up steps are steps of the run, and a capture executes nothing. If a capture fails, the
+    reason is reported and this and all later steps run as they are.
+
+    Args:
+        program: the step. Its state must be in place: a graph holds addresses.
+        capture: how a step is recorded.
+        strict: raise if a capture fails.
+        report: takes the message when a capture fails.
+    """
+
+    def __init__(
+        self, program: TrainStep, capture: Capture, *, strict: bool = False, report: Callable[[str], None] = print
+    ) -> None:
+        self.program = program
+        self._capture, self._strict, self._report = capture, strict, report
+        self._warm: Counter[Hashable] = Counter()
+        self._graphs: dict[Hashable, tuple[Callable[[], None], Result]] = {}
+        self._failed = False
+
+    def __call__(self, step: int) -> Result:
+        """Runs the step that follows `step` completed ones.
+
+        Returns losses and statistics as 0-d tensors, which the next step of the phase may overwrite.
+        """
+        phase = self.program.prepare(step)
+        if phase not in self._graphs and self._warm[phase] >= WARM_UP and not self._failed:
+            self._add(phase)
+        if phase not in self._graphs:
+            self._warm[phase] += 1
+            return self.program.run(phase)
+        replay, result = self._graphs[phase]
+        replay()
+        return result
+
+    def drop(self) -> None:
+        """Forgets the graphs: the next step of a phase is captured anew, without another warm-up."""
+        self._capture.reset()
+        self._graphs.clear()
+
+    def _add(self, phase: Hashable) -> None:
+        broken: Exception | None = None
+
+        def run() -> Result:
+            nonlocal broken
+            try:
+                return self.program.run(phase)
+            except Exception as error:
+                broken = error  # ending the capture raises another one, which does not say why
+                raise
+
+        try:
+            self._graphs[phase] = self._capture(run)
+        except Exception as error:
+            self.program.forget_broken_step()
+            error = broken or error
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+            if self._strict:
+                raise RuntimeError(f"graph: the step could not be captured: {reason}") from error
+            self._failed = True
+            self._graphs.clear()
+            self._report(f"the step could not be captured as a CUDA graph and runs eagerly, more slowly: {reason}")
