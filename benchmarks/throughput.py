@@ -46,7 +46,10 @@ class HostWaitedError(RuntimeError):
 
 
 def config_of(options: argparse.Namespace, scratch: Path) -> Config:
-    images = decode_folder(options.data_dir, scratch) if options.data_dir else repeat_digits(scratch)
+    if options.data_dir is None:
+        images = repeat_digits(scratch)
+    else:
+        images = decode_folder(options.data_dir, scratch) if options.data_dir.is_dir() else options.data_dir
     return make_config(images, options.device, backbone=options.backbone, threads=options.threads)
 
 
@@ -135,7 +138,7 @@ def describe(options: argparse.Namespace, bench: Bench) -> dict:
     """The columns that all rows of a run share."""
     config = bench.problem.config
     batch = f"{config.batch_size}+{bench.problem.unlabeled_batch}+{bench.problem.unlabeled_batch}"
-    data = "digits, repeated" if options.data_dir is None else options.data_dir.name
+    data = "digits, repeated" if options.data_dir is None else options.data_dir.resolve().stem
     return provenance(options.device) | {
         "torchvision": package_version("torchvision"),
         "pillow": package_version("pillow"),
@@ -290,9 +293,7 @@ def full_run(options: argparse.Namespace, scratch: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--data-dir", type=Path, help="image folder with CIFAR-10; default: the built-in digits, repeated"
-    )
+    parser.add_argument("--data-dir", type=Path, help="folder (or .npz) with CIFAR-10; default: the digits, repeated")
     parser.add_argument("--backbone", help="wrn-DEPTH-WIDTH; default wrn-10-1 on a CPU, wrn-28-2 on a GPU")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), help="of C and on; default fp32, bf16")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")

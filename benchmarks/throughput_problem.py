@@ -47,7 +47,8 @@ def make_config(images: Path, device: str, *, backbone: str, threads: int = 0) -
 
 def decode_folder(folder: Path, scratch: Path) -> Path:
     """An .npz file with the images of a folder, so that every trainer need not decode them again."""
-    return _save(load_dataset("folder", data_dir=folder, image_size=32), slice(None), scratch)
+    path = scratch / f"{folder.resolve().name}.npz"
+    return _save(load_dataset("folder", data_dir=folder, image_size=32), slice(None), path)
 
 
 def repeat_digits(scratch: Path) -> Path:
@@ -60,11 +61,10 @@ def repeat_digits(scratch: Path) -> Path:
         np.resize(np.flatnonzero(dataset.train_labels.numpy() == c), count)
         for c, count in enumerate(np.add(labeled, unlabeled))
     ]
-    return _save(dataset, np.concatenate(rows), scratch)
+    return _save(dataset, np.concatenate(rows), scratch / "digits.npz")
 
 
-def _save(dataset: ImageDataset, rows: slice | np.ndarray, scratch: Path) -> Path:
-    path = scratch / "images.npz"
+def _save(dataset: ImageDataset, rows: slice | np.ndarray, path: Path) -> Path:
     np.savez(
         path,
         train_images=dataset.train_images.numpy()[rows],
