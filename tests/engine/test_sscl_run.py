@@ -1,0 +1,154 @@
+"""Runs of SsCL: resumed between refreshes, and its ImageNet presets on a small folder, by one process and by two."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bacon_fast.engine.checkpoint import list_checkpoints
+from bacon_fast.engine.config import Config
+from bacon_fast.engine.presets import PRESETS
+from bacon_fast.engine.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+SIDE = 72
+"""Large enough to be cropped and blurred."""
+
+
+def digits(run_dir: Path, **changes) -> Config:
+    values = {
+        "run_dir": run_dir,
+        "method": "sscl",
+        "steps": 9,
+        "epochs": 9,
+        "sscl_refresh_epochs": 3,
+        "sscl_queue": 50,
+        "batch_size": 8,
+        "eval_every": 9,
+        "checkpoint_every": 3,
+        "report": False,
+        "threads": 1,
+    }
+    return dataclasses.replace(PRESETS["digits"].config, **(values | changes))
+
+
+def final_method(run_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(list_checkpoints(run_dir / "checkpoints")[-1], weights_only=True)["method"]
+
+
+def steps_with_refresh(trainer: Trainer, monkeypatch) -> list[int]:
+    seen, refresh = [], trainer.method.refresh
+    monkeypatch.setattr(trainer.method, "refresh", lambda context: seen.append(context.step) or refresh(context))
+    return seen
+
+
+@pytest.mark.parametrize("stopped_at", [3, 5])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, stopped_at):
+    """Stopped just before a refresh, whose features come from the checkpoint, and between two."""
+    whole = Trainer(digits(tmp_path / "whole"))
+    seen = steps_with_refresh(whole, monkeypatch)
+    whole.fit()
+    assert seen == [0, 3, 6]
+    first = Trainer(digits(tmp_path / "parts"))
+    for _ in range(stopped_at):
+        first.train_step()
+    first.save()
+    first.train_step()
+    first.logger.close()
+    second = Trainer(digits(tmp_path / "parts", resume=True))
+    seen = steps_with_refresh(second, monkeypatch)
+    second.fit()
+    assert seen == [step for step in (0, 3, 6) if step >= stopped_at]
+    one, two = final_method(tmp_path / "whole"), final_method(tmp_path / "parts")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+def test_epochs_and_their_refresh_come_from_the_presets(tmp_path):
+    """Every 5 epochs; of the digits run's 100 epochs of 15 steps, of 1,024 steps on CIFAR-10, of 1,251 on ImageNet."""
+    for preset, expected in (("digits", 75), ("sscl-cifar10", 5120), ("sscl-imagenet-1pct", 6255)):
+        config = PRESETS[preset].config
+        assert round(config.sscl_refresh_epochs * config.steps / config.epochs) == expected
+    trainer = Trainer(digits(tmp_path / "run", steps=1500, epochs=100, sscl_refresh_epochs=5))
+    trainer.logger.close()
+    assert trainer.method.refresh_every == 75
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """Three classes of 10, 10 and 5 images of several sizes, some without label."""
+    root, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for part, counts in (("train", {"ant": 10, "bee": 10, "cat": 5}), ("test", {"ant": 2, "cat": 2})):
+        for name, count in counts.items():
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (60 + i, 90 - i, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.jpg")
+    (root / "unlabeled").mkdir()
+    Image.fromarray(pixels).save(root / "unlabeled" / "any.png")
+    return root
+
+
+def small_imagenet(root: Path, run_dir: Path, **changes) -> Config:
+    values = {
+        "data_dir": root,
+        "run_dir": run_dir,
+        "image_size": SIDE,
+        "batch_size": 2,
+        "steps": 2,
+        "epochs": 2,
+        "sscl_refresh_epochs": 1,
+        "sscl_queue": 30,
+        "log_every": 1,
+        "eval_every": 2,
+        "checkpoint_every": 2,
+        "lr": 0.001,
+        "report": False,
+        "threads": 1,
+        "sync_batchnorm": True,
+    }
+    return dataclasses.replace(PRESETS["sscl-imagenet-10pct"].config, **(values | changes))
+
+
+@pytest.mark.filterwarnings("ignore:the views are made by PyTorch")
+def test_the_imagenet_preset_trains_on_a_folder(tmp_path, image_folder):
+    trainer = Trainer(small_imagenet(image_folder, tmp_path / "run"))
+    assert trainer.split.labeled_counts == (1, 1, 1) and len(trainer.split.unlabeled) == 26
+    assert trainer.method.queue.keys.shape == (30, 128) and trainer.batches.window is not None
+    summary = trainer.fit()
+    assert summary["protocol"] == "imagenet-10pct" and trainer.method.queue.position == 16
+    assert trainer.method.prototypes.present.all() and trainer.method.bank.count.tolist() == [1, 1, 1]
+
+
+def losses(run_dir: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k.startswith("loss/")} for row in rows if row["kind"] == "train"]
+
+
+def test_two_processes_train_the_preset_as_one_does(tmp_path, image_folder):
+    one = small_imagenet(image_folder, tmp_path / "one", backbone="resnet18")
+    Trainer(one).fit()
+    names = ("image_size", "batch_size", "steps", "epochs", "sscl_refresh_epochs", "sscl_queue", "log_every")
+    names += ("eval_every", "checkpoint_every", "lr", "threads", "backbone", "data_dir")
+    words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(one, name)))]
+    words += ["--run-dir", str(tmp_path / "two"), "--sync-batchnorm", "--no-report"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [*launcher, str(ROOT / "train.py"), "sscl-imagenet-10pct", *words],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    for a, b in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
+        # float32 and other orders of summation, through 18 layers
+        assert a == pytest.approx(b, rel=2e-3)
