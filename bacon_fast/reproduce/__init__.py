@@ -1,0 +1,1 @@
+"""`python -m bacon_fast.reproduce TABLE`: a table of the literature run again, ours beside the published numbers."""

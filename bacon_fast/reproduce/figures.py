@@ -1,0 +1,124 @@
+"""Pictures of a table: accuracies with deviations, recall of each class by method, t-SNE of methods side by side."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from bacon_fast.engine import figures
+from bacon_fast.engine.build import build_dataset
+from bacon_fast.engine.evaluation import predict
+from bacon_fast.engine.figures import CLASS_COLORS, NAMED_CLASSES, Theme
+from bacon_fast.engine.report import MAX_POINTS, embed
+from bacon_fast.reproduce.results import Result
+from bacon_fast.reproduce.tables import Table
+from bacon_fast.run import open_run
+
+SIDE_BY_SIDE = ("fixmatch", "fixmatch+abc", "fixmatch+abc+bacon")
+
+
+def accuracies(table: Table, results: Sequence[Result], theme: Theme) -> Figure:
+    """A bar a method: last evaluation with its deviation over the seeds, best evaluation, published number.
+
+    Args:
+        results: of one column of the table, all with finished runs.
+    """
+    figure = figures._figure(7.6, 1.4 + 0.42 * len(results), theme)
+    axes = figure.add_subplot()
+    figures._style(axes, theme, None, None)
+    axes.grid(axis="x", color=theme.grid, linewidth=0.8)
+    last = [result.accuracy("last", table.metric) for result in results]
+    means, deviations = [spread.mean for spread in last], [spread.deviation or 0.0 for spread in last]
+    best = [result.accuracy("best_on_test", table.metric).mean for result in results]
+    values = {i: value for i, result in enumerate(results) if (value := result.published(table.source)) is not None}
+    position = np.arange(len(results))
+    marks = {"capsize": 3, "elinewidth": 1.2, "ecolor": theme.ink}
+    axes.barh(position, means, xerr=deviations, height=0.5, color=theme.series[0], error_kw=marks, label="last")
+    axes.plot(best, position, "o", mfc="none", color=theme.ink, markersize=5, label="best, chosen on the test set")
+    shown = [*means, *best]
+    if values:  # below the bars, so that neither hides the other's deviation
+        published = [value.mean for value in values.values()]
+        spreads = [value.deviation or 0.0 for value in values.values()]
+        axes.errorbar(
+            published, position[list(values)] + 0.38, xerr=spreads, fmt="D", color=theme.series[1], markersize=4,
+            capsize=2, elinewidth=1, label=f"published ({table.source.selection})",
+        )  # fmt: skip
+        shown += published
+    # A few points of difference are the subject: the axis is cut, and says so.
+    low = max(0.0, min(shown) - 3 * max(deviations) - 0.15 * (max(shown) - min(shown)) - 1)
+    axes.set_xlim(low, max(shown) + max(deviations) + 0.08 * (max(shown) - low))
+    name = "error" if table.metric == "error" else "balanced accuracy"
+    note = f", axis from {low:.0f}" if low > 0 else ""
+    axes.set_xlabel(f"{name} on the test set (%{note})", color=theme.muted, fontsize=9.5)
+    axes.set_yticks(position, [result.cell.row.name for result in results])
+    axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MaxNLocator(8))
+    figures._legend(axes, theme)
+    return figure
+
+
+def recalls(results: Sequence[Result], theme: Theme) -> Figure:
+    """Recall of each class after the last step, mean over the seeds: a row a method; `results` as in `accuracies`."""
+    values = np.array([[np.nan if v is None else v for v in r.recalls()] for r in results], dtype=np.float64)
+    names = results[0].summaries[0]["class_names"]
+    named = len(names) <= NAMED_CLASSES
+    figure = figures._figure(3.2 + 0.52 * min(len(names), NAMED_CLASSES), 1.6 + 0.34 * len(results), theme)
+    axes = figure.add_subplot()
+    figures._style(axes, theme, "class" if named else "class index", None)
+    scale = LinearSegmentedColormap.from_list("recall", [theme.background, theme.accent])
+    image = axes.imshow(values, cmap=scale, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(len(results)), [result.cell.row.name for result in results])
+    if named:
+        figures._class_ticks(axes, names, np.arange(len(names)))
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                color = theme.background if value > 0.55 else theme.ink
+                axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=8)
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"])
+    figures._style_colorbar(bar, theme, "recall")
+    return figure
+
+
+def embeddings(results: Sequence[Result], device: str, theme: Theme) -> Figure | None:
+    """t-SNE of the test images' features under each of SIDE_BY_SIDE, first finished seed; None for fewer than two."""
+    found = {}
+    for result in results:
+        if result.cell.row.method in SIDE_BY_SIDE:
+            found.setdefault(result.cell.row.method, result)
+    chosen = [found[method] for method in SIDE_BY_SIDE if method in found]
+    if len(chosen) < 2:
+        return None
+    figure = figures._figure(4.6 * len(chosen), 4.6, theme)
+    for axes, result in zip(figure.subplots(1, len(chosen), squeeze=False).flat, chosen):
+        points, labels, names, technique = _embed(result, device)
+        figures._style(axes, theme, f"{technique} 1", f"{technique} 2")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_title(f"{result.cell.row.name}, seed {result.seeds[0]}", color=theme.ink, fontsize=10.5)
+        if len(names) <= len(CLASS_COLORS):
+            for c, name in enumerate(names):
+                x, y = points[labels == c].T
+                axes.scatter(x, y, s=8, color=CLASS_COLORS[c], linewidths=0, alpha=0.85, label=name)
+        else:
+            axes.scatter(*points.T, s=5, c=labels, cmap="cividis", linewidths=0, alpha=0.85)
+    if len(names) <= len(CLASS_COLORS):
+        handles, titles = axes.get_legend_handles_labels()
+        figure.legend(
+            handles, figures._literal(titles), loc="outside lower center", ncols=len(names), frameon=False,
+            fontsize=9, labelcolor=theme.ink, markerscale=2.5, handletextpad=0.1, columnspacing=1.2,
+        )  # fmt: skip
+    return figure
+
+
+def _embed(result: Result, device: str) -> tuple[np.ndarray, np.ndarray, Sequence[str], str]:
+    """Points [N, 2], true classes [N], class names and technique of the first finished run."""
+    config = result.finished[0].config
+    run, dataset = open_run(config.run_dir, device), build_dataset(config)
+    stride = max(1, len(dataset.test_images) // MAX_POINTS)
+    images, labels = dataset.test_images[::stride], dataset.test_labels[::stride]
+    features, _ = predict(run.network, run.normalize, images, run.device)
+    points, technique = embed(features.cpu().numpy())
+    return points, labels.numpy(), run.class_names, technique

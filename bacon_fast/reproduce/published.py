@@ -1,0 +1,193 @@
+"""Published accuracies, as methods.md gives them (sections F.6, G.6 and I), with how each was obtained.
+
+Values are percent. Numbers belong to a protocol: two protocols with the same class counts are still two protocols.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Value:
+    """A published mean and, where there is one, the number after ±."""
+
+    mean: float
+    deviation: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" if self.deviation is None else f"{self.mean:.2f} ± {self.deviation:.2f}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table of a paper or code base.
+
+    Attributes:
+        title: what it is.
+        metric: "bacc" (balanced accuracy), "top1", or "error" (100 - top-1).
+        steps: length of its runs.
+        schedule, base_schedule: learning rates of its runs, and where other of the base learners alone.
+        selection: which evaluation was reported.
+        seeds: runs per number; None: not stated.
+        deviation: what its ± is; None: not stated.
+        values: protocol -> method -> Value.
+    """
+
+    title: str
+    metric: str
+    steps: str
+    schedule: str
+    selection: str
+    seeds: int | None
+    deviation: str | None
+    values: Mapping[str, Mapping[str, Value]]
+    base_schedule: str | None = None
+
+    def schedule_of(self, method: str) -> str:
+        """Learning rates of the runs of a method."""
+        alone = method in ("fixmatch", "remixmatch")
+        return self.base_schedule if alone and self.base_schedule is not None else self.schedule
+
+
+def _columns(protocols: tuple[str, ...], rows: Mapping[str, tuple]) -> dict[str, dict[str, Value]]:
+    """Protocol by protocol from rows as papers print them; an entry is mean, (mean, deviation) or None."""
+    table: dict[str, dict[str, Value]] = {protocol: {} for protocol in protocols}
+    for method, entries in rows.items():
+        for protocol, entry in zip(protocols, entries, strict=True):
+            if entry is not None:
+                table[protocol][method] = Value(*entry) if isinstance(entry, tuple) else Value(entry)
+    return table
+
+
+BACON_RECIPE = {
+    "metric": "bacc",
+    "steps": "300,000 steps",
+    "schedule": "constant",
+    "base_schedule": "cosine",
+    "selection": "best, chosen on the test set",
+    "seeds": None,
+    "deviation": None,
+}
+
+BACON_TABLE_1 = Source(
+    title="BaCon (AAAI 2024), Table 1, through a secondary registry",
+    **BACON_RECIPE,
+    values=_columns(
+        ("bacon-cifar10-100", "bacon-cifar100-20", "bacon-stl10-10"),
+        {
+            "fixmatch": ((75.30, 0.37), (53.94, 0.09), (67.16, 0.36)),
+            "fixmatch+daso": ((74.78, 0.21), (54.83, 0.19), (68.69, 0.15)),
+            "fixmatch+debiaspl": ((75.25, 0.21), (54.90, 0.11), (65.96, 0.23)),
+            "fixmatch+crest": ((76.62, 0.12), (54.83, 0.10), (66.45, 0.09)),
+            "fixmatch+crest+pda": ((78.64, 0.40), (55.01, 0.12), (67.17, 0.04)),
+            "fixmatch+darp": ((78.00, 0.33), (55.63, 0.07), (62.43, 0.10)),
+            "fixmatch+abc": ((83.25, 0.77), (56.91, 0.02), (71.23, 0.04)),
+            "fixmatch+cossl": ((84.09, 0.16), (57.33, 0.05), (70.95, 0.17)),
+            "fixmatch+abc+bacon": ((84.46, 0.15), (57.96, 0.26), (71.55, 0.09)),
+            "remixmatch": ((77.96, 0.24), (56.12, 0.12), (66.97, 0.04)),
+            "remixmatch+daso": ((78.86, 0.15), (57.67, 0.20), (65.38, 0.18)),
+            "remixmatch+crest+pda": ((79.91, 0.20), (59.78, 0.23), (67.57, 0.11)),
+            "remixmatch+darp": ((77.80, 0.18), (57.21, 0.21), (65.93, 0.16)),
+            "remixmatch+abc": ((84.49, 0.24), (59.92, 0.01), (67.24, 1.02)),
+            "remixmatch+cossl": ((84.93, 0.02), (60.46, 0.15), (68.73, 0.77)),
+            "remixmatch+abc+bacon": ((85.05, 0.09), (60.15, 0.05), (69.26, 0.83)),
+        },
+    ),
+)
+
+BACON_TABLE_2 = Source(
+    title="BaCon (AAAI 2024), Table 2, through a secondary registry",
+    **BACON_RECIPE,
+    values=_columns(
+        ("bacon-cifar10-100", "bacon-cifar10-100-inverse", "bacon-cifar10-150", "bacon-cifar10-150-inverse"),
+        {
+            "fixmatch": (75.66, 56.35, 73.45, 62.30),
+            "fixmatch+crest+pda": (79.14, 66.47, 74.51, 62.75),
+            "fixmatch+abc": (82.48, 81.14, 79.41, 78.84),
+            "fixmatch+cossl": (83.94, 71.99, 81.83, 74.14),
+            "fixmatch+abc+bacon": (84.61, 83.80, 81.99, 82.35),
+        },
+    ),
+)
+
+USB = Source(
+    title="USB, results/classic_cv_imb.csv",
+    metric="top1",
+    steps="262,144 steps",
+    schedule="constant",
+    base_schedule="cosine",
+    selection="best, chosen on the test set",
+    seeds=None,
+    deviation=None,
+    values=_columns(
+        ("usb-cifar10-1500-100", "usb-cifar10-1500-100-inverse", "usb-cifar10-1500-150", "bacon-stl10-10"),
+        {
+            "fixmatch": ((76.69, 0.78), (69.95, 1.18), (73.01, 0.57), (67.70, 2.02)),
+            "fixmatch+abc": ((83.88, 0.27), (83.78, 0.27), (81.73, 0.25), (72.20, 1.20)),
+            "fixmatch+cossl": ((85.28, 0.23), (75.48, 0.98), (82.98, 0.12), (71.20, 0.53)),
+            "fixmatch+darp": ((78.49, 0.49), (69.67, 0.65), (74.73, 0.30), None),
+            "fixmatch+crest+pda": ((78.25, 0.36), (68.81, 0.63), (74.59, 0.66), None),
+            "fixmatch+daso": ((76.51, 0.49), (78.07, 0.38), (71.97, 0.51), (71.13, 1.40)),
+            "fixmatch+saw": ((80.78, 0.40), (75.37, 0.34), (76.75, 0.23), None),
+            "fixmatch+debiaspl": ((77.51, 0.76), (69.72, 0.10), (73.41, 0.47), None),
+            "remixmatch": ((78.79, 0.85), None, None, None),
+            "remixmatch+abc": ((84.38, 0.54), None, None, None),
+            "remixmatch+cossl": ((86.41, 0.13), None, None, None),
+        },
+    ),
+)
+
+SSCL = Source(
+    title="SsCL (arXiv 2105.07387)",
+    metric="error",
+    steps="200 epochs",
+    schedule="cosine",
+    selection="selection not stated",
+    seeds=5,
+    deviation="of 5 folds",
+    values=_columns(
+        ("sscl-cifar10-40", "sscl-cifar10-250", "sscl-cifar10-4000"),
+        {
+            "sscl": ((10.29, 2.61), (5.12, 0.41), (4.51, 0.13)),
+            "fixmatch": ((13.81, 3.37), (5.07, 0.65), (4.26, 0.05)),
+            "remixmatch": ((19.10, 9.64), (5.44, 0.05), (4.72, 0.13)),
+            "uda": ((29.05, 5.93), (8.82, 1.08), (4.88, 0.18)),
+            "mixmatch": ((47.54, 11.50), (11.05, 0.86), (6.42, 0.10)),
+        },
+    ),
+)
+
+SOURCES = (BACON_TABLE_1, BACON_TABLE_2, USB, SSCL)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Numbers that look alike and are not comparable: same images and counts, another protocol."""
+
+    title: str
+    values: Mapping[str, str]
+
+
+# Protocol of ours -> what else is in print for such counts.
+OTHER_PROTOCOLS: dict[str, tuple[Context, ...]] = {
+    "usb-cifar10-1500-100": (
+        Context(
+            "CDMAD (2024), bACC / GM, ± standard error of 3 runs, through a secondary registry",
+            {
+                "FixMatch": "71.5 ± 0.7 / 66.8 ± 1.5",
+                "ABC": "81.1 ± 1.1 / 80.3 ± 1.3",
+                "CoSSL": "83.2 ± 0.5 / 82.7 ± 0.6",
+                "SAW+LA": "80.7 ± 0.2 / 77.5 ± 0.2",
+            },
+        ),
+    ),
+    "usb-cifar10-1500-150": (
+        Context(
+            "CDMAD (2024), bACC / GM of 3 runs, through a secondary registry",
+            {"FixMatch": "68.4 / 59.9", "ABC": "77.3 / 75.6", "CoSSL": "80.3 / 79.6", "SAW+LA": "73.7 / 71.2"},
+        ),
+    ),
+}
+_USB_BALANCED = "USB, results/classic_cv.csv, error after 2^20 steps, networks of other widths"
+OTHER_PROTOCOLS["ssc-cifar100-400"] = (Context(_USB_BALANCED, {"FixMatch": "53.37 ± 2.15"}),)
+OTHER_PROTOCOLS["ssc-cifar100-2500"] = (Context(_USB_BALANCED, {"FixMatch": "34.29 ± 0.43"}),)

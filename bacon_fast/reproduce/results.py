@@ -1,0 +1,99 @@
+"""What the runs of a table gave: each cell's accuracies over its seeds."""
+
+import statistics
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from bacon_fast.engine.config import Config
+from bacon_fast.reproduce.matrix import Cell, Run
+from bacon_fast.reproduce.published import Source, Value
+from bacon_fast.reproduce.runner import log_file
+
+# The three readings of summary.json, never to be mixed.
+READINGS = {
+    "last": "last evaluation",
+    "mean_last_20": "mean of last 20",
+    "best_on_test": "best (chosen on the test set)",
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation of n numbers; None for fewer than two."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" if self.deviation is None else f"{self.mean:.2f} ± {self.deviation:.2f}"
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """None for no values."""
+    if not values:
+        return None
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+@dataclass(frozen=True)
+class Result:
+    """A cell with its finished runs and their summaries, seed by seed, and why there are not more."""
+
+    cell: Cell
+    finished: tuple[Run, ...]
+    summaries: tuple[dict, ...]
+    problem: str | None
+
+    @property
+    def config(self) -> Config | None:
+        """Of the first seed; all agree but for the seed. None when the cell has no runs."""
+        return self.cell.runs[0].config if self.cell.runs else None
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the finished runs."""
+        return [run.config.seed for run in self.finished]
+
+    def accuracy(self, reading: str, metric: str) -> Spread | None:
+        """Over the seeds, in percent.
+
+        Args:
+            reading: of READINGS.
+            metric: "top1", "bacc", "gm", "many", "medium", "few", or "error", which is 100 - top-1.
+        """
+        name = "top1" if metric == "error" else metric
+        fractions = [summary[reading][name] for summary in self.summaries]
+        if None in fractions:  # a group without test images
+            return None
+        return spread([100 - 100 * f if metric == "error" else 100 * f for f in fractions])
+
+    def recalls(self) -> list[float | None]:
+        """Recall of each class [K] after the last step, mean over the seeds, as fractions; [] without runs."""
+        columns = zip(*(summary["last"]["per_class"] for summary in self.summaries))
+        return [None if None in column else statistics.fmean(column) for column in columns]
+
+    def published(self, source: Source | None) -> Value | None:
+        """The same method under the same protocol in `source`; none for a variation of a method."""
+        if source is None or self.cell.row.name != self.cell.row.method:
+            return None
+        return source.values.get(self.cell.protocol, {}).get(self.cell.row.method)
+
+
+def collect(cells: Sequence[Cell], failed: Collection[str]) -> list[Result]:
+    """Results of the cells; `failed` are names of runs whose process ended with an error in this call."""
+    return [_result(cell, failed) for cell in cells]
+
+
+def _result(cell: Cell, failed: Collection[str]) -> Result:
+    finished = tuple(run for run in cell.runs if run.state == "done")
+    problems = []
+    for run in cell.runs:
+        if run.name in failed:
+            problems.append(f"seed {run.config.seed} failed, see {log_file(run)}")
+        elif run.state == "started":
+            problems.append(f"seed {run.config.seed} stopped at step {run.step():,}")
+        elif run.state == "new":
+            problems.append(f"seed {run.config.seed} not run")
+    problem = cell.missing or ", ".join(problems) or None
+    return Result(cell, finished, tuple(run.summary() for run in finished), problem)

@@ -1,0 +1,136 @@
+"""The tables by name: which methods (rows) run on which presets (columns), and what changes where."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from bacon_fast.engine.config import METHODS
+from bacon_fast.reproduce import published
+from bacon_fast.reproduce.published import Source
+
+Overrides = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method, or a variation of one. `overrides` are fields of Config; those of `per_column` come on top."""
+
+    name: str
+    method: str
+    overrides: Overrides = field(default_factory=dict, hash=False)
+    per_column: Mapping[str, Overrides] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A preset, and fields of Config that the table changes in it."""
+
+    preset: str
+    overrides: Overrides = field(default_factory=dict, hash=False)
+    title: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.title or self.preset
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows x columns x seeds. `metric` is what it compares: "bacc" or "error"; `source` is where it was published."""
+
+    title: str
+    rows: tuple[Row, ...]
+    columns: tuple[Column, ...]
+    source: Source | None = None
+    metric: str = "bacc"
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+def _methods(*names: str, **overrides) -> tuple[Row, ...]:
+    return tuple(Row(name, name, overrides) for name in names)
+
+
+# What the released configurations set per method beyond the defaults of Config (methods.md 0.3, A.2): the base learners
+# alone run the cosine schedule, everything added to them a constant rate.
+_COSINE = {"lr_schedule": "cosine"}
+_ADDITIONS = ("daso", "debiaspl", "crest", "crest+pda", "darp")
+# Of BaCon's configurations, those of the older baselines have mu = 7 on CIFAR-10: its Table 1 is not of equal compute.
+_WIDE = {"bacon-cifar10": {"unlabeled_ratio": 7}}
+
+_BACON_TABLE_1 = (
+    *_methods("fixmatch", **_COSINE),
+    *(Row(f"fixmatch+{name}", f"fixmatch+{name}", per_column=_WIDE) for name in _ADDITIONS),
+    *_methods("fixmatch+abc", "fixmatch+cossl", "fixmatch+abc+bacon"),
+    *_methods("remixmatch", **_COSINE),
+    *_methods(*(f"remixmatch+{name}" for name in ("daso", "crest+pda", "darp", "abc", "cossl", "abc+bacon"))),
+)
+
+_BACON_TABLE_2 = (
+    *_methods("fixmatch", **_COSINE),
+    *_methods("fixmatch+crest+pda", "fixmatch+abc", "fixmatch+cossl", "fixmatch+abc+bacon"),
+)
+
+_USB = (
+    *_methods("fixmatch", **_COSINE),
+    *_methods(*(f"fixmatch+{name}" for name in ("abc", "cossl", "darp", "crest+pda", "daso", "saw", "debiaspl"))),
+    *_methods("remixmatch", **_COSINE),
+    *_methods("remixmatch+abc", "remixmatch+cossl"),
+)
+
+
+def _ablation() -> tuple[Row, ...]:
+    """BaCon, and BaCon with one thing changed (methods.md E.2 to E.6)."""
+    bacon = "fixmatch+abc+bacon"
+    variations: dict[str, Overrides] = {
+        "no-rns": {"top_k": 1},
+        "no-bta": {"bta": 0.0},
+        **{f"projection-{d}": {"proj_dim": d} for d in (8, 16, 64)},
+        "projection-none": {"proj_layers": 0},
+        "projection-2-layers": {"proj_layers": 2},
+        **{f"top-k-{k}": {"top_k": k} for k in (2, 5)},
+        **{f"temperature-{tau}": {"temperature": tau} for tau in (0.05, 0.2, 0.5)},
+        **{f"bta-{eta}": {"bta": eta} for eta in (0.05, 0.5)},
+        **{f"reliable-{s}": {"reliable_threshold": s} for s in (0.9, 0.95, 0.99)},
+        **{f"negative-weight-{w:g}": {"negative_weight": w} for w in (16.0, 256.0)},
+        "negatives-per-anchor": {"neg_mode": "paper"},
+        "batch-centers": {"centers": "batch"},
+        "released-code": {"variant": "official", "proj_dim": 16},
+    }
+    return (
+        Row("bacon", bacon),
+        Row("no-contrast", "fixmatch+abc"),
+        *(Row(name, bacon, overrides) for name, overrides in variations.items()),
+    )
+
+
+TABLES: dict[str, Table] = {
+    "bacon-table1": Table(
+        "BaCon's Table 1: three data sets, two base learners",
+        _BACON_TABLE_1,
+        tuple(map(Column, ("bacon-cifar10", "bacon-cifar100", "bacon-stl10"))),
+        published.BACON_TABLE_1,
+    ),
+    "bacon-table2": Table(
+        "BaCon's Table 2: labeled and unlabeled images of different imbalance",
+        _BACON_TABLE_2,
+        tuple(
+            map(
+                Column,
+                ("bacon-cifar10", "bacon-cifar10-inverse", "bacon-cifar10-150", "bacon-cifar10-150-inverse"),
+            )
+        ),
+        published.BACON_TABLE_2,
+    ),
+    "usb": Table(
+        "USB's long-tailed CIFAR-10",
+        _USB,
+        (
+            Column("usb-cifar10"),
+            Column("usb-cifar10", {"protocol": "usb-cifar10-1500-100-inverse"}, "usb-cifar10-inverse"),
+            Column("usb-cifar10", {"protocol": "usb-cifar10-1500-150"}, "usb-cifar10-150"),
+        ),
+        published.USB,
+    ),
+    "ablation": Table("BaCon with one thing changed at a time", _ablation(), (Column("bacon-cifar10"),)),
+    "digits": Table("Every method on the built-in digits", _methods(*METHODS), (Column("digits"),)),
+}
+"""Tables by name, as `python -m bacon_fast.reproduce NAME` takes them."""

@@ -1,0 +1,294 @@
+"""Tables, published numbers and their expansion into runs; the options of the command; slots."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bacon_fast.cli import parse
+from bacon_fast.data.longtail import PROTOCOLS
+from bacon_fast.engine.builders.bacon import build_bacon_loss
+from bacon_fast.engine.config import METHODS
+from bacon_fast.engine.presets import PRESETS
+from bacon_fast.reproduce import published
+from bacon_fast.reproduce.__main__ import Arguments, reproduce
+from bacon_fast.reproduce.matrix import Options, command_words, expand, shorten
+from bacon_fast.reproduce.runner import lock
+from bacon_fast.reproduce.slots import make_slots
+from bacon_fast.reproduce.tables import TABLES, Column, Row, Table
+
+DATA = Options(data_dir=Path("/data"))
+
+
+def cells_of(name: str, options: Options = DATA, out: Path = Path("/out"), seeds=(0, 5)):
+    return expand(TABLES[name], seeds, options, out)
+
+
+# ---- tables ----
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_has_unlike_rows_and_columns_and_every_cell_a_run_a_seed(name):
+    table, cells = TABLES[name], cells_of(name)
+    assert len({row.name for row in table.rows}) == len(table.rows)
+    assert len({column.name for column in table.columns}) == len(table.columns)
+    assert len(cells) == len(table.rows) * len(table.columns)
+    runs = [run for cell in cells for run in cell.runs]
+    assert len({run.folder for run in runs}) == len(runs) == 2 * sum(cell.missing is None for cell in cells)
+    for cell in cells:
+        assert (cell.row.method in METHODS) == (cell.missing is None)
+        assert cell.missing is None or cell.row.method in cell.missing
+        assert [run.config.seed for run in cell.runs] == ([0, 5] if cell.missing is None else [])
+        for run in cell.runs:
+            assert run.config.method == cell.row.method and run.config.preset == cell.column.preset
+            wanted = {**cell.column.overrides, **cell.row.overrides, **cell.row.per_column.get(cell.column.name, {})}
+            assert {field: getattr(run.config, field) for field in wanted} == wanted
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_command_line_of_a_run_gives_its_configuration(name):
+    for run in (run for cell in cells_of(name) for run in cell.runs):
+        assert parse(command_words(run.config)) == run.config
+
+
+def test_command_line_words_of_every_kind_of_field():
+    config = dataclasses.replace(
+        PRESETS["folder"].config,
+        classes=("cat", "dog"),
+        gamma_u=-100.0,
+        hflip=False,
+        compile=True,
+        data_dir=Path("/data/a b"),
+        run_dir=Path("/out/x"),
+        neg_mode="paper",
+    )
+    assert parse(command_words(config)) == config
+
+
+def test_unknown_methods_are_left_out_with_the_reason():
+    table = Table("t", (Row("fixmatch", "fixmatch"), Row("magic", "fixmatch+magic")), (Column("digits"),))
+    known, unknown = expand(table, [0], Options(), Path("/out"))
+    assert known.runs and not unknown.runs
+    assert unknown.missing == "method fixmatch+magic is not in this version"
+
+
+def test_recipes_of_the_published_tables():
+    """methods.md 0.3 and A.2: schedules, mu, and the start of the contrastive loss."""
+    cells = cells_of("bacon-table1")
+    configs = {(c.column.name, c.row.name): c.runs[0].config for c in cells if c.runs}
+    assert configs["bacon-cifar10", "fixmatch"].lr_schedule == "cosine"
+    assert configs["bacon-cifar10", "fixmatch+abc+bacon"].lr_schedule == "constant"
+    assert {c.steps for c in configs.values()} == {300_000}
+    for (column, row), config in configs.items():
+        wide = row in ("fixmatch+daso", "fixmatch+debiaspl", "fixmatch+crest", "fixmatch+crest+pda", "fixmatch+darp")
+        if wide and column == "bacon-cifar10":
+            assert config.unlabeled_ratio == 7
+        else:
+            assert config.unlabeled_ratio == (1 if row.startswith("remixmatch") else 2)
+        if "bacon" in row.split("+"):
+            assert config.contrast_start == (1 / 30 if row.startswith("remixmatch") else 0.5)
+
+
+def test_ablations_reach_the_loss():
+    info = SimpleNamespace(num_classes=10, num_labeled=20, num_unlabeled=30)
+    found = {}
+    for cell in cells_of("ablation"):
+        if "bacon" in cell.row.method.split("+"):
+            found[cell.row.name] = build_bacon_loss(cell.runs[0].config, 128, info)
+    standard = found.pop("bacon")
+    attributes = ("top_k", "bta", "temperature", "reliable_threshold", "negative_weight", "neg_mode", "centers")
+    attributes += ("count_gate", "labeled_counts", "center_slots")
+
+    def describe(loss):
+        linears = [tuple(p.shape) for p in loss.projection.parameters() if p.dim() == 2]
+        return {name: getattr(loss, name) for name in attributes} | {"projection": linears}
+
+    basis = describe(standard)
+    assert basis["projection"] == [(32, 128)] and basis["top_k"] == 3 and basis["centers"] == "bank"
+    changes = {name: {k: v for k, v in describe(loss).items() if v != basis[k]} for name, loss in found.items()}
+    assert all(changes.values()), "every row changes something"
+    assert changes["no-rns"] == {"top_k": 1}
+    assert changes["no-bta"] == {"bta": 0.0}
+    assert changes["projection-8"] == {"projection": [(8, 128)]}
+    assert changes["projection-none"] == {"projection": []}
+    assert [shape[0] for shape in changes["projection-2-layers"]["projection"]][-1] == 32
+    assert len(changes["projection-2-layers"]["projection"]) == 2
+    assert changes["temperature-0.05"] == {"temperature": 0.05}
+    assert changes["bta-0.5"] == {"bta": 0.5}
+    assert changes["reliable-0.9"] == {"reliable_threshold": 0.9}
+    assert changes["negative-weight-16"] == {"negative_weight": 16.0}
+    assert changes["negatives-per-anchor"] == {"neg_mode": "paper"}
+    assert changes["batch-centers"] == {"centers": "batch"}
+    flags = {"count_gate": "logit", "labeled_counts": "with_pseudo", "center_slots": "selected"}
+    assert changes["released-code"] == flags | {"projection": [(16, 128)]}
+
+
+# ---- published numbers ----
+
+
+def test_published_numbers_belong_to_known_protocols_and_methods():
+    for table in TABLES.values():
+        if table.source is not None:
+            protocols = {
+                column.overrides.get("protocol", PRESETS[column.preset].config.protocol) for column in table.columns
+            }
+            assert protocols <= table.source.values.keys()
+            for protocol in protocols:
+                assert {row.method for row in table.rows} & table.source.values[protocol].keys()
+    for source in (published.BACON_TABLE_1, published.BACON_TABLE_2, published.USB):
+        assert source.values.keys() <= PROTOCOLS.keys()
+        for values in source.values.values():
+            assert all(0 < v.mean < 100 and (v.deviation is None or 0 <= v.deviation < 12) for v in values.values())
+
+
+@pytest.mark.parametrize(
+    ("source", "protocol", "method", "text"),
+    [
+        ("BACON_TABLE_1", "bacon-cifar10-100", "fixmatch+abc+bacon", "84.46 ± 0.15"),
+        ("BACON_TABLE_1", "bacon-cifar100-20", "remixmatch+cossl", "60.46 ± 0.15"),
+        ("BACON_TABLE_1", "bacon-stl10-10", "fixmatch+darp", "62.43 ± 0.10"),
+        ("BACON_TABLE_2", "bacon-cifar10-100-inverse", "fixmatch+abc+bacon", "83.80"),
+        ("BACON_TABLE_2", "bacon-cifar10-150", "fixmatch+cossl", "81.83"),
+        ("BACON_TABLE_2", "bacon-cifar10-150-inverse", "fixmatch", "62.30"),
+        ("USB", "usb-cifar10-1500-100-inverse", "fixmatch+daso", "78.07 ± 0.38"),
+        ("USB", "usb-cifar10-1500-150", "fixmatch+saw", "76.75 ± 0.23"),
+        ("USB", "bacon-stl10-10", "fixmatch+daso", "71.13 ± 1.40"),
+        ("USB", "usb-cifar10-1500-100", "remixmatch+cossl", "86.41 ± 0.13"),
+        ("SSCL", "sscl-cifar10-40", "sscl", "10.29 ± 2.61"),
+        ("SSCL", "sscl-cifar10-4000", "fixmatch", "4.26 ± 0.05"),
+    ],
+)
+def test_published_numbers_are_those_of_the_specification(source, protocol, method, text):
+    assert str(getattr(published, source).values[protocol][method]) == text
+
+
+def test_numbers_that_usb_does_not_give_are_not_there():
+    assert "remixmatch" not in published.USB.values["usb-cifar10-1500-150"]
+    assert published.USB.values["bacon-stl10-10"].keys() == {
+        "fixmatch", "fixmatch+abc", "fixmatch+cossl", "fixmatch+daso",
+    }  # fmt: skip
+
+
+# ---- options ----
+
+
+def test_a_budget_shortens_runs_and_keeps_enough_evaluations():
+    full = PRESETS["bacon-cifar10"].config
+    assert shorten(full, 1.0) is full
+    tenth = shorten(full, 0.1)
+    assert (tenth.steps, tenth.eval_every, tenth.log_every) == (30_000, 750, 100)
+    tiny = shorten(full, 1e-4)
+    assert (tiny.steps, tiny.eval_every, tiny.log_every) == (30, 1, 1)
+    digits = shorten(PRESETS["digits"].config, 0.9)
+    assert (digits.steps, digits.eval_every) == (1350, 33)
+
+
+def test_settings_reach_every_run_with_their_types():
+    settings = {"precision": "bf16", "eval_every": "7", "hflip": "false", "compile": "true", "gamma_u": "-100"}
+    for cell in cells_of("bacon-table2", dataclasses.replace(DATA, settings=settings)):
+        for run in cell.runs:
+            config = run.config
+            assert (config.precision, config.eval_every, config.hflip, config.compile) == ("bf16", 7, False, True)
+            assert config.gamma_u == -100.0
+
+
+def test_an_image_folder_stands_for_one_data_set(tmp_path):
+    options = dataclasses.replace(DATA, dataset="folder")
+    for cell in cells_of("bacon-table2", options):
+        assert all(run.config.dataset == "folder" and run.config.image_size is None for run in cell.runs)
+    with pytest.raises(ValueError, match="one folder cannot stand for cifar10, cifar100, stl10"):
+        cells_of("bacon-table1", options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"table": "table9"}, "table: expected one of bacon-table1, .*, found 'table9'"),
+        ({"budget": 0.0}, "budget: expected a number above 0 and up to 1, found 0"),
+        ({"budget": 1.5}, "budget: .* found 1.5"),
+        ({"budget": float("nan")}, "budget: .* found nan"),
+        ({"methods": "fixmatch,foo"}, "methods: expected some of supervised, .*, found foo"),
+        ({"columns": "cifar"}, "columns: expected some of .*, found cifar"),
+        ({"seeds": "0,one"}, "seeds: expected integers between commas, found 'one'"),
+        ({"seeds": "0,0"}, "seeds: expected different words between commas, found '0,0'"),
+        ({"seeds": "-1"}, "seed: expected an integer"),
+        ({"set": "precision"}, "set: expected NAME=VALUE, found 'precision'"),
+        ({"set": "precison=bf16"}, "set: expected a field of the configuration .* found 'precison'"),
+        ({"jobs": 0}, "jobs: expected at least 1, found 0"),
+        ({"device": "tpu"}, "device: expected auto, cpu"),
+        ({"table": "bacon-table2"}, "data_dir: expected where cifar10 lies, found None"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_named_before_anything_is_written(tmp_path, changes, message):
+    arguments = dataclasses.replace(Arguments("digits", out=tmp_path / "out"), **changes)
+    with pytest.raises(ValueError, match=message):
+        reproduce(arguments, "command")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_another_configuration_is_not_taken_for_this_one(tmp_path):
+    run = cells_of("digits", out=tmp_path)[0].runs[0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.json").write_text(dataclasses.replace(run.config, lr=0.5).to_json())
+    with pytest.raises(ValueError, match=r"(?s)out: .* holds a run of another configuration.*lr: checkpoint 0.5, now"):
+        cells_of("digits", out=tmp_path)
+    (run.folder / "config.json").write_text(dataclasses.replace(run.config, log_every=3).to_json())
+    assert cells_of("digits", out=tmp_path)[0].runs[0].state == "started"
+    (run.folder / "summary.json").write_text("{}")
+    assert run.state == "done"
+
+
+def test_the_step_of_a_run_survives_a_half_written_line(tmp_path):
+    run = cells_of("digits", out=tmp_path)[0].runs[0]
+    assert run.step() == 0
+    run.folder.mkdir(parents=True)
+    log = run.folder / "metrics.jsonl"
+    log.write_text("")
+    assert run.step() == 0
+    rows = [json.dumps({"kind": "train", "step": step, "padding": "x" * 500}) for step in range(10, 4000, 10)]
+    log.write_text("\n".join(rows) + "\n" + rows[-1][:20])
+    assert run.step() == 3990
+
+
+def test_two_calls_do_not_share_a_directory(tmp_path):
+    with lock(tmp_path / "out"), pytest.raises(ValueError, match="is in use"), lock(tmp_path / "out"):
+        pass
+    with lock(tmp_path / "out"):
+        pass
+
+
+# ---- slots ----
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3, 5])
+def test_cpu_slots_share_no_core(monkeypatch, jobs):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 5, 6})
+    slots = make_slots("cpu", jobs, runs=10)
+    assert len(slots) == jobs
+    assert sorted(core for slot in slots for core in slot.cores) == [0, 1, 4, 5, 6]
+    sizes = [len(slot.cores) for slot in slots]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_number_of_slots(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert [len(slot.cores) for slot in make_slots("cpu", None, runs=100)] == [8] * 8
+    assert [len(slot.cores) for slot in make_slots("cpu", None, runs=2)] == [32] * 2
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert [slot.cores for slot in make_slots("cpu", 3, runs=9)] == [{0}, {1}, {0}]
+    assert len(make_slots("cpu", None, runs=0)) == 1
+
+
+def test_gpu_slots(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-abc")
+    assert [s.environment["CUDA_VISIBLE_DEVICES"] for s in make_slots("auto", 3, runs=9)] == ["3", "GPU-abc", "3"]
+    assert len(make_slots("auto", None, runs=9)) == 2, "one a GPU"
+    assert [s.environment for s in make_slots("cuda:1", 2, runs=9)] == [{}, {}], "the device that was named"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert len(make_slots("cuda", None, runs=9)) == 1 and not make_slots("cuda", None, runs=9)[0].cores

@@ -1,0 +1,261 @@
+"""From summaries of runs to the table: arithmetic against NumPy, Markdown, CSV and pictures."""
+
+import csv
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bacon_fast.engine.figures import LIGHT, to_png
+from bacon_fast.reproduce import figures, published
+from bacon_fast.reproduce.matrix import Options, expand
+from bacon_fast.reproduce.results import collect, spread
+from bacon_fast.reproduce.table import markdown, runs_csv, table_csv
+from bacon_fast.reproduce.tables import TABLES, Column, Row, Table
+
+METRICS = ("top1", "bacc", "gm", "many", "medium", "few")
+CLASSES = ["a", "b", "c", "d"]
+
+
+def write_run(run, rng, classes=CLASSES, **changes) -> dict:
+    """A finished run with random accuracies."""
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.json").write_text(run.config.to_json())
+    summary = {
+        "seed": run.config.seed,
+        "protocol": run.config.protocol,
+        "steps": run.config.steps,
+        "class_names": list(classes),
+        "steps_per_second": 10.0,
+        "train_seconds": 3.0,
+        "device": "cpu, 1 threads",
+        "precision": "fp32",
+        "split": f"hash{run.config.seed}",
+        "versions": {"bacon_fast": "0.1.0"},
+    }
+    for reading in ("last", "mean_last_20", "best_on_test"):
+        summary[reading] = {name: rng.uniform() for name in METRICS}
+        summary[reading]["per_class"] = rng.uniform(size=len(classes)).tolist()
+    summary = json.loads(json.dumps(summary | changes))
+    (run.folder / "summary.json").write_text(json.dumps(summary))
+    return summary
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """BaCon's Table 2 with runs for three rows of the first column and two of the second: 3, 2 and 0 seeds."""
+    full = TABLES["bacon-table2"]
+    wanted = ("fixmatch", "fixmatch+abc", "fixmatch+abc+bacon")
+    rows = tuple(row for row in full.rows if row.name in wanted)
+    table = dataclasses.replace(full, rows=rows, columns=full.columns[:2])
+    options = Options(data_dir=Path("/data"))
+    cells = expand(table, [0, 1, 2], options, tmp_path)
+    rng, summaries = np.random.default_rng(0), {}
+    for cell in cells:
+        done = {"fixmatch": 3, "fixmatch+abc": 2, "fixmatch+abc+bacon": 3 if cell.column == table.columns[0] else 0}
+        for run in cell.runs[: done[cell.row.name]]:
+            summaries.setdefault((cell.column.name, cell.row.name), []).append(write_run(run, rng))
+    return table, options, cells, summaries
+
+
+def sections(text: str) -> dict[str, list[dict[str, str]]]:
+    """Rows of each section's table, as a reader of Markdown sees them."""
+    found, header = {}, None
+    for line in text.splitlines():
+        if line.startswith("## "):
+            rows = found.setdefault(line[3:], [])
+            header = None
+        elif line.startswith("| ") and set(line) != set("| -"):
+            cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+            if header is None:
+                header = cells
+            else:
+                assert len(cells) == len(header)
+                rows.append(dict(zip(header, cells)))
+    return found
+
+
+def test_spread_is_numpys():
+    values = [81.2, 79.9, 84.45]
+    found = spread(values)
+    assert found.mean == pytest.approx(np.mean(values)) and found.deviation == pytest.approx(np.std(values, ddof=1))
+    assert str(found) == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+    assert str(spread([50.0])) == "50.00" and spread([]) is None
+
+
+def test_table_against_numpy(filled):
+    table, options, cells, summaries = filled
+    rows = sections(markdown(table, collect(cells, []), options, "command"))
+    assert list(rows) == ["bacon-cifar10", "bacon-cifar10-inverse"]
+    titles = {
+        "last": "bACC, last evaluation",
+        "mean_last_20": "bACC, mean of last 20",
+        "best_on_test": "bACC, best (chosen on the test set)",
+    }
+    for (column, method), runs in summaries.items():
+        (row,) = [row for row in rows[column] if row["method"] == method]
+        for reading, title in titles.items():
+            values = 100 * np.array([run[reading]["bacc"] for run in runs])
+            assert row[title] == f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
+        for metric, title in (("gm", "GM, last"), ("few", "recall of the rarest third, last")):
+            values = 100 * np.array([run["last"][metric] for run in runs])
+            assert row[title] == f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
+
+
+def test_every_row_says_how_it_came_about(filled):
+    table, options, cells, _ = filled
+    text = markdown(table, collect(cells, []), options, "the command")
+    rows = sections(text)
+    first = {row["method"]: row for row in rows["bacon-cifar10"]}
+    assert first["fixmatch"]["run"] == "bacon-cifar10-100; 300,000 steps; cosine rate; mu 2"
+    assert first["fixmatch+abc"]["run"] == "bacon-cifar10-100; 300,000 steps; constant rate; mu 2"
+    assert first["fixmatch"]["seeds"] == "3" and first["fixmatch+abc"]["seeds"] == "2 of 3"
+    assert first["fixmatch"]["published bACC"] == "75.66"
+    wanted = "300,000 steps; cosine rate; best, chosen on the test set; seeds and ± not stated"
+    assert first["fixmatch"]["published as"] == wanted
+    second = {row["method"]: row for row in rows["bacon-cifar10-inverse"]}
+    assert second["fixmatch"]["published bACC"] == "56.35"
+    assert second["fixmatch+abc+bacon"]["bACC, last evaluation"] == "not run"
+    assert second["fixmatch+abc+bacon"]["published bACC"] == "83.80"
+    assert "- fixmatch+abc: seed 2 not run" in text and "`the command`" in text
+    # Rows of the source that were not asked for are there, without a number of ours.
+    assert first["fixmatch+cossl"]["published bACC"] == "83.94"
+    assert "not " in first["fixmatch+cossl"]["bACC, last evaluation"]
+    # The same protocol elsewhere, and nothing of another one.
+    inside = text.split("## ")[1]
+    assert "BaCon (AAAI 2024), Table 1" in inside and "84.46 ± 0.15" in inside and "56.35" not in inside
+
+
+def test_other_protocols_are_kept_apart(tmp_path):
+    options = Options(data_dir=Path("/data"))
+    table = dataclasses.replace(TABLES["usb"], columns=TABLES["usb"].columns[:1])
+    text = markdown(table, collect(expand(table, [0], options, tmp_path), []), options, "c")
+    rows = sections(text)["usb-cifar10"]
+    assert all("71.5" not in cell for row in rows for cell in row.values())
+    assert "Another protocol, not comparable, CDMAD (2024)" in text and "71.5 ± 0.7 / 66.8 ± 1.5" in text
+    assert {row["published top-1"] for row in rows} >= {"76.69 ± 0.78", "83.88 ± 0.27"}
+
+
+def test_a_changed_protocol_has_no_published_number(tmp_path):
+    options = Options(data_dir=Path("/data"), settings={"gamma_u": "-50"})
+    table = dataclasses.replace(TABLES["bacon-table2"], columns=TABLES["bacon-table2"].columns[:1])
+    text = markdown(table, collect(expand(table, [0], options, tmp_path), []), options, "c")
+    assert {row["published bACC"] for row in sections(text)["bacon-cifar10"]} == {"–"}
+    assert "gamma_u = -50" in text and "bacon-cifar10-100, changed" in text
+
+
+def test_variations_of_a_method_have_no_published_number(tmp_path):
+    rows = (Row("fixmatch", "fixmatch"), Row("slow", "fixmatch", {"lr": 0.001}))
+    table = Table("t", rows, (Column("bacon-cifar10"),), published.BACON_TABLE_1)
+    results = collect(expand(table, [0], Options(data_dir=Path("/data")), tmp_path), [])
+    assert [str(result.published(table.source)) for result in results] == ["75.30 ± 0.37", "None"]
+
+
+def test_caveats(filled, tmp_path):
+    table, _, _, _ = filled
+    options = Options(0.1, "folder", Path("/data"), settings={"precision": "bf16"})
+    cells = expand(table, [0], options, tmp_path / "other")
+    text = markdown(table, collect(cells, []), options, "c")
+    assert "only 10 % of its preset's steps. The published numbers are of full runs." in text
+    assert "image folder" in text and "JPEG" in text and "precision = bf16" in text
+    assert "30,000 steps (10 % of 300,000)" in text
+
+
+def test_failed_and_stopped_runs_are_told_apart(tmp_path):
+    table = dataclasses.replace(TABLES["digits"], rows=TABLES["digits"].rows[:1])
+    cells = expand(table, [0, 1, 2], Options(), tmp_path)
+    failed, stopped, _ = cells[0].runs
+    for run in (failed, stopped):
+        run.folder.mkdir(parents=True)
+        (run.folder / "config.json").write_text(run.config.to_json())
+    (stopped.folder / "metrics.jsonl").write_text('{"step": 1250}\n')
+    (result,) = collect(cells, [failed.name])
+    assert f"seed 0 failed, see {failed.folder / 'train.log'}" in result.problem
+    assert "seed 1 stopped at step 1,250" in result.problem and "seed 2 not run" in result.problem
+
+
+def test_error_rates(tmp_path):
+    """100 - top-1; the best error is that of the best top-1."""
+    table = Table("t", (Row("fixmatch", "fixmatch"),), (Column("digits"),), metric="error")
+    cells = expand(table, [0, 1], Options(), tmp_path)
+    rng = np.random.default_rng(3)
+    runs = [write_run(run, rng) for run in cells[0].runs]
+    (row,) = sections(markdown(table, collect(cells, []), Options(), "c"))["digits"]
+    for reading, title in (("last", "last evaluation"), ("best_on_test", "best (chosen on the test set)")):
+        values = 100 - 100 * np.array([run[reading]["top1"] for run in runs])
+        assert row[f"error, {title}"] == f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
+
+
+def test_csv_files(filled):
+    table, options, cells, summaries = filled
+    results = collect(cells, [])
+    rows = list(csv.DictReader(io.StringIO(table_csv("bacon-table2", table, results, options))))
+    assert len(rows) == len(cells)
+    by_cell = {(row["column"], row["method"]): row for row in rows}
+    for key, runs in summaries.items():
+        row = by_cell[key]
+        for reading in ("last", "mean_last_20", "best_on_test"):
+            for metric in ("bacc", "top1", "gm", "few"):
+                values = 100 * np.array([run[reading][metric] for run in runs])
+                assert float(row[f"{metric}_{reading}"]) == pytest.approx(values.mean(), abs=1e-4)
+                assert float(row[f"{metric}_{reading}_std"]) == pytest.approx(values.std(ddof=1), abs=1e-4)
+    row = by_cell["bacon-cifar10-inverse", "fixmatch+abc+bacon"]
+    assert row["bacc_last"] == "" and row["missing"].startswith("seed 0 not run")
+    assert (row["published"], row["published_selection"]) == ("83.8", "best, chosen on the test set")
+    assert by_cell["bacon-cifar10", "fixmatch+abc"]["seeds"] == "0 1"
+    runs = list(csv.DictReader(io.StringIO(runs_csv(results))))
+    assert len(runs) == sum(map(len, summaries.values()))
+    first = summaries["bacon-cifar10", "fixmatch"][0]
+    assert float(runs[0]["bacc_last"]) == first["last"]["bacc"] and runs[0]["split"] == "hash0"
+    assert float(runs[0]["gm_mean_last_20"]) == first["mean_last_20"]["gm"]
+
+
+def test_a_group_without_test_images_is_left_open(tmp_path):
+    table = Table("t", (Row("fixmatch", "fixmatch"),), (Column("digits"),))
+    cells = expand(table, [0], Options(), tmp_path)
+    rng = np.random.default_rng(0)
+    last = {name: 0.5 for name in METRICS} | {"few": None, "per_class": [0.25, None, 0.5, 1.0]}
+    write_run(cells[0].runs[0], rng, last=last)
+    (result,) = collect(cells, [])
+    (row,) = sections(markdown(table, [result], Options(), "c"))["digits"]
+    assert row["recall of the rarest third, last"] == "–" and row["bACC, last evaluation"] == "50.00"
+    assert result.recalls() == [0.25, None, 0.5, 1.0]
+
+
+def test_accuracy_picture_shows_the_numbers(filled):
+    table, _, cells, summaries = filled
+    results = collect(cells, [])
+    for column, num_bars in zip(table.columns, (3, 2)):
+        inside = [result for result in results if result.cell.column == column and result.summaries]
+        figure = figures.accuracies(table, inside, LIGHT)
+        assert to_png(figure).startswith(b"\x89PNG")
+        (axes,) = figure.axes
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        assert len(names) == len(axes.patches) == num_bars
+        low, high = axes.get_xlim()
+        for name, bar in zip(names, axes.patches):
+            values = [100 * run["last"]["bacc"] for run in summaries[column.name, name]]
+            assert bar.get_width() == pytest.approx(np.mean(values)) and low < np.mean(values) < high
+        (marks,) = (line for line in axes.lines if line.get_marker() == "D")
+        published_values = table.source.values[inside[0].cell.protocol]
+        assert list(marks.get_xdata()) == pytest.approx([published_values[name].mean for name in names])
+
+
+def test_recall_picture_averages_over_seeds(filled):
+    table, _, cells, summaries = filled
+    inside = [result for result in collect(cells, []) if result.cell.column == table.columns[0]]
+    image = figures.recalls(inside, LIGHT).axes[0].images[0].get_array()
+    expected = [
+        np.mean([run["last"]["per_class"] for run in summaries["bacon-cifar10", result.cell.row.name]], axis=0)
+        for result in inside
+    ]
+    np.testing.assert_allclose(image, expected)
+
+
+def test_no_picture_of_features_with_fewer_than_two_methods(tmp_path):
+    table = dataclasses.replace(TABLES["digits"], rows=TABLES["digits"].rows[:2])
+    cells = expand(table, [0], Options(), tmp_path)
+    assert figures.embeddings(collect(cells, []), "cpu", LIGHT) is None
