@@ -45,6 +45,22 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def resolve_precision(name: str, device: torch.device) -> str:
+    """'auto' -> bf16 on a device with bfloat16 arithmetic of its own, else fp32. Other names stay.
+
+    Raises ValueError for tf32 without a CUDA device.
+    """
+    if name == "tf32" and device.type != "cuda":
+        raise ValueError(f"precision: tf32 needs a CUDA device, found {device}; use fp32 or bf16")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    # torch computes bfloat16 on every CPU, but without these instructions slower than float32.
+    features = torch.cpu.get_capabilities()
+    return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
+
+
 def check_backend(config: Config, device: torch.device) -> None:
     """Raises ValueError when the losses of the method have no backend `config.loss_backend` on the device."""
     if config.loss_backend == "auto":
