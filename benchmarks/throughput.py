@@ -24,19 +24,20 @@ from pathlib import Path
 
 import torch
 from common import RESULTS, append_csv, median_ratio, package_version, peak_memory, print_table, provenance
-from throughput_arms import ARMS, OURS, Bench
+from throughput_arms import ARMS, OURS, Arm, Bench, with_several
 from throughput_counters import Counts, counter
 from throughput_gate import RedGateError, truth_of
 from throughput_picture import draw
 from throughput_problem import STEPS, Problem, decode_folder, make_config, make_trainer, prime, repeat_digits
-from throughput_step import StepArm, Stopwatch
+from throughput_step import StepArm, Stopwatch, synchronize
 
 from bacon_fast.engine.config import Config
+from bacon_fast.engine.graph import WARM_UP
 from bacon_fast.engine.trainer import Trainer
 
 COUNTED_STEPS = 4
 MINUTES = f"minutes_for_{STEPS}_steps"
-MEASURED = ("flags", "rounds", "steps_a_round", "steps_per_s", "slowest", "fastest", "ours_over_arm", MINUTES)
+MEASURED = ("flags", "runs", "rounds", "steps_a_round", "steps_per_s", "slowest", "fastest", "ours_over_arm", MINUTES)
 MEASURED += ("prepare_s", "peak_mb", "operations_a_step", "kernels_a_step", "launches_a_step", "host_syncs_a_step")
 MEASURED += ("gpu_busy",)
 
@@ -97,14 +98,14 @@ class Ready:
     rates: list[float] = dataclasses.field(default_factory=list)
 
 
-def prepare(key: str, bench: Bench, options: argparse.Namespace) -> Ready:
+def prepare(key: str, arms: dict[str, Arm], bench: Bench, options: argparse.Namespace) -> Ready:
     """Builds and gates an arm, counts its launches and synchronizations, and finds how many steps fill a slice."""
     held = 0
     if bench.cuda:
         torch.cuda.empty_cache()
         held = torch.cuda.memory_reserved()
     began = time.perf_counter()
-    arm = ARMS[key].build(bench)
+    arm = arms[key].build(bench)
     watch = Stopwatch(arm.device)
     arm.run(1, watch)
     seconds = time.perf_counter() - began
@@ -129,7 +130,7 @@ def run_rounds(ready: dict[str, Ready], rounds: int, deadline: float) -> None:
         for name in names[index % len(names) :] + names[: index % len(names)]:
             entry, watch = ready[name], Stopwatch(ready[name].arm.device)
             entry.arm.run(entry.steps, watch)
-            entry.rates.append(entry.steps / watch.seconds)
+            entry.rates.append(entry.arm.runs * entry.steps / watch.seconds)
         rates = "  ".join(f"{name} {entry.rates[-1]:.3g}" for name, entry in ready.items())
         print(f"round {index + 1}, steps/s: {rates}", flush=True)
 
@@ -151,11 +152,13 @@ def describe(options: argparse.Namespace, bench: Bench) -> dict:
     }
 
 
-def rows_of(bench: Bench, ready: dict[str, Ready], reasons: dict[str, str], shared: dict) -> list[dict]:
+def rows_of(
+    arms: dict[str, Arm], bench: Bench, ready: dict[str, Ready], reasons: dict[str, str], shared: dict
+) -> list[dict]:
     """A CSV row an arm."""
 
     def row(key: str) -> dict:
-        arm, entry = ARMS[key], ready.get(key)
+        arm, entry = arms[key], ready.get(key)
         values = {"arm": key, "name": arm.name, "precision": arm.precision(bench), "status": reasons.get(key, "timed")}
         values["workers"] = "+".join(map(str, arm.workers()))
         measured = dict.fromkeys(MEASURED, "")
@@ -168,6 +171,7 @@ def rows_of(bench: Bench, ready: dict[str, Ready], reasons: dict[str, str], shar
         median, counts = statistics.median(entry.rates), entry.counts or Counts(syncs=None)
         measured |= {
             "flags": str(entry.arm.flags),
+            "runs": entry.arm.runs,
             "rounds": len(entry.rates),
             "steps_a_round": entry.steps,
             "steps_per_s": round(median, 3),
@@ -204,6 +208,7 @@ def show(rows: list[dict]) -> None:
         if row["status"] != "timed":
             print(f"{row['arm']}  {row['name']}: {row['status']}")
     ratios = [f"{OURS}/{row['arm']} {row['ours_over_arm']}" for row in timed if row["arm"] in ("A", "B", "E")]
+    ratios += [f"{row['arm']}/{OURS} {1 / row['ours_over_arm']:.3g}" for row in timed if row["runs"] > 1]
     print("ratios within the rounds, median: " + ", ".join(ratios or ["none"]))
     print(f"minutes for {STEPS:,} steps are computed from the median, not measured")
 
@@ -217,12 +222,13 @@ def measure(options: argparse.Namespace, scratch: Path) -> None:
         return
     shared, ready, reasons = describe(options, bench), {}, {}
     print(", ".join(f"{name} {value}" for name, value in shared.items()), flush=True)
-    for key in options.arms:
-        if reason := ARMS[key].why_not(bench):
+    arms = with_several(options.concurrent)
+    for key in (*options.arms, *(arms.keys() - ARMS.keys())):
+        if reason := arms[key].why_not(bench):
             reasons[key] = f"skipped: {reason}"
         else:
             try:
-                ready[key] = prepare(key, bench, options)
+                ready[key] = prepare(key, arms, bench, options)
             except RedGateError as error:
                 reasons[key] = f"RED GATE, no speed: {error}"
             except Exception as error:  # a peer that fails leaves the others to be measured
@@ -235,7 +241,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> None:
                 print(f"   the host waits: {name}, {count / COUNTED_STEPS:g} a step", flush=True)
             print(counts.top, end="", flush=True)
     run_rounds(ready, options.rounds, deadline)
-    rows = rows_of(bench, ready, reasons, shared)
+    rows = rows_of(arms, bench, ready, reasons, shared)
     show(rows)
     out = options.out or RESULTS / f"throughput_{options.device}.csv"
     append_csv(out, rows)
@@ -250,7 +256,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> None:
 
 
 def full_run(options: argparse.Namespace, scratch: Path) -> None:
-    """A whole run of our trainer: evaluations, log rows and checkpoints included, building and first step apart."""
+    """A whole run of our trainer: evaluations, log rows and checkpoints included, what happens only once apart."""
     config = dataclasses.replace(
         config_of(options, scratch),
         steps=options.full_run,
@@ -260,14 +266,15 @@ def full_run(options: argparse.Namespace, scratch: Path) -> None:
     )
     began = time.perf_counter()
     trainer = Trainer(config)
-    trainer.train_step()
+    first = WARM_UP + 3  # the step before the contrastive loss, those that warm a graph up, the one that captures it
+    for _ in range(first):
+        trainer.train_step()
+    synchronize(trainer.device)
+    prepare_seconds = time.perf_counter() - began
     watch = Stopwatch(trainer.device)
     with watch:
-        pass
-    prepare_seconds = time.perf_counter() - began
-    with watch:
         summary = trainer.fit()
-    steps = options.full_run - 1
+    steps = options.full_run - first
     row = provenance(options.device) | {
         "load_before": round(os.getloadavg()[0], 2),
         "note": options.note,
@@ -297,6 +304,7 @@ def main() -> None:
     parser.add_argument("--backbone", help="wrn-DEPTH-WIDTH; default wrn-10-1 on a CPU, wrn-28-2 on a GPU")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), help="of C and on; default fp32, bf16")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
+    parser.add_argument("--concurrent", type=int, default=0, metavar="N", help="also N runs of ours at once on a GPU")
     parser.add_argument("--compile", action="store_true", help="arm E on a CPU too")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slice", type=float, default=4.0, help="seconds of an arm in a round")

@@ -4,18 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from throughput_gate import Truth, check_timed, check_trainer, check_usb_style, check_vectorized, split
 from throughput_loaders import AS_SHIPPED, Loaders, ample_workers
+from throughput_ours import SeveralTrainersStep, TrainerStep
 from throughput_peers import UsbStyleStep
 from throughput_problem import Problem, State, make_trainer
-from throughput_step import Flags, StepArm
+from throughput_step import StepArm
 from throughput_usb import UsbArm
 from throughput_usb import why_not as why_not_usb
 from throughput_vectorized import NAMES, DeviceBatches, VectorizedStep
-from torch import Tensor
 
-from bacon_fast.engine.trainer import Trainer
 from bacon_fast.methods.outputs import Batch
 
 OURS = "F"
@@ -49,20 +47,6 @@ class Bench:
             with arm.flags.applied():
                 losses = first_losses(self.truth.batches[0])
             check_timed(losses, self.truth, precision)
-
-
-class TrainerStep(StepArm):
-    """bacon_fast's own trainer, with what its loop does between two log rows."""
-
-    def __init__(self, trainer: Trainer, state: State) -> None:
-        self.trainer, self.device, self.flags = trainer, trainer.device, Flags.present()
-        state.load(trainer)
-        self.window: Tensor | None = None
-
-    def step(self) -> None:
-        losses, stats = self.trainer.train_step()
-        values = torch.stack([value.float() for value in (*losses.values(), *stats.values())])
-        self.window = values if self.window is None else self.window + values
 
 
 @dataclass(frozen=True)
@@ -99,17 +83,21 @@ def _vectorized(bench: Bench, batches: Loaders | DeviceBatches, compiled: bool =
 
 
 def _trainer(bench: Bench, precision: str) -> StepArm:
-    def trainer(**changes: str) -> Trainer:
-        return make_trainer(bench.problem.config, bench.scratch, **changes)
+    def arm(**changes: str) -> TrainerStep:
+        return TrainerStep(make_trainer(bench.problem.config, bench.scratch, **changes), bench.state)
 
-    ours = trainer(precision=precision)
-    arm = TrainerStep(ours, bench.state)
+    ours = arm(precision=precision)
     if bench.truth is not None:
         for name in dict.fromkeys(("fp32", precision)):
-            reference = trainer(loss_backend="reference", precision="fp32")
-            checked = ours if name == precision else trainer(precision=name)
-            check_trainer(checked, reference, bench.state, name)
-    return arm
+            reference = arm(loss_backend="reference", precision="fp32", graph="off")
+            check_trainer(ours if name == precision else arm(precision=name), reference, bench.state, name)
+    return ours
+
+
+def _several(bench: Bench, runs: int) -> StepArm:
+    config = bench.problem.config
+    trainers = [make_trainer(config, bench.scratch, precision=bench.precision, seed=seed) for seed in range(runs)]
+    return SeveralTrainersStep(trainers, bench.state)
 
 
 def _why_not_ample(bench: Bench) -> str | None:
@@ -170,3 +158,14 @@ ARMS: dict[str, Arm] = {
         lambda bench: None if bench.cuda else "TF32 is a precision of GPUs",
     ),
 }
+
+
+def with_several(runs: int) -> dict[str, Arm]:
+    """`ARMS`, and the arm of so many runs at once, if it is more than one."""
+    several = Arm(
+        f"bacon_fast, {runs} runs at once, steps of all",
+        lambda bench: _several(bench, runs),
+        _same,
+        lambda bench: None if bench.cuda else "runs share a GPU, not a CPU",
+    )
+    return ARMS | ({f"{OURS}x{runs}": several} if runs > 1 else {})

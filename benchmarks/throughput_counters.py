@@ -102,7 +102,7 @@ class ProfilerCounter(AbstractContextManager):
     def __enter__(self) -> "ProfilerCounter":
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         torch.cuda.synchronize()
-        self.profile = torch.profiler.profile(activities=activities)
+        self.profile = torch.profiler.profile(activities=activities, acc_events=True)
         self.profile.__enter__()
         self.stack = ExitStack()
         self.warned = self.stack.enter_context(warnings.catch_warnings(record=True))
@@ -138,7 +138,8 @@ def count_events(events: Iterable) -> Counts:
             counts.wait(event.name)
         counts.launches += event.name.startswith(LAUNCHING_CALLS)
     for event in events:
-        if event.device_type == torch.autograd.DeviceType.CUDA and event.name != RANGE:
+        # A range of the host, such as the optimizer's step, appears a second time on the device.
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
             counts.kernels += 1
             counts.device_seconds += (event.time_range.end - event.time_range.start) / 1e6
     return counts

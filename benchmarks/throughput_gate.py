@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import torch
 from throughput_loaders import HostBatch
+from throughput_ours import TrainerStep
 from throughput_peers import UsbStyleStep
 from throughput_problem import Named, Problem, State, random_batch
 from throughput_step import Flags
 from throughput_vectorized import NAMES, VectorizedStep
 from torch import Tensor
 
+from bacon_fast.engine.graph import WARM_UP
 from bacon_fast.engine.trainer import Trainer
 from bacon_fast.methods.outputs import Batch
 from bacon_fast.reference.heads import bernoulli
@@ -157,22 +159,30 @@ def check_timed(losses: dict[str, float], truth: Truth, precision: str) -> None:
     _compare_losses(f"in {precision}", found, truth.losses[0], TOLERANCES[precision])
 
 
-def check_trainer(ours: Trainer, reference: Trainer, state: State, precision: str) -> None:
-    """Arm F against the reference, both as trainers: three steps of their own batches, which are the same."""
+def check_trainer(ours: TrainerStep, reference: TrainerStep, state: State, precision: str) -> None:
+    """Arm F against the reference, both as trainers: three steps of their own batches, which are the same.
+
+    On a GPU these are replays of a graph: a trainer's first steps, before it captures one, come before the state.
+    """
+
+    def losses_of(arm: TrainerStep) -> dict[str, float]:
+        with arm.flags.applied():
+            losses, _ = arm.trainer.train_step()
+        return {name: value.item() for name, value in losses.items()}
+
     exact = precision == "fp32"
-    for trainer in (ours, reference):
-        state.load(trainer)
+    for arm in (ours, reference):
+        for _ in range(WARM_UP + 1 if arm.device.type == "cuda" else 0):
+            losses_of(arm)
+        state.load(arm.trainer)
     for k in range(STEPS):
-        results = []
-        for trainer in (ours, reference):
-            losses, _ = trainer.train_step()
-            results.append({name: value.item() for name, value in losses.items()})
+        results = [losses_of(ours), losses_of(reference)]
         if not exact:
             results[0] = {name: value for name, value in results[0].items() if name not in DRAWN}
         tolerance = (1e-4 if k == 0 else 1e-2) if exact else TOLERANCES[precision] * (1 + k)
         _compare_losses(f"step {k}, {precision}", results[0], results[1], tolerance)
     if exact:
-        found, expected = State.of(ours), State.of(reference)
+        found, expected = State.of(ours.trainer), State.of(reference.trainer)
         _compare("network", found.network, expected.network, 1e-2)
         _compare("bank", {"centers": found.bank["centers"]}, {"centers": expected.bank["centers"]}, 1e-2)
 

@@ -14,7 +14,7 @@ from loss_arms import bacon_class_loop
 from throughput_loaders import HostBatch, Loaders, on_device
 from throughput_network import PlainNetwork
 from throughput_problem import Problem, State
-from throughput_step import Flags, StepArm
+from throughput_step import Flags, StepArm, synchronize
 from torch import Tensor, nn
 
 # The masks' two streams; a gate replaces the draws by those of our method.
@@ -119,14 +119,10 @@ class UsbStyleStep(StepArm):
     def step(self) -> dict[str, float]:
         return self.update(self.loaders.next())
 
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def update(self, batch: HostBatch, draw: Callable[[Tensor, int], Tensor] = bernoulli) -> dict[str, float]:
         """The step on a batch, ``draw(probability [n], stream)`` giving ABC's masks. Returns the losses."""
         config, network = self.config, self.network
-        self._synchronize()
+        synchronize(self.device)
         batch = on_device(batch, self.device)
         labels, sizes = batch.labels, [len(batch.labels), len(batch.unlabeled_slots), len(batch.unlabeled_slots)]
 
@@ -154,7 +150,7 @@ class UsbStyleStep(StepArm):
         total.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._synchronize()
+        synchronize(self.device)
         self.average.update()
         self.completed += 1
         return {

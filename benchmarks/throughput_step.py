@@ -53,12 +53,14 @@ class StepArm:
         flags: torch's switches while it runs.
         warmup: untimed steps at the start of a slice; at least the batches that its loaders hold ready.
         compiled: by torch.compile.
+        runs: training runs that a step serves.
     """
 
     device: torch.device
     flags: Flags = Flags()
     warmup: int = 3
     compiled: bool = False
+    runs: int = 1
 
     def start(self) -> None:
         """Before the first step of a slice."""
@@ -84,20 +86,23 @@ class StepArm:
                 self.stop()
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits until the device is idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Stopwatch(AbstractContextManager):
     """Seconds between entering and leaving, with the device idle at both."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, 0.0
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def __enter__(self) -> "Stopwatch":
-        self.began = self._now()
+        synchronize(self.device)
+        self.began = time.perf_counter()
         return self
 
     def __exit__(self, *_) -> None:
-        self.seconds = self._now() - self.began
+        synchronize(self.device)
+        self.seconds = time.perf_counter() - self.began

@@ -1,0 +1,48 @@
+"""Arm F: bacon_fast's own trainer, one run or several at once."""
+
+from contextlib import ExitStack
+
+import torch
+from throughput_problem import State
+from throughput_step import Flags, StepArm
+
+from bacon_fast.engine.trainer import Trainer
+
+
+class TrainerStep(StepArm):
+    """The steps that `Trainer.fit` makes, without what is due between them (throughput.py --full-run has that too).
+
+    Args:
+        trainer: just built: the flags that its constructor set are those of its steps.
+        state: to begin from.
+    """
+
+    def __init__(self, trainer: Trainer, state: State) -> None:
+        self.trainer, self.device, self.flags = trainer, trainer.device, Flags.present()
+        state.load(trainer)
+        self.stack = ExitStack()
+
+    def start(self) -> None:
+        self.stack.enter_context(self.trainer.on_stream())
+
+    def stop(self) -> None:
+        self.stack.close()
+
+    def step(self) -> None:
+        self.trainer.train_step()
+
+
+class SeveralTrainersStep(StepArm):
+    """A step of each of several runs, which share the GPU, each on its own stream."""
+
+    def __init__(self, trainers: list[Trainer], state: State) -> None:
+        self.trainers, self.device, self.flags = trainers, trainers[0].device, Flags.present()
+        self.runs = len(trainers)
+        for trainer in trainers:
+            state.load(trainer)
+
+    def step(self) -> None:
+        for trainer in self.trainers:
+            # On its stream already, a trainer waits for nothing that the others do.
+            with torch.cuda.stream(trainer.stream):
+                trainer.train_step()
