@@ -128,10 +128,11 @@ def expand(table: Table, seeds: Sequence[int], options: Options, out: Path) -> l
 
 
 def _cell(row: Row, column: Column, seeds: Sequence[int], options: Options, out: Path) -> Cell:
-    overrides = {**column.overrides, **row.overrides, **row.per_column.get(column.name, {})}
+    known = row.method in METHODS  # what a row changes may be fields of its own method
+    overrides = {**row.overrides, **row.per_column.get(column.name, {})} if known else {}
     config = _config(column, overrides, options)
     protocol = None if split_overrides(config) or config.split else config.protocol
-    if row.method not in METHODS:
+    if not known:
         return Cell(row, column, protocol, (), f"method {row.method} is not in this version")
     folder = out / "runs" / column.name
     runs = [
@@ -142,8 +143,9 @@ def _cell(row: Row, column: Column, seeds: Sequence[int], options: Options, out:
 
 
 def _config(column: Column, overrides: Mapping[str, object], options: Options) -> Config:
-    """The column's preset with the overrides, then the options; the last one given wins."""
-    config = dataclasses.replace(PRESETS[column.preset].config, device=options.device, report=False, **overrides)
+    """The column's preset with its and the row's overrides, then the options; the last one given wins."""
+    fields = {"device": options.device, "report": False, **column.overrides, **overrides}
+    config = dataclasses.replace(PRESETS[column.preset].config, **fields)
     if options.dataset is not None:
         config = dataclasses.replace(config, dataset=options.dataset)
     if options.data_dir is not None:

@@ -30,6 +30,7 @@ class Source:
         selection: which evaluation was reported.
         seeds: runs per number; None: not stated.
         deviation: what its ± is; None: not stated.
+        note: what else keeps its numbers apart from ours.
         values: protocol -> method -> Value.
     """
 
@@ -42,6 +43,7 @@ class Source:
     deviation: str | None
     values: Mapping[str, Mapping[str, Value]]
     base_schedule: str | None = None
+    note: str | None = None
 
     def schedule_of(self, method: str) -> str:
         """Learning rates of the runs of a method."""
@@ -59,7 +61,12 @@ def _columns(protocols: tuple[str, ...], rows: Mapping[str, tuple]) -> dict[str,
     return table
 
 
-BACON_RECIPE = {
+# methods.md H: BaCon's baselines are USB's files.
+_USB_ERRORS = (
+    "The published numbers of DASO, DebiasPL, CReST and CoSSL are those of USB's code, with errors that ours does not "
+    "repeat unless told to (--set usb_compat=true)."
+)
+_BACON_RECIPE = {
     "metric": "bacc",
     "steps": "300,000 steps",
     "schedule": "constant",
@@ -67,11 +74,12 @@ BACON_RECIPE = {
     "selection": "best, chosen on the test set",
     "seeds": None,
     "deviation": None,
+    "note": _USB_ERRORS,
 }
 
 BACON_TABLE_1 = Source(
     title="BaCon (AAAI 2024), Table 1, through a secondary registry",
-    **BACON_RECIPE,
+    **_BACON_RECIPE,
     values=_columns(
         ("bacon-cifar10-100", "bacon-cifar100-20", "bacon-stl10-10"),
         {
@@ -97,7 +105,7 @@ BACON_TABLE_1 = Source(
 
 BACON_TABLE_2 = Source(
     title="BaCon (AAAI 2024), Table 2, through a secondary registry",
-    **BACON_RECIPE,
+    **_BACON_RECIPE,
     values=_columns(
         ("bacon-cifar10-100", "bacon-cifar10-100-inverse", "bacon-cifar10-150", "bacon-cifar10-150-inverse"),
         {
@@ -119,6 +127,7 @@ USB = Source(
     selection="best, chosen on the test set",
     seeds=None,
     deviation=None,
+    note=_USB_ERRORS,
     values=_columns(
         ("usb-cifar10-1500-100", "usb-cifar10-1500-100-inverse", "usb-cifar10-1500-150", "bacon-stl10-10"),
         {
@@ -146,7 +155,7 @@ SSCL = Source(
     seeds=5,
     deviation="of 5 folds",
     values=_columns(
-        ("sscl-cifar10-40", "sscl-cifar10-250", "sscl-cifar10-4000"),
+        ("balanced-cifar10-40", "balanced-cifar10-250", "balanced-cifar10-4000"),
         {
             "sscl": ((10.29, 2.61), (5.12, 0.41), (4.51, 0.13)),
             "fixmatch": ((13.81, 3.37), (5.07, 0.65), (4.26, 0.05)),

@@ -19,7 +19,9 @@ from bacon_fast.reproduce.matrix import Run
 from bacon_fast.reproduce.slots import Slot
 
 # What decides the speed. Runs that agree in all of it are measured once.
-FIELDS = ("method", "dataset", "image_size", "backbone", "batch_size", "unlabeled_ratio", "precision", "compile")
+FIELDS = (
+    "method", "dataset", "image_size", "backbone", "batch_size", "unlabeled_ratio", "precision", "compile", "graph",
+)  # fmt: skip
 # A measurement ends with its third log row, after a second at least, and with its second after a minute.
 LOG_EVERY, ROWS = 10, 3
 MEASURED_SECONDS, LONGEST_SECONDS = 1.0, 60.0

@@ -41,6 +41,8 @@ def caveats(table: Table, options: Options) -> list[str]:
     if options.settings:
         changed = ", ".join(f"{name} = {value}" for name, value in options.settings.items())
         notes.append(f"Changed in every run: {changed}.")
+    if table.source is not None and table.source.note is not None:
+        notes.append(table.source.note)
     return notes
 
 
