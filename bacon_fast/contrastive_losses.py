@@ -108,7 +108,7 @@ def sup_con_loss(
     if weights is not None:
         weight[labels.shape[0] - weights.shape[0] :] = weights.detach()
     if prototypes is not None:
-        weight[:num_classes] = prototype_weight
+        weight[:num_classes].fill_(prototype_weight)
     row_loss = run(
         features,
         None,
