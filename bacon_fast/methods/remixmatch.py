@@ -81,10 +81,9 @@ class ReMixMatch(Method):
         labeled, strong, _, weak = batch.images.split(rows)
         images, batch = gather_views(batch.images, *sizes), gather_batch(batch)
 
-        # 1 and 2: targets from the weak views. The pass is detached rather than under no_grad: autocast keeps the cast
-        # weights of a pass, and those made under no_grad would have no gradient in the passes that follow.
-        with frozen_statistics(self.network):
-            weak_out = [None if part is None else part.detach() for part in self.network(weak)]
+        # 1 and 2: targets from the weak views.
+        with torch.no_grad(), frozen_statistics(self.network):
+            weak_out = self.network(weak)
         probabilities = _wide(gather_views(weak_out[1], 0, rows)).softmax(1)
         targets = self.alignment(probabilities) ** (1 / self.sharpening)
         targets = targets / targets.sum(1, keepdim=True)

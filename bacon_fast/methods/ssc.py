@@ -59,8 +59,9 @@ class SSC(Method):
             mask = confidence >= self.threshold
             own_labels = logits.shape[1] + torch.arange(count, device=logits.device)
             strong_labels = torch.where(mask, pseudo_labels, own_labels)
-            strong_weights = mask * (self.lambda_up - self.lambda_down) + self.lambda_down
-            weights = torch.cat([torch.ones(batch.num_labeled, device=logits.device), strong_weights, strong_weights])
+            up, down = logits.new_full((), self.lambda_up), logits.new_full((), self.lambda_down)
+            strong_weights = torch.where(mask, up, down)
+            weights = torch.cat([logits.new_ones(batch.num_labeled), strong_weights, strong_weights])
 
         loss = functional.sup_con_loss(
             torch.cat([labeled, strong]),

@@ -289,7 +289,7 @@ def test_the_step_is_static(parts):
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_autocast_keeps_the_gradients_of_all_passes(half):
-    """A first pass under no_grad would leave autocast's cast weights without graph for the passes that follow."""
+    """The weights that autocast casts for the first pass, under no_grad, must not serve the passes that follow."""
     gradients, losses = [], []
     for enabled in (False, True):
         method = build("abc", "bacon", dtype=torch.float32)
