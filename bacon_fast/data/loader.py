@@ -1,9 +1,9 @@
-"""Which samples a step sees: shuffled epochs as a pure function of (seed, step)."""
+"""Which samples a step sees: shuffled epochs, or class-balanced draws, as a pure function of (seed, step)."""
 
 import torch
 from torch import Tensor, nn
 
-from bacon_fast.data.philox import check_seed, philox
+from bacon_fast.data.philox import check_seed, philox, to_range
 
 
 class IndexSampler(nn.Module):
@@ -67,3 +67,40 @@ class IndexSampler(nn.Module):
         # Moving to another device may leave the buffer's content behind (to_empty): fill it again when it is needed.
         self.first_epoch = None
         return super()._apply(fn, recurse)
+
+
+class ClassBalancedSampler(nn.Module):
+    """Batches of positions 0..n-1, with replacement: first a class, uniformly, then one of its samples, uniformly.
+
+    A draw is a Philox counter of (seed, step, stream, row of the batch). Classes without a sample are not drawn.
+
+    Args:
+        labels: int64 [n], class of each sample, n at least 1.
+        batch_size: samples per step, at least 1.
+        seed: integer in [0, 2^64).
+        stream: a `Stream`.
+    """
+
+    def __init__(self, labels: Tensor, batch_size: int, seed: int, stream: int) -> None:
+        super().__init__()
+        for name, value in (("labels", len(labels)), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, found {value}")
+        check_seed(seed)
+        self.batch_size, self.seed, self.stream = batch_size, seed, int(stream)
+        counts = labels.bincount()
+        counts = counts[counts > 0]
+        self.register_buffer("order", labels.argsort(stable=True), persistent=False)  # class after class
+        self.register_buffer("counts", counts, persistent=False)
+        self.register_buffer("starts", counts.cumsum(0) - counts, persistent=False)
+
+    def indices(self, step: int) -> Tensor:
+        """Positions of the batch of `step` (0-based): int64 [batch_size], on the sampler's device."""
+        return self.batch(torch.tensor(step, device=self.order.device))
+
+    def batch(self, step: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Positions of the batch of `step`, 0-d int64 on the sampler's device, or its part `rows`."""
+        slots = torch.arange(self.batch_size, device=self.order.device)[rows]
+        words = philox(self.seed, step, self.stream, slots, 2)
+        classes = to_range(words[:, 0], len(self.counts))
+        return self.order[self.starts[classes] + to_range(words[:, 1], self.counts[classes])]

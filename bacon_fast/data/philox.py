@@ -35,6 +35,9 @@ class Stream(IntEnum):
     SSCL_MIXTURE = 14
     SIMCLR = 15
     SSCL_SHUFFLE = 16
+    SAMPLER_BALANCED = 17
+    COSSL_BLEND = 18
+    COSSL_WARMUP = 19
 
 
 def philox(seed: int, step: int | Tensor, view: int, slot: Tensor, words: int) -> Tensor:

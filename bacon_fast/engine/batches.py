@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bacon_fast.data.augment import Augment, ViewRequest
 from bacon_fast.data.datasets import ImageDataset
-from bacon_fast.data.loader import IndexSampler
+from bacon_fast.data.loader import ClassBalancedSampler, IndexSampler
 from bacon_fast.data.longtail import Split
 from bacon_fast.data.philox import Stream
 from bacon_fast.data.pool import HostPool, Window, resident
@@ -28,6 +28,7 @@ class Batches:
     Args:
         config, split, dataset, device: of the run.
         unlabeled_views: "weak" or "strong" for each view of the unlabeled rows; empty: labeled images only.
+        balanced_view: also makes strong views of labeled images drawn class by class.
 
     Attributes:
         pool: uint8 [M, H, W, 3]: the training images, then the unlabeled ones; indexed by rows int64 [n], it gives
@@ -45,10 +46,12 @@ class Batches:
         dataset: ImageDataset,
         device: torch.device,
         unlabeled_views: tuple[str, ...],
+        balanced_view: bool = False,
     ) -> None:
         if unlabeled_views and not len(split.unlabeled):
             raise ValueError(f"method: {config.method} needs unlabeled images, and the split holds none")
         self.config, self.device, self.unlabeled_views = config, device, unlabeled_views
+        self.balanced_view = balanced_view
         mapped = config.images == "mapped"
         self.pool = HostPool(dataset.pool(), device) if mapped else resident(dataset.pool(), device)
         known = torch.full((len(self.pool),), -1, dtype=torch.int64)
@@ -78,7 +81,12 @@ class Batches:
         self.labeled_sampler = IndexSampler(
             len(labeled), self.config.batch_size, self.config.seed, Stream.SAMPLER_LABELED
         ).to(self.device)
-        self._host: list[tuple[Tensor, IndexSampler]] | None = None
+        self.balanced_sampler = None
+        if self.balanced_view:
+            self.balanced_sampler = ClassBalancedSampler(
+                labels, self.config.batch_size, self.config.seed, Stream.SAMPLER_BALANCED
+            ).to(self.device)
+        self._host: list[tuple[Tensor, IndexSampler | ClassBalancedSampler]] | None = None
 
     def prepare(self, step: int) -> None:
         """What the host does before the batch of `step` can be made: nothing, unless an epoch begins or the images are
@@ -91,9 +99,13 @@ class Batches:
             self.window.load(self._rows_on_host(step), step)
 
     def _rows_on_host(self, step: int) -> Tensor:
-        """Rows of the pool in this rank's batch of `step`, labeled ones first: int64 on the CPU."""
+        """Rows of the pool in this rank's batch of `step`, labeled, unlabeled, class-balanced: int64 on the CPU."""
         if self._host is None:  # the host's own copies: it must not wait for the device to know the rows
-            parts = ((self.labeled, self.labeled_sampler), (self.unlabeled, self.unlabeled_sampler))
+            parts = (
+                (self.labeled, self.labeled_sampler),
+                (self.unlabeled, self.unlabeled_sampler),
+                (self.labeled, self.balanced_sampler),
+            )
             self._host = [(rows.cpu(), copy.deepcopy(sampler).cpu()) for rows, sampler in parts if sampler is not None]
         return torch.cat([rows[s.indices(step)[own_part(s.batch_size)]] for rows, s in self._host])
 
@@ -119,7 +131,25 @@ class Batches:
                 strong = view == "strong"
                 stream = next(strong_streams) if strong else Stream.UNLABELED_WEAK
                 requests.append(ViewRequest(unlabeled, stream, strong, part.start))
+        balanced_labels = None
+        if self.balanced_sampler is not None:
+            part = own_part(self.balanced_sampler.batch_size)
+            balanced_slots = self.balanced_sampler.batch(step, part)
+            balanced, balanced_labels = self.labeled[balanced_slots], self.labels[balanced_slots]
+            if self.window is not None:  # behind the others
+                first = len(labeled_slots) + len(unlabeled_slots)
+                balanced = first + torch.arange(len(balanced_slots), device=self.device)
+            requests.append(ViewRequest(balanced, Stream.LABELED_STRONG, strong=True, first_slot=part.start))
         images = self.augment.views(pool, requests, self.config.seed, step, channels_last=self.config.channels_last)
+        balanced_images = None
+        if balanced_labels is not None:
+            images, balanced_images = images.split([len(images) - len(balanced_labels), len(balanced_labels)])
         return Batch(
-            images, self.labels[labeled_slots], labeled_slots, unlabeled_slots, self.true_labels[unlabeled_slots]
+            images,
+            self.labels[labeled_slots],
+            labeled_slots,
+            unlabeled_slots,
+            self.true_labels[unlabeled_slots],
+            balanced_images,
+            balanced_labels,
         )

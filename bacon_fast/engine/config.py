@@ -25,6 +25,7 @@ MethodName = Literal[
     "fixmatch+darp",
     "fixmatch+crest",
     "fixmatch+crest+pda",
+    "fixmatch+cossl",
     "remixmatch",
     "remixmatch+abc",
     "remixmatch+bacon",
@@ -254,8 +255,12 @@ class Config:
     """CReST: the fraction of pseudo-labels taken from a class is a ratio of counts to the power 1/alpha."""
     crest_t_min: float = 0.5
     """CReST+: exponent of the aligned distribution in the last generation; 1 in the first."""
+    cossl_start: float = 0.8
+    """CoSSL: fraction of the run after which the teacher head labels; 0.8 (its authors), 0.2 (BaCon's runs)."""
+    cossl_lambda: float = 0.6
+    """CoSSL: lambda_0, the least share of the labeled image's feature in a blend."""
     usb_compat: bool = False
-    """Reproduce the errors of USB's code that published numbers contain, in DebiasPL, DASO and CReST."""
+    """Reproduce the errors of USB's code that published numbers contain, in DebiasPL, DASO, CReST and CoSSL."""
 
     # --- SsCL (methods.md F; arXiv 2105.07387) -----------------------------------------------------------------------
     sscl_queue: int = 4096
@@ -360,10 +365,11 @@ class Config:
 
     def _check_balancers(self) -> None:
         """Settings of methods.md H."""
-        for name in ("daso_start", "darp_start"):
+        for name in ("daso_start", "darp_start", "cossl_start"):
             _require(0 <= getattr(self, name) < 1, name, "a number from 0 to below 1", getattr(self, name))
         _require(self.crest_generations >= 1, "crest_generations", "an integer of at least 1", self.crest_generations)
-        _require(0 <= self.crest_t_min <= 1, "crest_t_min", "a number between 0 and 1", self.crest_t_min)
+        for name in ("crest_t_min", "cossl_lambda"):
+            _require(0 <= getattr(self, name) <= 1, name, "a number between 0 and 1", getattr(self, name))
         for name in ("daso_t_dist", "crest_alpha"):
             _require(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
 

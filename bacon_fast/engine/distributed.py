@@ -227,11 +227,12 @@ def leader_first(work: Callable[[], T]) -> T:
 
 
 @torch.no_grad()
-def copy_from_main(module: nn.Module) -> None:
-    """Makes all parameters and buffers of `module` those of rank 0, bit for bit."""
+def copy_from_main(*modules: nn.Module) -> None:
+    """Makes all parameters and buffers of the modules those of rank 0, bit for bit."""
     if num_ranks() > 1:
-        for tensor in (*module.parameters(), *module.buffers()):
-            dist.broadcast(tensor, src=0)
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor, src=0)
 
 
 @torch.no_grad()

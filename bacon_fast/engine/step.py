@@ -76,7 +76,8 @@ class TrainStep:
             output = self.forward(batch, self.counter, phase)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(output.total).backward()
-        self.rate.copy_(learning_rate_tensor(config.lr_schedule, config.lr, self.counter, config.steps))
+        schedule = self.method.schedule(self.counter, config.steps)
+        self.rate.copy_(learning_rate_tensor(config.lr_schedule, config.lr, *schedule))
         for group in self.optimizer.param_groups:  # here, as a checkpoint may have brought another rate
             group["lr"] = self.rate
         self.scaler.step(self.optimizer, average=self.ema.pairs(self.method.network))

@@ -161,7 +161,7 @@ class Trainer:
         self.method = method.to(self.device, memory_format=memory_format)
         if config.sync_batchnorm and distributed.num_ranks() > 1:
             synchronize(self.method)
-        self.batches = Batches(config, split, self.dataset, self.device, method.unlabeled_views)
+        self.batches = Batches(config, split, self.dataset, self.device, method.unlabeled_views, method.balanced_view)
         bank = None if method.regularizer is None else method.regularizer.bank
         self.diagnostics = Diagnostics(self.dataset.num_classes, bank).to(self.device)
         self.meter = Meter(self.device)
@@ -272,7 +272,7 @@ class Trainer:
     def _refresh(self) -> None:
         self._share_statistics()
         new = self.method.refresh(self._refresh_context())
-        distributed.copy_from_main(self.method)  # sums on a device may differ in their last bits
+        distributed.copy_from_main(self.method, self.ema)  # sums on a device may differ in their last bits
         if self.graphed is not None:
             self.graphed.drop()
         if new is not None:

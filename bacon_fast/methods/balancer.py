@@ -69,6 +69,11 @@ class Balancer(nn.Module):
         self._networks = (network, averaged)
 
     @property
+    def network(self) -> nn.Module:
+        """The online network of the run."""
+        return self._networks[0]
+
+    @property
     def averaged(self) -> nn.Module:
         """The averaged network of the run."""
         return self._networks[1]

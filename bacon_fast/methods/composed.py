@@ -52,6 +52,7 @@ class ComposedMethod(Method):
         super().__init__(network)
         self.base, self.regularizer, self.balancer = base, regularizer, balancer
         self.steps, self.lambda_con, self.contrast_start = steps, lambda_con, contrast_start
+        self.balanced_view = balancer is not None and balancer.balanced_view
         if isinstance(base, Supervised):
             self.unlabeled_views = ()
 

@@ -67,11 +67,13 @@ def own_views(rows: Tensor, num_labeled: int, num_unlabeled: int) -> Tensor:
 
 
 def gather_batch(batch: Batch) -> Batch:
-    """The batch with labels, slots and true labels of all ranks; `images` stay those of this rank."""
+    """The batch with labels, slots and true labels of all ranks; images stay those of this rank."""
     ranks = num_ranks()
     if ranks == 1:
         return batch
-    fields = ("labels", "labeled_slots", "unlabeled_slots", "true_labels")
+    fields = ["labels", "labeled_slots", "unlabeled_slots", "true_labels"]
+    if batch.balanced_labels is not None:
+        fields.append("balanced_labels")
     own = [getattr(batch, name) for name in fields]
     columns = _gather(torch.cat(own)).view(ranks, -1).split([len(part) for part in own], dim=1)
     return dataclasses.replace(batch, **{name: part.flatten() for name, part in zip(fields, columns, strict=True)})

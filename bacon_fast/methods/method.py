@@ -52,10 +52,12 @@ class Method(nn.Module):
     Attributes:
         network: what is averaged and evaluated; has `predict(images) -> (features, logits)`.
         unlabeled_views: "weak" or "strong", one entry for each view of the U unlabeled rows; empty: a supervised step.
+        balanced_view: the batch also holds B labeled images drawn class by class, strongly augmented.
         regularizer: BaCon's loss, where the method has one; its class temperatures are reported.
     """
 
     unlabeled_views: tuple[str, ...] = ("weak", "strong")
+    balanced_view: bool = False
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -69,7 +71,7 @@ class Method(nn.Module):
 
     @property
     def averaged(self) -> nn.Module:
-        """The averaged network (EMA) of the run; read only."""
+        """The averaged network (EMA) of the run; read only within a step."""
         return self._averaged[0]
 
     @property

@@ -12,6 +12,9 @@ class Batch:
 
     labels int64 [B]; labeled_slots int64 [B] and unlabeled_slots int64 [U], positions in the two sets of the split;
     true_labels int64 [U], -1 where unknown, for diagnostics only. A supervised batch has U = 0 and no views.
+
+    balanced_images [B, 3, H, W], strong views of labeled images drawn class by class, with balanced_labels int64 [B],
+    for methods with a `balanced_view`.
     """
 
     images: Tensor
@@ -19,6 +22,8 @@ class Batch:
     labeled_slots: Tensor
     unlabeled_slots: Tensor
     true_labels: Tensor
+    balanced_images: Tensor | None = None
+    balanced_labels: Tensor | None = None
 
     @property
     def num_labeled(self) -> int:

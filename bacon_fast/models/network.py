@@ -33,3 +33,25 @@ class Network(nn.Module):
         """Features [N,F] and logits [N,K] of the head that evaluation uses (methods.md C, E.7)."""
         features, logits, balanced = self(images)
         return features, logits if balanced is None else balanced
+
+
+class TeacherNetwork(Network):
+    """Network whose balanced head is CoSSL's teacher: no part of the forward pass, and predicting once it is ready.
+
+    Buffers:
+        teacher_ready: 0-d bool, whether the balanced head predicts; before, the main head does.
+    """
+
+    def __init__(self, backbone: str, num_classes: int, *, bn_momentum: float) -> None:
+        super().__init__(backbone, num_classes, balanced_head=True, bn_momentum=bn_momentum)
+        self.register_buffer("teacher_ready", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, None]:
+        """images [N,3,H,W] -> features [N,F], main logits [N,K], None."""
+        features = self.backbone(images)
+        return features, self.head(features), None
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features, logits, _ = self(images)
+        return features, torch.where(self.teacher_ready, self.balanced_head(features), logits)

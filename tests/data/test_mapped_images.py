@@ -146,7 +146,9 @@ def test_batches_are_those_of_resident_images(tmp_path, views):
     for images in ("memory", "mapped"):
         dataset = load(tmp_path, mapped=images == "mapped")
         split = make_split(dataset, PROTOCOLS["as-is"], 0)
-        built.append(Batches(dataclasses.replace(config, images=images), split, dataset, CPU, views))
+        built.append(
+            Batches(dataclasses.replace(config, images=images), split, dataset, CPU, views, balanced_view=True)
+        )
     for step in range(12):  # several epochs
         if step == 8:  # another labeled set, as CReST has
             for batches in built:

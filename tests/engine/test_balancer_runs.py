@@ -10,7 +10,7 @@ from bacon_fast.engine import build
 from bacon_fast.engine.builders import build_network
 from bacon_fast.engine.trainer import Trainer
 
-BALANCERS = ("debiaspl", "saw", "daso", "darp", "crest", "crest+pda")
+BALANCERS = ("debiaspl", "saw", "daso", "darp", "crest", "crest+pda", "cossl")
 
 
 @pytest.mark.parametrize("name", BALANCERS)
@@ -42,11 +42,11 @@ def test_state_keeps_its_address(tmp_path, name):
     assert {key: value.data_ptr() for key, value in trainer.method.named_buffers()} == before
 
 
-@pytest.mark.parametrize("name", ["debiaspl", "daso"])
+@pytest.mark.parametrize("name", ["debiaspl", "daso", "cossl"])
 def test_usb_compat_reaches_the_method(tmp_path, name):
     totals = []
     for usb_compat in (False, True):
-        config = tiny(tmp_path / str(usb_compat), method=f"fixmatch+{name}", usb_compat=usb_compat)
+        config = tiny(tmp_path / str(usb_compat), method=f"fixmatch+{name}", usb_compat=usb_compat, cossl_start=0.1)
         trainer = Trainer(config)
         totals.append([trainer.train_step()[0]["total"].item() for _ in range(3)])
         trainer.logger.close()
@@ -78,3 +78,25 @@ def test_a_generation_starts_from_a_fresh_network_on_the_labeled_set_and_what_wa
         added = labeled[len(original) :]
         assert 0 < len(added) < len(trainer.batches.unlabeled) and torch.isin(added, trainer.batches.unlabeled).all()
     assert torch.equal(trainer.batches.labels[: len(labels)], labels)
+
+
+def test_the_teacher_of_cossl_starts_late_and_then_predicts(tmp_path):
+    trainer = Trainer(tiny(tmp_path, method="fixmatch+cossl", cossl_start=0.5))
+    online, averaged = trainer.method.network, trainer.ema.network
+    images = trainer.batches.augment.normalize(trainer.dataset.test_images[:20])
+    start = online.balanced_head.weight.detach().clone()
+    for _ in range(6):
+        losses, _ = trainer.train_step()
+        assert "teacher" not in losses
+    assert torch.equal(online.balanced_head.weight, start), "neither gradient nor decay before the start"
+    assert torch.equal(averaged.predict(images)[1], averaged(images)[1]), "the main head predicts"
+    before = averaged.balanced_head.weight.clone()
+    losses, _ = trainer.train_step()
+    assert losses["teacher"].item() > 0
+    features, logits = averaged.predict(images)
+    assert torch.equal(logits, averaged.balanced_head(features)), "the averaged teacher predicts"
+    assert (averaged.balanced_head.weight - before).norm() > 0.1 * before.norm(), "warmed up, not averaged slowly"
+    warmed = online.balanced_head.weight.detach().clone()
+    trainer.train_step()
+    trainer.logger.close()
+    assert not torch.equal(online.balanced_head.weight, warmed)

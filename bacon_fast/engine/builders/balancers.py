@@ -3,6 +3,7 @@
 from bacon_fast.engine.builders.info import DataInfo
 from bacon_fast.engine.config import Config
 from bacon_fast.methods.balancer import Balancer
+from bacon_fast.methods.cossl import CoSSL
 from bacon_fast.methods.crest import CReST
 from bacon_fast.methods.darp import DARP
 from bacon_fast.methods.daso import DASO
@@ -13,6 +14,14 @@ from bacon_fast.methods.saw import SAW
 def build_balancer(config: Config, num_features: int, info: DataInfo) -> Balancer | None:
     """The balancer that `config.method` names, for features of width `num_features`; None where it names none."""
     parts = config.method.split("+")
+    if "cossl" in parts:
+        return CoSSL(
+            info.labeled_counts,
+            start=round(config.cossl_start * config.steps),
+            lambda_0=config.cossl_lambda,
+            seed=config.seed,
+            usb_compat=config.usb_compat,
+        )
     if "crest" in parts:
         return CReST(
             info.labeled_counts,

@@ -8,10 +8,12 @@ from bacon_fast.methods.composed import ComposedMethod
 from bacon_fast.methods.fixmatch import FixMatch
 from bacon_fast.methods.fixmatch_abc import FixMatchABC
 from bacon_fast.methods.supervised import Supervised
-from bacon_fast.models.network import Network
+from bacon_fast.models.network import Network, TeacherNetwork
 
 
 def build_network(config: Config, num_classes: int) -> Network:
+    if "cossl" in config.method.split("+"):
+        return TeacherNetwork(config.backbone, num_classes, bn_momentum=config.bn_momentum)
     return Network(
         config.backbone,
         num_classes,
