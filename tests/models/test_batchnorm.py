@@ -180,6 +180,20 @@ def test_frozen_statistics_normalize_with_the_batch_and_update_nothing():
         assert torch.equal(forward(), moved) and not torch.equal(moved, frozen)
 
 
+def test_a_compiled_block_follows_the_freezing():
+    torch.manual_seed(0)
+    block, images = wrn(10, 1).groups[0][0], (torch.randn(2, 16, 4, 4), None)
+    eager = copy.deepcopy(block)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert torch.equal(compiled(images)[0], eager(images)[0])
+        with frozen_statistics(block), frozen_statistics(eager):
+            assert torch.equal(compiled(images)[0], eager(images)[0])
+    assert_same_state(block, eager)
+    assert block.bn2.num_batches_tracked == 2
+    torch.compiler.reset()
+
+
 def test_a_single_value_per_channel_is_refused_in_training_only():
     for norm in (BatchNorm2d(4), BatchNormAct2d(4)):
         with pytest.raises(ValueError, match=r"more than (1|one) value per channel"):
@@ -284,6 +298,26 @@ def test_a_group_of_one_process_is_that_process_alone(ranks):
         for found, expected in zip(results["unsynchronized"], pass_of(small_network(), images, upstream)):
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-10)
         assert results["eval"].shape == results["alone"][0].shape
+
+
+def test_compiled_synchronized_layers_have_the_gradient_of_eager_ones(tmp_path):
+    """torch.compile 2.11 can lose the gradient of an autograd function without a word."""
+    images, upstream = shifted_images(4)
+    eager, network = small_network(), small_network()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        for net in (eager, network):
+            synchronize(net)
+        compiled = torch.compile(pass_of, backend="aot_eager")
+        found, expected = compiled(network, images, upstream), pass_of(eager, images, upstream)
+    finally:
+        dist.destroy_process_group()
+        torch.compiler.reset()
+    assert eager[1].weight.grad.abs().min() > 1e-3
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-10)
+    for (name, a), b in zip(network.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-8, msg=lambda m, k=name: f"{k}: {m}")
 
 
 def test_synchronizing_without_process_group_is_refused():
