@@ -70,17 +70,20 @@ class Run:
 
     def step(self) -> int:
         """Steps completed according to the log; 0 before its first row."""
-        try:
-            with open(self.folder / "metrics.jsonl", "rb") as file:
-                file.seek(max(0, file.seek(0, 2) - 65536))
-                lines = file.read().splitlines()
-        except FileNotFoundError:
-            return 0
-        for line in reversed(lines):
-            try:
-                return json.loads(line)["step"]
-            except ValueError:  # half written
-                continue
+        path, tail = self.folder / "metrics.jsonl", 1 << 14
+        size = path.stat().st_size if path.exists() else 0
+        while size:
+            with open(path, "rb") as file:
+                file.seek(max(0, size - tail))
+                lines = file.read(tail).splitlines()
+            for line in reversed(lines):
+                try:
+                    return json.loads(line)["step"]
+                except (ValueError, TypeError):  # half written, or cut: a number, when the cut fell into a list
+                    continue
+            if tail >= size:
+                break
+            tail *= 8
         return 0
 
     def summary(self) -> dict:

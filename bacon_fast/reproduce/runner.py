@@ -30,16 +30,13 @@ class Failure:
     run: Run
     status: int
 
-    @property
-    def log(self) -> Path:
-        return log_file(self.run)
-
     def __str__(self) -> str:
-        with open(self.log, "rb") as file:
+        log = log_file(self.run)
+        with open(log, "rb") as file:
             file.seek(max(0, file.seek(0, 2) - 16384))
             lines = file.read().decode(errors="replace").splitlines()[-LOG_LINES:]
         text = "\n".join(f"    {line}" for line in lines)
-        return f"{self.run.name} ended with status {self.status}; the end of {self.log}:\n{text}"
+        return f"{self.run.name} ended with status {self.status}; the end of {log}:\n{text}"
 
 
 def log_file(run: Run) -> Path:

@@ -252,6 +252,11 @@ def test_the_step_of_a_run_survives_a_half_written_line(tmp_path):
     rows = [json.dumps({"kind": "train", "step": step, "padding": "x" * 500}) for step in range(10, 4000, 10)]
     log.write_text("\n".join(rows) + "\n" + rows[-1][:20])
     assert run.step() == 3990
+    # A row of many classes is longer than what is read first, and a cut through its lists is no row.
+    log.write_text("\n".join(rows) + "\n" + json.dumps({"step": 4000, "per_class": [0.5] * 100_000}) + "\n")
+    assert run.step() == 4000
+    log.write_text(log.read_text() + json.dumps({"step": 4010, "per_class": [0.5] * 100_000})[:300_000])
+    assert run.step() == 4000
 
 
 def test_two_calls_do_not_share_a_directory(tmp_path):

@@ -49,7 +49,8 @@ def start(out: Path, settings: str, *words: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "bacon_fast.reproduce", "digits", "--out", str(out), "--device", "auto"]
     command += ["--set", settings, "--no-calibrate", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipe)
 
 
 def wait_until(condition, process: subprocess.Popen | None = None) -> None:
@@ -89,7 +90,7 @@ def test_two_runs_at_once_stop_together_and_go_on(tmp_path):
         process = start(tmp_path, endless, *words)
         # Both advance while neither is done: they run at once.
         wait_until(lambda last=last: all(run.step() > step for run, step in zip(runs, last)), process)
-        process.send_signal(signum)
+        os.killpg(process.pid, signum)  # as the terminal's Ctrl-C: to the whole group
         output = process.communicate(timeout=PATIENCE)[0]
         assert process.returncode == 128 + signum and "the same command continues" in output
         assert "2 runs, 0 done" in output
