@@ -45,6 +45,42 @@ class Rows:
         """No more rows come."""
 
 
+class Progress:
+    """What a person sees of one run or of several that take turns: a bar on a terminal, else plain lines on stderr.
+
+    Args:
+        steps: of all runs together.
+        start: completed steps of all runs (resume).
+    """
+
+    def __init__(self, steps: int, start: int = 0) -> None:
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self._shown: dict[str, str] = {}
+
+    def advance(self) -> None:
+        """One step of one run is done."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def show(self, values: dict[str, str]) -> None:
+        """Keeps these values beside the bar."""
+        self._shown |= values
+        self.bar.set_postfix(self._shown, refresh=False)
+
+    def say(self, text: str) -> None:
+        """Prints a line to stderr, above the bar when there is one."""
+        if self.bar is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self.bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
 class RunLogger(Rows):
     """Rows of a run, in memory and on disk.
 
@@ -52,26 +88,32 @@ class RunLogger(Rows):
 
     Args:
         run_dir: existing directory.
-        steps: length of the run, for the bar.
+        steps: length of the run.
         start: completed steps (resume).
         rows: rows of the run up to `start`.
+        progress: shared with other runs, which `name` tells this one from; None: its own.
     """
 
-    def __init__(self, run_dir: Path, steps: int, start: int = 0, rows: list[dict] | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        steps: int,
+        start: int = 0,
+        rows: list[dict] | None = None,
+        progress: Progress | None = None,
+        name: str = "",
+    ) -> None:
         super().__init__(rows)
-        self.run_dir = run_dir
+        self.run_dir, self.steps, self.name = run_dir, steps, name
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(run_dir / "metrics.jsonl", lambda temporary: temporary.write_text(text))
         self._write_csv()
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
-        self.steps = steps
+        self.progress = progress or Progress(steps, start)
+        self._shares_progress = progress is not None
 
     def advance(self) -> None:
-        if self.bar is not None:
-            self.bar.update()
+        self.progress.advance()
 
     def log(self, row: dict) -> None:
         """Adds a row to every file."""
@@ -86,19 +128,16 @@ class RunLogger(Rows):
             self._write_csv()
 
     def say(self, text: str) -> None:
-        """Prints a line to stderr, above the bar when there is one."""
-        if self.bar is None:
-            print(text, file=sys.stderr, flush=True)
-        else:
-            self.bar.write(text, file=sys.stderr)
+        """Prints a line to stderr, with the run's name if it has one."""
+        self.progress.say(f"{self.name}: {text}" if self.name else text)
 
     def show_train(self, row: dict) -> None:
         parts = {k.removeprefix("loss/"): f"{v:.3f}" for k, v in row.items() if k.startswith("loss/")}
         for name in ("pseudo_rate", "pseudo_accuracy", "reliable", "bank_fill"):
             if (value := row.get(f"stats/{name}")) is not None:
                 parts[name] = f"{100 * value:.0f}%"
-        if self.bar is not None:
-            self.bar.set_postfix(parts, refresh=False)
+        if self.progress.bar is not None:
+            self.progress.show({self.name: parts["total"]} if self.name else parts)
             return
         speed = row["steps_per_second"]
         left = (self.steps - row["step"]) / speed if speed else math.nan
@@ -110,8 +149,8 @@ class RunLogger(Rows):
 
     def close(self) -> None:
         self.board.close()
-        if self.bar is not None:
-            self.bar.close()
+        if not self._shares_progress:
+            self.progress.close()
 
     def _write_csv(self) -> None:
         rows = [{k: v for k, v in row.items() if isinstance(v, (int, float))} for row in self.eval_rows()]

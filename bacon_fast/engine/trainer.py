@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import bacon_fast
+from bacon_fast.data.datasets import ImageDataset
 from bacon_fast.engine import build, distributed
 from bacon_fast.engine.batches import Batches
 from bacon_fast.engine.builders import DataInfo, build_method, build_network
@@ -30,7 +31,7 @@ from bacon_fast.engine.ema import EMA
 from bacon_fast.engine.evaluation import Evaluation, calibration_error, evaluate, predict_together
 from bacon_fast.engine.graph import CudaCapture, GraphedStep, use_graph
 from bacon_fast.engine.interrupt import StopRequest
-from bacon_fast.engine.logger import Rows, RunLogger
+from bacon_fast.engine.logger import Progress, Rows, RunLogger
 from bacon_fast.engine.meter import Meter
 from bacon_fast.engine.metrics import History, compute_metrics
 from bacon_fast.engine.parallel import PhaseParallel
@@ -59,12 +60,24 @@ class Trainer:
     Inside `distributed.process_group` every rank builds one and calls the same methods in the same order. Their state
     is the same on all ranks, but for BatchNorm's running statistics without `sync_batchnorm`. Only rank 0 writes files.
 
+    Args:
+        config: of the run.
+        dataset: the one that `config` names, if it is loaded already.
+        progress, name: the display that this run shares with others, and what it is called there.
+
     Raises:
         ValueError: a wrong setting, a split that does not fit the data, or a run directory that holds another run.
         CheckpointError: `config.resume` is set and there is nothing to resume, or its configuration differs.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dataset: ImageDataset | None = None,
+        progress: Progress | None = None,
+        name: str = "",
+    ) -> None:
         if config.run_dir is None:
             raise ValueError("run_dir: expected a directory, found None")
         config = config.resolved()
@@ -86,7 +99,9 @@ class Trainer:
 
         load_dataset = functools.partial(build.build_dataset, config)
         writes_files = config.download or config.images == "mapped"
-        self.dataset = distributed.leader_first(load_dataset) if writes_files else load_dataset()
+        if dataset is None:
+            dataset = distributed.leader_first(load_dataset) if writes_files else load_dataset()
+        self.dataset = dataset
         split_file = self.run_dir / "split.json"
         self.split = build.build_split(config, self.dataset, split_file if saved and split_file.exists() else None)
         distributed.require_equal({"split": self.split.hash})
@@ -101,7 +116,7 @@ class Trainer:
             return
         if not saved:
             self.split.save(split_file)
-        self.logger = RunLogger(self.run_dir, config.steps, self.step, rows)
+        self.logger = RunLogger(self.run_dir, config.steps, self.step, rows, progress, name)
         write_atomically(self.run_dir / "config.json", lambda path: path.write_text(config.to_json()))
 
     # --- construction ----------------------------------------------------------------------------------------------
