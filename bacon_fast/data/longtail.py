@@ -125,9 +125,12 @@ def _protocols() -> dict[str, Protocol]:
         ("as-is", "folder", None, None, 1, None, "all train images labeled, all images unlabeled"),
     ]
     # The balanced settings of the semi-supervised literature: so many labels in all, every train image unlabeled.
+    balanced = [("cifar10", 10, n, "FixMatch, SsCL, SSC") for n in (4, 25, 400)]
+    balanced += [("cifar100", 100, n, "FixMatch, SSC") for n in (4, 25)]
+    balanced += [(name, 10, n, "[US], SSC") for name in ("stl10", "svhn") for n in (4, 25)]
     unknown += [
-        (f"balanced-cifar10-{10 * n}", "cifar10", n, None, 1, None, f"{n} labels a class; FixMatch, SsCL")
-        for n in (4, 25, 400)
+        (f"balanced-{name}-{k * n}", name, n, None, 1, None, f"{n} labels a class; {source}")
+        for name, k, n, source in balanced
     ]
     protocols = [Protocol(*row[:6], source=row[6]) for row in disjoint]
     protocols += [Protocol(*row[:6], source=row[6], lb_in_ulb=True) for row in inclusive]

@@ -1,0 +1,134 @@
+"""Presets: their splits against the lists of methods.md A.1, their hyper-parameters, and any method on any row."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from bacon_fast.cli import parse
+from bacon_fast.data.datasets import ImageDataset
+from bacon_fast.engine.build import build_split
+from bacon_fast.engine.config import METHODS
+from bacon_fast.engine.presets import PRESETS
+
+# Images per class of the train parts; SVHN: train, then extra.
+SVHN_TRAIN = (4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659)
+SVHN_EXTRA = (45550, 90560, 74740, 60765, 50633, 53490, 41582, 43997, 35358, 34456)
+TRAIN_COUNTS = {
+    "cifar10": [5000] * 10,
+    "cifar100": [500] * 100,
+    "stl10": [500] * 10,
+    "svhn": [a + b for a, b in zip(SVHN_TRAIN, SVHN_EXTRA)],
+}
+UNLABELED = {"stl10": 100_000}
+
+L1000 = [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
+U4000 = [4000, 2397, 1437, 861, 516, 309, 185, 111, 66, 40]
+L1000_150 = [1000, 573, 328, 188, 107, 61, 35, 20, 11, 6]
+U4000_150 = [4000, 2292, 1313, 752, 431, 247, 141, 81, 46, 26]
+L1500 = [1500, 899, 539, 323, 193, 116, 69, 41, 25, 15]
+U3000 = [3000, 1798, 1078, 646, 387, 232, 139, 83, 50, 30]
+STL10 = 105_000  # the official unlabeled images and all train images
+# The rows of table A.1: labeled list and sum; unlabeled list and sum, or the sum alone where the list is unknown.
+TABLE = {
+    "bacon-cifar10": (L1000, 2478, U4000, 9922),
+    "bacon-cifar10-150": (L1000_150, 2329, U4000_150, 9329),
+    "bacon-cifar10-inverse": (L1000, 2478, U4000[::-1], 9922),
+    "bacon-cifar10-150-inverse": (L1000_150, 2329, U4000_150[::-1], 9329),
+    "bacon-stl10": ([150, 116, 89, 69, 53, 41, 32, 25, 19, 15], 609, None, STL10),
+    "bacon-stl10-20": ([150, 107, 77, 55, 39, 28, 20, 14, 10, 7], 507, None, STL10),
+    "bacon-stl10-450": ([450, 348, 269, 208, 161, 125, 96, 75, 58, 45], 1835, None, STL10),
+    "bacon-svhn": (L1000, 2478, U4000, 9922),
+    "usb-cifar10": (L1500, 3720, U3000, 7443),
+    "usb-cifar10-500": ([500, 299, 179, 107, 64, 38, 23, 13, 8, 5], 1236, U4000, 9922),
+}
+
+
+def fake(name: str) -> ImageDataset:
+    """The labels of a dataset, on images of one pixel."""
+    labels = torch.repeat_interleave(torch.arange(len(TRAIN_COUNTS[name])), torch.tensor(TRAIN_COUNTS[name]))
+    pixel = torch.zeros(1, 1, 1, 3, dtype=torch.uint8)
+    return ImageDataset(
+        name=name,
+        train_images=pixel.expand(len(labels), 1, 1, 3),
+        train_labels=labels,
+        test_images=pixel,
+        test_labels=torch.zeros(1, dtype=torch.int64),
+        unlabeled_images=pixel.expand(UNLABELED[name], 1, 1, 3) if name in UNLABELED else None,
+        class_names=tuple(map(str, range(len(TRAIN_COUNTS[name])))),
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+    )
+
+
+@pytest.mark.parametrize("preset", TABLE)
+def test_the_split_of_every_row_has_the_documented_counts(preset):
+    config = PRESETS[preset].config
+    dataset = fake(config.dataset)
+    split = build_split(config, dataset, None)
+    labeled, labeled_sum, unlabeled, unlabeled_sum = TABLE[preset]
+    found = torch.bincount(dataset.train_labels[torch.as_tensor(split.labeled)], minlength=10).tolist()
+    assert found == labeled == list(split.labeled_counts) and sum(found) == labeled_sum
+    assert len(split.unlabeled) == len(set(split.unlabeled.tolist())) == unlabeled_sum
+    if unlabeled is None:
+        assert split.unlabeled_counts is None
+        return
+    found = torch.bincount(dataset.train_labels[torch.as_tensor(split.unlabeled)], minlength=10).tolist()
+    assert found == unlabeled == list(split.unlabeled_counts)
+    assert not set(split.labeled.tolist()) & set(split.unlabeled.tolist())
+
+
+def test_cifar100_has_the_documented_counts():
+    split = build_split(PRESETS["bacon-cifar100"].config, fake("cifar100"), None)
+    assert split.labeled_counts[:6] == (200, 194, 188, 182, 177, 171)
+    assert split.labeled_counts[-5:] == (11, 10, 10, 10, 10) and sum(split.labeled_counts) == 6333
+    assert split.unlabeled_counts[:6] == (300, 291, 282, 273, 265, 257)
+    assert split.unlabeled_counts[-3:] == (15, 15, 15) and sum(split.unlabeled_counts) == 9527
+
+
+@pytest.mark.parametrize("dataset, classes", [("cifar10", 10), ("cifar100", 100), ("stl10", 10), ("svhn", 10)])
+@pytest.mark.parametrize("per_class", [4, 25])
+def test_ssc_s_presets(dataset, classes, per_class):
+    """methods.md G.5, and the balanced split: so many labels a class, every image unlabeled."""
+    config = PRESETS[f"ssc-{dataset}-{classes * per_class}"].config.resolved()
+    assert (config.method, config.ssc_reduction, config.lr_schedule) == ("ssc", "pml", "cosine")
+    assert (config.batch_size, config.unlabeled_ratio, config.steps) == (64, 7, 524_288)
+    assert (config.lr, config.ema, config.threshold) == (0.03, 0.999, 0.95)
+    assert config.weight_decay == (1e-3 if dataset == "cifar100" else 5e-4)
+    assert (config.ssc_temperature, config.ssc_pl_temperature) == (0.1, 0.08)
+    assert (config.ssc_lambda_proto, config.ssc_lambda_up, config.ssc_lambda_down) == (1, 1, 0.2)
+    assert (config.backbone, config.image_size) == (("wrn-37-2", 96) if dataset == "stl10" else ("wrn-28-2", None))
+    images = fake(dataset)
+    split = build_split(config, images, None)
+    assert split.labeled_counts == (per_class,) * classes
+    assert len(split.unlabeled) == images.pool_size
+
+
+@pytest.mark.parametrize("preset", [*TABLE, "bacon-cifar100"])
+def test_every_row_takes_every_method_by_its_name(preset):
+    steps = 300_000 if preset.startswith("bacon") else 262_144
+    for method in METHODS:
+        config = parse([preset, "--method", method, "--run-dir", "run"]).resolved()
+        assert (config.preset, config.method, config.steps) == (preset, method, steps)
+        remix = method.startswith("remixmatch")
+        assert (config.unlabeled_ratio, config.contrast_start) == ((1, 1 / 30) if remix else (2, 0.5))
+        if method.split("+")[0] in ("fixmatch", "remixmatch"):
+            assert config.lambda_u == (1.5 if remix else 1.0)
+
+
+def test_what_is_given_goes_before_the_method_s_default():
+    words = ["bacon-cifar10", "--method", "remixmatch+abc+bacon", "--run-dir", "run"]
+    config = parse([*words, "--contrast-start", "0.2", "--lambda-u", "1", "--unlabeled-ratio", "1"]).resolved()
+    assert (config.contrast_start, config.lambda_u, config.unlabeled_ratio) == (0.2, 1.0, 1)
+    with pytest.raises(ValueError, match="unlabeled_ratio: expected 1 for ReMixMatch, found 2"):
+        dataclasses.replace(config, unlabeled_ratio=2)
+
+
+def test_resolving_is_idempotent_and_what_a_resumed_run_is_compared_by():
+    config = PRESETS["bacon-cifar10"].config
+    resolved = config.resolved()
+    assert resolved != config and resolved.resolved() == resolved
+    assert not config.differences(resolved.to_dict())
+    assert config.differences(dataclasses.replace(resolved, unlabeled_ratio=1).to_dict()) == [
+        "unlabeled_ratio: checkpoint 1, now 2"
+    ]
