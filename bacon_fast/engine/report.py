@@ -17,6 +17,7 @@ from bacon_fast.engine.checkpoint import write_atomically
 from bacon_fast.engine.diagnostic_report import diagnostic_pictures
 from bacon_fast.engine.figures import Line, Panel
 from bacon_fast.engine.metrics import MEAN_WINDOW, History, class_groups, compute_metrics
+from bacon_fast.engine.plot_style import DARK, LIGHT, to_png
 from bacon_fast.engine.report_page import Picture, percent
 
 MAX_POINTS = 2000
@@ -116,7 +117,7 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
 
     def picture(name: str, draw: Callable[..., Figure], alt: str, caption: str, width: int = 1040) -> Picture:
-        light, dark = (figures.to_png(draw(theme=theme)) for theme in (figures.LIGHT, figures.DARK))
+        light, dark = (to_png(draw(theme=theme)) for theme in (LIGHT, DARK))
         write_atomically(folder / f"{name}.png", lambda path: path.write_bytes(light))
         return Picture(light, dark, alt, caption, width)
 

@@ -198,7 +198,7 @@ def _plan(cells: Sequence[Cell], runs: Sequence[Run], seconds: float | None, job
 
 def _write_pictures(table: Table, results: Sequence[Result], device: str, out: Path) -> None:
     # Imported here: matplotlib and scikit-learn take seconds, which a dry run need not wait for.
-    from bacon_fast.engine.figures import LIGHT, to_png
+    from bacon_fast.engine.plot_style import LIGHT, to_png
     from bacon_fast.reproduce import figures
 
     pictures = {}

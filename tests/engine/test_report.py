@@ -16,8 +16,9 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
 from bacon_fast.engine import figures, report_page
-from bacon_fast.engine.figures import DARK, LIGHT, Line, Panel
+from bacon_fast.engine.figures import Line, Panel
 from bacon_fast.engine.metrics import GROUPS, class_groups, compute_metrics
+from bacon_fast.engine.plot_style import DARK, LIGHT
 from bacon_fast.engine.report import ReportData, embed, write_report
 
 COUNTS = [100, 60, 36, 22, 13, 8, 5, 3, 2, 1]
