@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from bacon_fast.data.philox import Stream, philox, to_range
+from bacon_fast.ops import snapshot
 
 
 class LabeledKeyBank(nn.Module):
@@ -47,6 +48,10 @@ class LabeledKeyBank(nn.Module):
         # Equal slots all write the last one's key: on a GPU the order of the writes is open.
         last = torch.where(slots[:, None] == slots, rows, -1).amax(1)
         self.keys.index_copy_(0, slots, keys[last].to(self.keys.dtype))
+
+    def present(self, slots: Tensor) -> Tensor:
+        """Keys [..., D] of slots int64 [...] as they are now: a backward after the next `write_` is right."""
+        return snapshot(self.keys[slots])
 
     def draw(self, classes: Tensor, count: int, seed: int, step: int | Tensor) -> tuple[Tensor, Tensor]:
         """For each row `count` slots of its class, drawn uniformly without replacement; all of a class with fewer.

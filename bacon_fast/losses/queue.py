@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bacon_fast.ops import snapshot
+
 
 class KeyQueue(nn.Module):
     """A ring of K_q keys; new ones overwrite the oldest, in place (MoCo, CVPR 2020; methods.md F.3).
@@ -28,6 +30,10 @@ class KeyQueue(nn.Module):
         self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("classes", torch.full((size,), -1))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+
+    def present(self) -> tuple[Tensor, Tensor]:
+        """Keys [K_q, D] and classes [K_q] as they are now: a backward after the next `enqueue_` is right."""
+        return snapshot(self.keys.clone()), snapshot(self.classes.clone())
 
     @torch.no_grad()
     def enqueue_(self, keys: Tensor, classes: Tensor) -> None:

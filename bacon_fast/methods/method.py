@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from bacon_fast.data.pool import HostPool
 from bacon_fast.losses.bacon import BaConLoss
 from bacon_fast.methods.outputs import Batch, StepOutput
 
@@ -15,7 +16,8 @@ class RefreshContext:
 
     Attributes:
         step: completed optimizer steps.
-        pool: uint8 [M, H, W, 3], every image of the run, on the device.
+        pool: uint8 [M, H, W, 3], every image of the run. pool[rows], rows int64 [n], is on the device, also where the
+            pool is a mapped file: take as many rows as the device can hold.
         labeled, unlabeled: int64 [n_lb] and [n_ulb], rows of `pool`; position = slot.
         labels: int64 [n_lb], the labels trained on.
         normalize: uint8 [n, H, W, 3] -> float32 [n, 3, H, W], without augmentation.
@@ -24,7 +26,7 @@ class RefreshContext:
     """
 
     step: int
-    pool: Tensor
+    pool: Tensor | HostPool
     labeled: Tensor
     unlabeled: Tensor
     labels: Tensor
@@ -96,7 +98,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def schedule(self, step: int | Tensor, steps: int) -> tuple[int | Tensor, int]:
-        """Where the learning-rate schedule of the step that follows `step` of `steps` is, and its length.
+        """Where the schedules (learning rate, ramps) of the step that follows `step` of `steps` are, and their length.
 
         Those of the run, unless the method starts again. `step` is an integer, or 0-d int64 on the device.
         """

@@ -118,15 +118,16 @@ class SsCL(Method):
         # Each query beside its own key and labeled keys of its class, among the queue as it was before this step.
         classes = self.prototypes.assigned[batch.unlabeled_slots]
         drawn, present = self.bank.draw(classes, self.extra_keys, self.seed, step)
-        mined_keys, alpha = self.bank.keys[drawn], self.prototypes.alpha[batch.unlabeled_slots]
+        mined_keys, alpha = self.bank.present(drawn), self.prototypes.alpha[batch.unlabeled_slots]
+        queue, queue_classes = self.queue.present()
         contrastive = functional.sscl_loss(
             queries,
             torch.cat([own_keys[:, None], mined_keys], dim=1),
-            self.queue.keys.clone(),  # backward comes after this step's keys have overwritten some
+            queue,
             alpha=F.pad(alpha[:, None].expand(drawn.shape), (1, 0), value=1.0),
             key_mask=F.pad(present, (1, 0), value=True),
             query_classes=classes if self.mask_queue else None,
-            queue_classes=self.queue.classes.clone() if self.mask_queue else None,
+            queue_classes=queue_classes if self.mask_queue else None,
             **self.contrast,
         )
         self.queue.enqueue_(own_keys, classes)
