@@ -89,6 +89,10 @@ def test_recipes_of_the_published_tables():
             assert config.unlabeled_ratio == 7
         else:
             assert config.unlabeled_ratio == (1 if row.startswith("remixmatch") else 2)
+        if "cossl" in row:
+            assert config.cossl_start == 0.2
+        if "daso" in row:
+            assert config.daso_t_dist == (0.3 if column == "bacon-stl10" else 1.5)
         if "bacon" in row.split("+"):
             assert config.contrast_start == (1 / 30 if row.startswith("remixmatch") else 0.5)
 
