@@ -259,7 +259,7 @@ def subjects() -> dict[str, Callable[[int], None]]:
         for num_classes in (10, 100, 1000, 8192):
             name = f"heads-320x{num_classes}-{str(dtype).removeprefix('torch.')}"
             found[name] = functools.partial(heads, num_classes=num_classes, dtype=dtype)
-        layers = ((16, 32, False), (32, 32, True), (64, 16, True), (128, 8, True), (640, 8, False))
+        layers = ((16, 32, False), (32, 32, True), (128, 8, True), (640, 8, False), (33, 7, True))
         for channels, size, residual in layers:
             name = f"batch-norm-320x{channels}x{size}-{str(dtype).removeprefix('torch.')}"
             found[name] = functools.partial(

@@ -16,6 +16,8 @@ from torch import Tensor
 from .config import BatchNormConfig, batch_norm_config
 from .launch import TRITON_DTYPE, accumulator_dtype, architecture, launch
 
+MAX_REGISTERS = 128  # of a thread: 512 threads have all of a multiprocessor's
+
 
 @triton.jit
 def _tile(start, end, num_channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
@@ -304,7 +306,12 @@ def batch_norm_forward(
     activated = torch.empty_like(x)
     mean, inverse = x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
     partial = x.new_empty(2, config.splits, channels, dtype=dtype)
-    shared = {"num_warps": config.num_warps, "ACC": TRITON_DTYPE[dtype], "STAGES": config.num_stages}
+    shared = {
+        "num_warps": config.num_warps,
+        "maxnreg": MAX_REGISTERS,
+        "ACC": TRITON_DTYPE[dtype],
+        "STAGES": config.num_stages,
+    }
     shared |= {"BLOCK_R": config.block_rows, "BLOCK_C": config.block_channels}
     sizes = rows, channels, config.rows_per_split
     launch(
@@ -359,7 +366,12 @@ def batch_norm_backward(
     grad_weight, grad_bias = weight.new_empty(channels), bias.new_empty(channels)
     partial = mean.new_empty(2, config.splits, channels)
     vectors = weight.contiguous(), bias.contiguous(), mean, inverse
-    shared = {"num_warps": config.num_warps, "ACC": TRITON_DTYPE[mean.dtype], "STAGES": config.num_stages}
+    shared = {
+        "num_warps": config.num_warps,
+        "maxnreg": MAX_REGISTERS,
+        "ACC": TRITON_DTYPE[mean.dtype],
+        "STAGES": config.num_stages,
+    }
     shared |= {"BLOCK_R": config.block_rows, "BLOCK_C": config.block_channels, "SLOPE": negative_slope}
     sizes = rows, channels, config.rows_per_split
     launch(_gradient_sums_kernel, config.grid, grad_activated, total, *vectors, partial, *sizes, **shared)

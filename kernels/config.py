@@ -121,9 +121,11 @@ class BatchNormConfig:
 def batch_norm_config(rows: int, channels: int, dtype: torch.dtype, arch: int) -> BatchNormConfig:
     """One program a multiprocessor: each merges what all splits have found, so many splits would cost twice.
 
-    A thread has eight elements of a tile, 16 bytes in half precision, and 24 KiB or more are on their way at a time.
+    A thread has eight elements of a tile, 16 bytes in half precision. As many tiles are on their way as three tensors
+    of them fit into shared memory, of which architectures in between have only 99 KiB.
     """
-    block_channels, num_warps, num_stages = min(32, block_dim(channels)), 16, 4 if dtype.itemsize == 2 else 3
+    block_channels, num_warps = min(32, block_dim(channels)), 16
+    num_stages = {2: 4, 4: 3 if arch in (80, 90, 100, 103) else 2, 8: 2}[dtype.itemsize]
     block_rows, fill = 4096 // block_channels, MULTIPROCESSORS.get(arch, 132)
     if dtype == torch.float64:
         block_rows //= 2
