@@ -56,6 +56,8 @@ def batch_norm_act(
         if tensor is not None or name in ("weight", "bias"):
             check_shape(name, tensor, channels)
             check_kind(name, tensor, "float")
+            if name.startswith("running") and not tensor.is_contiguous():
+                raise ValueError(f"{name}: expected a contiguous tensor")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_var: expected both running_mean and running_var, or neither")
     if num_batches_tracked is not None:

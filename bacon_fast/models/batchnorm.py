@@ -24,7 +24,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         update_statistics: False leaves running_mean, running_var and num_batches_tracked as they are; a pass in
             training mode still normalizes with the statistics of its own batch. See `frozen_statistics`.
         sync_group: a process group of torch.distributed, or True for all ranks: in training mode the batch is that of
-            all of them together. None: each process for itself. See `synchronize`.
+            all of them together. None: each process for itself. See `synchronize`. A layer that holds a process group
+            cannot be copied or pickled; one that says True can.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:

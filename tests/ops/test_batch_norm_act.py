@@ -388,6 +388,7 @@ def test_a_network_of_fused_layers(backend):
         ({"weight": torch.zeros(4)}, ValueError, r"weight: expected shape \[5\]"),
         ({"bias": None}, TypeError, "bias: expected a tensor, found NoneType"),
         ({"running_mean": torch.zeros(5, dtype=torch.int64)}, TypeError, "running_mean: expected dtype float"),
+        ({"running_mean": torch.zeros(10)[::2]}, ValueError, "running_mean: expected a contiguous tensor"),
         ({"running_var": None}, ValueError, "running_var: expected both running_mean and running_var, or neither"),
         ({"num_batches_tracked": torch.zeros(1)}, ValueError, r"num_batches_tracked: expected shape \[\]"),
         ({"num_batches_tracked": torch.zeros(())}, TypeError, "num_batches_tracked: expected dtype int64"),
