@@ -1,12 +1,14 @@
-"""The command line of train.py: a preset, overridden field by field, then one run."""
+"""The command line of train.py: a preset, overridden field by field, then one run, or one for each of several seeds."""
 
 import dataclasses
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import tyro
 from torch.distributed import Store
@@ -17,10 +19,18 @@ from bacon_fast.engine.checkpoint import CheckpointError
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.engine.run_report import write_run_report
+from bacon_fast.engine.several import fit_together
 from bacon_fast.engine.trainer import DivergedError, StoppedError, Trainer
 
 # What a user can cause. Anything else is a defect of ours and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, CheckpointError, DivergedError, distributed.LostProcessError)
+
+# The ways papers read a run's accuracy off its evaluations.
+READINGS = {
+    "last": "last evaluation",
+    "mean_last_20": "mean of last 20 evaluations",
+    "best_on_test": "best (chosen on the test set)",
+}
 
 DESCRIPTION = """Train a class-imbalanced semi-supervised classifier: train.py [PRESET] [--option value ...]
 
@@ -28,28 +38,63 @@ Presets:
 """
 
 
+@dataclass(frozen=True)
+class Options(Config):
+    """What the command line takes beside a run's configuration."""
+
+    seeds: Annotated[str | None, tyro.conf.arg(metavar="N,N,...")] = None
+    """Train one run per seed, all at once in this process; each ends as it would alone, and a summary over the seeds
+    follows. --run-dir X then names X-seedN."""
+
+
 def parse(args: Sequence[str]) -> Config:
     """Configuration from command-line words; the first may name a preset (default: digits)."""
+    configs = parse_runs(args)
+    if len(configs) > 1:
+        raise ValueError(f"seeds: expected one, found {len(configs)}")
+    return configs[0]
+
+
+def parse_runs(args: Sequence[str]) -> list[Config]:
+    """As `parse`; under --seeds, one configuration for each."""
     args = list(args)
     name = args.pop(0) if args and not args[0].startswith("-") else "digits"
     if name not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, found {name!r}")
     presets = "\n".join(f"  {key:<26}{preset.help}" for key, preset in PRESETS.items())
-    config = tyro.cli(
-        Config,
+    options = tyro.cli(
+        Options,
         args=args,
-        default=PRESETS[name].config,
+        default=Options(**vars(PRESETS[name].config)),
         prog=f"train.py {name}",
         description=f"{DESCRIPTION}{presets}",
     )
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Config)}
+    config = Config(**values)
     if config.data_dir is not None:  # absolute, so that the run can be evaluated from anywhere
         config = dataclasses.replace(config, data_dir=config.data_dir.resolve())
-    if config.run_dir is None:
-        if config.resume:
-            raise ValueError("resume: expected --run-dir to name the run to continue, found none")
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        config = dataclasses.replace(config, run_dir=Path("runs") / f"{name}-{config.method}-seed{config.seed}-{stamp}")
-    return config
+    if config.run_dir is None and config.resume:
+        raise ValueError("resume: expected --run-dir to name the run to continue, found none")
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    if options.seeds is not None and config.seed != PRESETS[name].config.seed:
+        raise ValueError(f"seeds: expected no --seed beside --seeds, found {config.seed}")
+    configs = []
+    for seed in [config.seed] if options.seeds is None else _seeds(options.seeds):
+        run_dir = config.run_dir
+        if run_dir is None:
+            run_dir = Path("runs") / f"{name}-{config.method}-seed{seed}-{stamp}"
+        elif options.seeds is not None:
+            run_dir = Path(f"{run_dir}-seed{seed}")
+        configs.append(dataclasses.replace(config, seed=seed, run_dir=run_dir))
+    return configs
+
+
+def _seeds(text: str) -> list[int]:
+    """'0,1,2' -> [0, 1, 2]."""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() for word in words) or len({int(word) for word in words}) < len(words):
+        raise ValueError(f"seeds: expected different integers of at least 0 between commas, found {text!r}")
+    return [int(word) for word in words]
 
 
 def train(args: Sequence[str] | None = None) -> None:
@@ -58,7 +103,11 @@ def train(args: Sequence[str] | None = None) -> None:
 
 
 def _train(args: Sequence[str]) -> None:
-    config = parse(args)
+    configs = parse_runs(args)
+    if len(configs) > 1:
+        _train_together(configs)
+        return
+    config = configs[0]
     with distributed.process_group(resolve_device(config.device), config.rank_timeout) as store:
         main = distributed.is_main()
         trainer = Trainer(_same_run_everywhere(config, store))
@@ -66,11 +115,32 @@ def _train(args: Sequence[str]) -> None:
         if main:
             print(f"run directory: {trainer.run_dir}", flush=True)
         summary = trainer.fit()
-    if not main:
-        return
+    if main:
+        _conclude(trainer, summary)
+
+
+def _train_together(configs: Sequence[Config]) -> None:
+    if distributed.Launch.from_environment() is not None:
+        raise ValueError("seeds: expected plain python, found torchrun, whose processes train one run together")
+    for config in configs:
+        print(f"run directory: {config.run_dir}", flush=True)
+    outcomes = fit_together(configs)
+    for trainer, summary, _ in outcomes:
+        if summary is not None:
+            _conclude(trainer, summary)
+    summaries = [summary for _, summary, _ in outcomes if summary is not None]
+    if len(summaries) > 1:
+        print(format_seeds(summaries), flush=True)
+    failures = [f"{trainer.logger.name}: {error}" for trainer, _, error in outcomes if error is not None]
+    if failures:
+        raise DivergedError(f"{len(failures)} of {len(outcomes)} runs diverged\n" + "\n".join(failures))
+
+
+def _conclude(trainer: Trainer, summary: dict) -> None:
+    """Prints a run's summary and writes its report."""
     print(format_summary(summary, trainer.split.labeled_counts, trainer.split.unlabeled_counts), flush=True)
     if trainer.config.report:
-        print(f"report: {write_run_report(trainer, summary)}")
+        print(f"report: {write_run_report(trainer, summary)}", flush=True)
 
 
 def _same_run_everywhere(config: Config, store: Store | None) -> Config:
@@ -105,6 +175,20 @@ def _exit(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def format_seeds(summaries: Sequence[dict]) -> str:
+    """Mean and standard deviation (n - 1) of the accuracies over runs that differ in the seed."""
+    seeds = ", ".join(str(summary["seed"]) for summary in summaries)
+    lines = ["", f"mean ± standard deviation over {len(summaries)} seeds ({seeds})", ""]
+    lines.append(f"{'':<32}" + "".join(f"{title:>18}" for title in ("top-1", "bACC", "GM")))
+    for key, title in READINGS.items():
+        line = f"{title:<32}"
+        for name in ("top1", "bacc", "gm"):
+            values = [summary[key][name] for summary in summaries]
+            line += f"{f'{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}':>18}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def format_summary(summary: dict, labeled_counts: Sequence[int], unlabeled_counts: Sequence[int] | None) -> str:
     """The table a run ends with: three readings of the accuracy, then recall beside the class counts."""
     lines = [
@@ -114,11 +198,7 @@ def format_summary(summary: dict, labeled_counts: Sequence[int], unlabeled_count
         "",
         f"{'':<32}{'top-1':>8}{'bACC':>8}{'GM':>8}",
     ]
-    for key, title in (
-        ("last", "last evaluation"),
-        ("mean_last_20", "mean of last 20 evaluations"),
-        ("best_on_test", "best (chosen on the test set)"),
-    ):
+    for key, title in READINGS.items():
         row = summary[key]
         lines.append(f"{title:<32}{row['top1']:>8.4f}{row['bacc']:>8.4f}{row['gm']:>8.4f}")
     lines += ["", f"{'class':<20}{'labeled':>10}{'unlabeled':>12}{'recall':>10}"]

@@ -46,18 +46,19 @@ class Rows:
 
 
 class Progress:
-    """What a person sees of one run or of several that take turns: a bar on a terminal, else plain lines on stderr.
+    """What a person sees of one run or of several that take turns: a bar on a terminal, else plain lines on stderr."""
 
-    Args:
-        steps: of all runs together.
-        start: completed steps of all runs (resume).
-    """
-
-    def __init__(self, steps: int, start: int = 0) -> None:
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
+    def __init__(self) -> None:
+        self.bar = tqdm(total=0, unit="step", dynamic_ncols=True, smoothing=0.1) if sys.stderr.isatty() else None
         self._shown: dict[str, str] = {}
+
+    def add(self, steps: int, start: int) -> None:
+        """One more run, of so many steps, of which `start` are behind it."""
+        if self.bar is not None:
+            self.bar.total += steps
+            self.bar.initial += start
+            self.bar.n += start
+            self.bar.last_print_n += start
 
     def advance(self) -> None:
         """One step of one run is done."""
@@ -109,8 +110,8 @@ class RunLogger(Rows):
         write_atomically(run_dir / "metrics.jsonl", lambda temporary: temporary.write_text(text))
         self._write_csv()
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
-        self.progress = progress or Progress(steps, start)
-        self._shares_progress = progress is not None
+        self.progress, self._shares_progress = progress or Progress(), progress is not None
+        self.progress.add(steps, start)
 
     def advance(self) -> None:
         self.progress.advance()

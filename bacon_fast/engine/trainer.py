@@ -1,5 +1,6 @@
 """The training loop: one static-shape step, evaluations, checkpoints, and the files of a run."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -54,6 +55,12 @@ class StoppedError(RuntimeError):
         self.signum = signum
 
 
+def refuse_used_run_dir(run_dir: Path) -> None:
+    """Raises ValueError when `run_dir` holds a run."""
+    if (run_dir / "config.json").exists():
+        raise ValueError(f"run_dir: {run_dir} holds a run already; add --resume, or name another directory")
+
+
 class Trainer:
     """A run: everything it needs is built, or restored from `config.run_dir`, in the constructor.
 
@@ -81,10 +88,9 @@ class Trainer:
         if config.run_dir is None:
             raise ValueError("run_dir: expected a directory, found None")
         config = config.resolved()
-        self.config, self.run_dir = config, Path(config.run_dir)
         self.device = build.resolve_device(config.device)
-        if config.precision == "tf32" and self.device.type != "cuda":
-            raise ValueError(f"precision: tf32 needs a CUDA device, found {self.device}; use fp32 or bf16")
+        config = dataclasses.replace(config, precision=build.resolve_precision(config.precision, self.device))
+        self.config, self.run_dir = config, Path(config.run_dir)
         build.check_backend(config, self.device)
         self._uses_graph = use_graph(config.graph, self.device)
         # A graph is captured on a stream of its own, and runs that share a GPU run beside each other.
@@ -146,10 +152,7 @@ class Trainer:
         """
         folder = self.run_dir / "checkpoints"
         if not self.config.resume:
-            if (self.run_dir / "config.json").exists():
-                raise ValueError(
-                    f"run_dir: {self.run_dir} holds a run already; add --resume, or name another directory"
-                )
+            refuse_used_run_dir(self.run_dir)
             self.run_dir.mkdir(parents=True, exist_ok=True)
             return self.run_dir, None
         path, state = self.run_dir / "config.json", None

@@ -1,0 +1,94 @@
+"""Several runs at once in one process, such as the seeds of one recipe."""
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bacon_fast.engine.checkpoint import CheckpointError
+from bacon_fast.engine.config import Config
+from bacon_fast.engine.interrupt import StopRequest
+from bacon_fast.engine.logger import Progress
+from bacon_fast.engine.trainer import DivergedError, StoppedError, Trainer, refuse_used_run_dir
+
+
+class Outcome(NamedTuple):
+    """A run that came to its end: its summary, or why it has none."""
+
+    trainer: Trainer
+    summary: dict | None
+    error: DivergedError | None
+
+
+def with_resume(configs: Sequence[Config]) -> list[Config]:
+    """The configurations as they can be run: under `resume`, a run whose directory does not exist yet begins.
+
+    Raises:
+        ValueError: without `resume`, a directory holds a run.
+        CheckpointError: with it, none does.
+    """
+    held = [(Path(config.run_dir) / "config.json").exists() for config in configs]
+    for config in configs:
+        if not config.resume:
+            refuse_used_run_dir(Path(config.run_dir))
+    if any(config.resume for config in configs) and not any(held):
+        raise CheckpointError(f"nothing to resume: no run in {', '.join(str(config.run_dir) for config in configs)}")
+    return [dataclasses.replace(config, resume=config.resume and there) for config, there in zip(configs, held)]
+
+
+def fit_together(configs: Sequence[Config]) -> list[Outcome]:
+    """Trains all runs to their ends, step by step in turn, and returns how each ended, in order.
+
+    Each run is the one that `Trainer(config).fit()` would be: with its own directory, bit for bit on a CPU. On a GPU
+    each has a stream and graphs of its own, so that their work overlaps. All of them read one dataset. A run that
+    diverges is reported and leaves the others alone.
+
+    Raises:
+        StoppedError: a signal asked to stop; every run has saved its state.
+        ValueError, CheckpointError: as of `with_resume` and `Trainer`; or the configurations name different datasets.
+    """
+    for name in ("dataset", "data_dir", "image_size", "classes"):
+        if len(found := {getattr(config, name) for config in configs}) > 1:
+            raise ValueError(f"{name}: expected the same in all runs, found {', '.join(map(repr, found))}")
+    configs, progress, trainers = with_resume(configs), Progress(), []
+    try:
+        for config in configs:
+            dataset = trainers[0].dataset if trainers else None
+            trainers.append(Trainer(config, dataset=dataset, progress=progress, name=f"seed {config.seed}"))
+        errors = _take_turns(trainers)
+    finally:
+        for trainer in trainers:
+            trainer.logger.close()
+        progress.close()
+    return [Outcome(t, None if t in errors else t.finish(), errors.get(t)) for t in trainers]
+
+
+def _take_turns(trainers: list[Trainer]) -> dict[Trainer, DivergedError]:
+    """Runs all trainers to their ends. Returns the errors of those that diverged."""
+    running = [trainer for trainer in trainers if trainer.step < trainer.config.steps]
+    errors: dict[Trainer, DivergedError] = {}
+    stopped: list[StoppedError] = []
+    with StopRequest() as stop, ExitStack() as streams:
+        for trainer in trainers:
+            streams.enter_context(trainer.on_stream())
+        while running:
+            for trainer in tuple(running):
+                # Its own stream and no other, so that it waits for nobody.
+                with nullcontext() if trainer.stream is None else torch.cuda.stream(trainer.stream):
+                    try:
+                        trainer.advance(stop)
+                    except DivergedError as error:
+                        errors[trainer] = error
+                        trainer.logger.say(f"stopped: {error}")
+                    except StoppedError as error:
+                        stopped.append(error)
+                    else:
+                        if trainer.step < trainer.config.steps:
+                            continue
+                running.remove(trainer)
+    if stopped:
+        raise StoppedError("\n".join(map(str, stopped)), stopped[0].signum)
+    return errors
