@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from loss_arms import bacon_class_loop
 from throughput_loaders import HostBatch, Loaders, on_device
 from throughput_network import PlainNetwork
-from throughput_problem import Problem, State
+from throughput_problem import MIDDLE, Problem, State
 from throughput_step import Flags, StepArm, synchronize
 from torch import Tensor, nn
 
@@ -30,7 +30,7 @@ class TensorwiseAverage:
 
     def __init__(self, network: nn.Module, averaged: nn.Module, momentum: float) -> None:
         self.network, self.averaged, self.momentum = network, averaged, momentum
-        self.values = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+        self.values = {name: parameter.detach().clone() for name, parameter in averaged.named_parameters()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -99,9 +99,9 @@ class UsbStyleStep(StepArm):
             momentum=0.9,
             nesterov=True,
         )
-        averaged.load_state_dict(state.network)
+        averaged.load_state_dict(state.averaged)
         self.average = TensorwiseAverage(self.network, averaged, config.ema)
-        self.completed = 1
+        self.completed = MIDDLE
         if workers is not None:
             self.loaders = Loaders(problem, workers)
             self.warmup = self.loaders.ready

@@ -24,6 +24,7 @@ from bacon_fast.engine.trainer import Trainer
 from bacon_fast.methods.outputs import Batch
 
 STEPS, EPOCHS = 262_144, 256  # USB's run
+MIDDLE = STEPS // 2 + 1  # completed steps at which the peers' arms begin: ABC's masks have annealed half way
 FILLED = 1000  # slots of either set that the memory bank of the first state holds
 Named = dict[str, Tensor]
 
@@ -78,9 +79,10 @@ def _save(dataset: ImageDataset, rows: slice | np.ndarray, path: Path) -> Path:
 
 @dataclass(frozen=True)
 class State:
-    """Parameters and buffers to begin from, by name: of the network, the projection and the memory bank."""
+    """Parameters and buffers to begin from, by name: network, averaged network, projection and memory bank."""
 
     network: Named
+    averaged: Named
     projection: Named
     bank: Named
 
@@ -92,13 +94,13 @@ class State:
             return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
 
         bacon = trainer.method.regularizer
-        return State(copy(trainer.method.network), copy(bacon.projection), copy(bacon.bank))
+        return State(copy(trainer.method.network), copy(trainer.ema.network), copy(bacon.projection), copy(bacon.bank))
 
     def load(self, trainer: Trainer) -> None:
-        """Puts it into a trainer, in place; the average begins here, and so does the optimizer's momentum."""
+        """Puts it into a trainer, in place; the optimizer's momentum begins at zero."""
         bacon = trainer.method.regularizer
         trainer.method.network.load_state_dict(self.network)
-        trainer.ema.network.load_state_dict(self.network)
+        trainer.ema.network.load_state_dict(self.averaged)
         bacon.projection.load_state_dict(self.projection)
         bacon.bank.load_state_dict(self.bank)
         for state in trainer.optimizer.state.values():
@@ -188,7 +190,8 @@ def random_batch(trainer: Trainer, seed: int) -> Batch:
 
 
 def prime(trainer: Trainer, steps: int, confidence: float = 0.98) -> State:
-    """Trains both heads on labels alone, sharpens them until half of the rows are confident, and fills the bank."""
+    """Trains both heads on labels alone, sharpens them until half of the rows are confident, and fills the bank. The
+    average lags behind, as averages do."""
     network, bacon, batches = trainer.method.network, trainer.method.regularizer, trainer.batches
     config = trainer.config
     optimizer = torch.optim.SGD(network.parameters(), config.lr, momentum=0.9)
@@ -216,6 +219,8 @@ def prime(trainer: Trainer, steps: int, confidence: float = 0.98) -> State:
                 places = slots if part == "labeled" else slots + bacon.num_labeled
                 bacon.bank.select_(places, label, counted)
                 bacon.bank.write_(places, bacon.projection(features), reliable)
+    trainer.ema.network.load_state_dict(network.state_dict())
+    torch._foreach_mul_(list(trainer.ema.network.parameters()), 0.9)
     return State.of(trainer)
 
 

@@ -13,7 +13,7 @@ from loss_arms import bacon_vectorized
 from throughput_loaders import HostBatch, Loaders, on_device
 from throughput_network import PlainNetwork
 from throughput_peers import LABELED, UNLABELED
-from throughput_problem import Problem, State
+from throughput_problem import MIDDLE, Problem, State
 from throughput_step import Flags, StepArm
 from torch import Tensor, nn
 
@@ -49,7 +49,7 @@ class VectorizedLoss(nn.Module):
         self.register_buffer("keep", problem.keep)
         for name in ("features", "written", "selected_label", "class_counts", "centers", "has_center"):
             self.register_buffer(name, state.bank[name].clone())
-        self.register_buffer("step", torch.ones((), dtype=torch.int64))  # completed steps
+        self.register_buffer("step", torch.tensor(MIDDLE))  # completed steps
         self.draw: Callable[[Tensor, int], Tensor] = bernoulli
 
     def forward(self, batch: HostBatch) -> Tensor:
@@ -193,7 +193,7 @@ class VectorizedStep(StepArm):
             self.device, memory_format=torch.channels_last
         )
         self.averaged = PlainNetwork(config.backbone, problem.num_classes, config.bn_momentum).to(self.device)
-        self.averaged.load_state_dict(state.network)
+        self.averaged.load_state_dict(state.averaged)
         self.averaged.requires_grad_(False)
         parameters = [*self.loss.network.parameters(), *self.loss.projection.parameters()]
         self.optimizer = torch.optim.SGD(

@@ -20,12 +20,20 @@ import throughput_peers
 import throughput_vectorized
 from throughput_arms import ARMS, Bench
 from throughput_counters import RANGE, DispatchCounter, count_events
-from throughput_gate import RedGateError, check_timed, check_trainer, check_usb_style, check_vectorized, truth_of
+from throughput_gate import (
+    RedGateError,
+    check_steps,
+    check_timed,
+    check_trainer,
+    check_usb_style,
+    check_vectorized,
+    truth_of,
+)
 from throughput_loaders import Loaders
 from throughput_network import PlainNetwork
 from throughput_ours import TrainerStep
 from throughput_peers import UsbStyleStep
-from throughput_problem import Problem, make_config, make_trainer, prime
+from throughput_problem import Problem, State, make_config, make_trainer, prime
 from throughput_step import Flags, Stopwatch
 from throughput_vectorized import NAMES, DeviceBatches, VectorizedStep
 
@@ -139,16 +147,23 @@ class _NoGradientThroughWeak(PlainNetwork):
         self.backbone.forward = cut
 
 
+def _without_projection(group):
+    return group | {"params": [p for p in group["params"] if p.shape != (32, 64)]}
+
+
 BREAKS = {
     "loss": (throughput_peers, "bacon_class_loop", _scaled(throughput_peers.bacon_class_loop, 1.01)),
     "labels": (throughput_peers.LoopedBank, "count", lambda *_: None),
     "bank": (throughput_peers.LoopedBank, "write", lambda *_: None),
     "average": (throughput_peers.TensorwiseAverage, "update", lambda _: None),
+    "momentum": (throughput_peers, "TensorwiseAverage", lambda *a: TensorwiseAverage(*a[:-1], 0.998)),
     "nesterov": (torch.optim, "SGD", lambda *a, **k: SGD(*a, **(k | {"nesterov": False}))),
     "decay": (torch.optim, "SGD", lambda groups, **k: SGD([g | {"weight_decay": 0.5} for g in groups], **k)),
+    "projection": (torch.optim, "SGD", lambda groups, **k: SGD([_without_projection(g) for g in groups], **k)),
     "gradient": (throughput_peers, "PlainNetwork", _NoGradientThroughWeak),
+    "annealing": (Problem, "epoch_share", lambda *_: 0.0),
 }
-SGD = torch.optim.SGD
+SGD, TensorwiseAverage = torch.optim.SGD, throughput_peers.TensorwiseAverage
 
 
 @pytest.mark.parametrize("what", BREAKS)
@@ -171,6 +186,40 @@ def test_the_gate_of_the_vectorized_arm_notices(bench, monkeypatch, what):
     )
     with pytest.raises(RedGateError):
         check_vectorized(bench.problem, bench.truth)
+
+
+PARTS = {
+    "update of network": ("network", "head.weight"),
+    "update of projection": ("projection", "bias"),
+    "update of averaged": ("averaged", "backbone.stem.weight"),
+    "bank centers": ("bank", "centers"),
+    "bank class_counts": ("bank", "class_counts"),
+    "bank selected_label": ("bank", "selected_label"),
+    "bank written": ("bank", "written"),
+}
+
+
+@pytest.mark.parametrize("what", [None, *PARTS])
+def test_the_gate_looks_at_what_the_steps_leave(bench, what):
+    """Right losses, and at the end one tensor with one element that did not move, or moved too much."""
+    truth, losses = bench.truth, iter(bench.truth.losses)
+    end = {part: dict(value) for part, value in vars(truth.end).items()}
+    if what is not None:
+        part, name = PARTS[what]
+        start, right = getattr(truth.state, part)[name].contiguous(), end[part][name].contiguous()
+        wrong = right.clone()
+        place = (right.double() - start.double()).abs().argmax()
+        wrong.view(-1)[place] = start.view(-1)[place]
+        end[part][name] = wrong
+
+    def run():
+        check_steps(truth, lambda batch, draw: next(losses), lambda: State(**end))
+
+    if what is None:
+        run()
+    else:
+        with pytest.raises(RedGateError, match=what):
+            run()
 
 
 def test_a_state_that_decides_nothing_is_no_gate(bench):
@@ -343,7 +392,7 @@ def test_a_run_gives_rows_ratios_and_a_picture(tmp_path, small, monkeypatch, cap
     throughput.measure(options(tmp_path, arms=["USB", "A", "D", "F", "F-tf32"], concurrent=3), tmp_path)
     rows = read(tmp_path / "throughput.csv")
     assert list(rows) == ["D", "F", "USB", "A", "F-tf32", "Fx3"]
-    assert rows["A"]["status"].startswith("RED GATE, no speed: update of the average") and not rows["A"]["steps_per_s"]
+    assert rows["A"]["status"].startswith("RED GATE, no speed: update of averaged") and not rows["A"]["steps_per_s"]
     assert rows["USB"]["status"].startswith("skipped: ") and rows["F-tf32"]["status"].startswith("skipped: TF32")
     assert (rows["F"]["host_syncs_a_step"], rows["F"]["ours_over_arm"], rows["F"]["rounds"]) == ("0.0", "1.0", "2")
     d = rows["D"]
