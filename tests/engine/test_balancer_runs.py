@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_trainer import assert_equal_states, final_state, tiny
+from run_cases import assert_equal_states, final_state, tiny
 
 from bacon_fast.engine import build
 from bacon_fast.engine.builders import build_network

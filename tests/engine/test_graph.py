@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_trainer import assert_equal_states, final_state, tiny
+from run_cases import assert_equal_states, final_state, tiny
 from torch import Tensor
 
 from bacon_fast.engine import trainer as trainer_module

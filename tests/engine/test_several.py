@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import assert_equal_states, final_state, tiny
+from run_cases import assert_equal_states, final_state, tiny
 
 from bacon_fast.cli import format_seeds, parse, parse_runs, train
 from bacon_fast.engine.checkpoint import CheckpointError

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from no_synchronization import NoSynchronization
-from test_trainer import tiny
+from run_cases import tiny
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 

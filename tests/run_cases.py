@@ -1,0 +1,49 @@
+"""Small runs, and the comparison of what they leave behind."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from bacon_fast.engine.checkpoint import list_checkpoints
+from bacon_fast.engine.config import Config
+from bacon_fast.engine.presets import PRESETS
+
+
+def tiny(run_dir: Path, **changes) -> Config:
+    values = {
+        "run_dir": run_dir,
+        "steps": 12,
+        "batch_size": 8,
+        "contrast_start": 0.4,
+        "reliable_threshold": 0.15,  # ten classes: reliable rows, and so a contrastive loss, from the first steps
+        "threshold": 0.15,
+        "eval_every": 4,
+        "log_every": 3,
+        "checkpoint_every": 4,
+        "report": False,
+        "threads": 1,
+    }
+    return dataclasses.replace(PRESETS["digits"].config, **(values | changes))
+
+
+def final_state(run_dir: Path) -> dict:
+    return torch.load(list_checkpoints(run_dir / "checkpoints")[-1], weights_only=True)
+
+
+def assert_equal_states(one: object, two: object, path: str = "state") -> None:
+    """Bit for bit, except what times the run."""
+    assert type(one) is type(two), path
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == two.dtype and torch.equal(one, two), path
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), path
+        for key in one:
+            if key not in ("train_seconds", "steps_per_second", "run_dir", "resume", "checkpoint_every"):
+                assert_equal_states(one[key], two[key], f"{path}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(two), path
+        for i, (a, b) in enumerate(zip(one, two)):
+            assert_equal_states(a, b, f"{path}[{i}]")
+    else:
+        assert one == two, path
