@@ -8,6 +8,7 @@ The exchanges of this file are the host's: they travel over gloo, and no device 
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ T = TypeVar("T")
 
 # Rank 0 leaves the run directory under this key in the store of torchrun, which outlives the processes it restarts.
 _RUN_DIR = "bacon_fast/run_dir"
+
+# Groups live as long as the process. The last reference must not be that of a DistributedDataParallel: its destructor
+# holds Python's lock while it joins gloo's threads, and these may wait for the lock to drop the tensors they just sent.
+_JOINED: list[dist.ProcessGroup] = []
 
 
 class LostProcessError(RuntimeError):
@@ -102,23 +107,24 @@ def process_group(device: torch.device, timeout: float) -> Iterator[dist.Store |
     if launch is None:
         yield None
         return
+    lost = False
     try:
-        store = _join(launch, device, timedelta(seconds=timeout))
-        yield store
+        yield _join(launch, device, timedelta(seconds=timeout))
     except RuntimeError as error:
-        if not _says_that_a_rank_is_lost(error):
-            dist.destroy_process_group()
+        lost = _says_that_a_rank_is_lost(error)
+        if not lost:
             raise
-        # Left as it is: taking a group apart would wait for the lost rank again.
         reason = str(error).splitlines()[0]
         raise LostProcessError(
             f"rank {launch.rank} waits for another process of this run, which ended or was silent for {timeout:g} s "
             f"({reason}). The newest checkpoint is whole: start the same command again with --run-dir and --resume"
         ) from error
-    except BaseException:
-        dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
+    finally:
+        if dist.is_initialized() and not lost:  # to take a group apart would wait for the lost rank again
+            dist.destroy_process_group()
+        # gloo's threads still hold the tensors of the last exchange, and need Python's lock for a moment to drop them.
+        # The interpreter aborts when it ends before.
+        time.sleep(0.2)
 
 
 def _join(launch: Launch, device: torch.device, timeout: timedelta) -> dist.Store:
@@ -136,12 +142,13 @@ def _join(launch: Launch, device: torch.device, timeout: timedelta) -> dist.Stor
         timeout=timeout,
         device_id=device if cuda else None,
     )
+    _JOINED.append(dist.group.WORLD)
     return store
 
 
 def _says_that_a_rank_is_lost(error: RuntimeError) -> bool:
-    # gloo raises plain RuntimeErrors, which name its source file or itself.
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    # gloo raises plain RuntimeErrors, which name it or its source files.
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error).lower())
 
 
 def rank() -> int:
