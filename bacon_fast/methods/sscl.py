@@ -101,7 +101,7 @@ class SsCL(Method):
         features, logits, _ = self.network(torch.cat([weak, strong]))
         queries = gather_views(self.projection(features[len(weak) :]), 0, batch.num_unlabeled)
         self.key_encoder.update(self.network.backbone, self.projection)
-        keys = gather_views(self._encode(weak, step), *sizes)
+        keys = self._encode(weak, sizes, step)
         features, logits = gather_views(features.detach(), *sizes), gather_views(logits, *sizes)
         batch = gather_batch(batch)
         out = Outputs(features, logits, None, batch.num_labeled, batch.num_unlabeled)
@@ -141,20 +141,19 @@ class SsCL(Method):
         stats = pseudo_label_stats(mask, pseudo_labels, batch.true_labels) | {"alpha": alpha.mean()}
         return step_output(losses, stats, torch.where(mask, pseudo_labels, -1))
 
-    def _encode(self, images: Tensor, step: Tensor) -> Tensor:
-        """Keys float32 [n, D] of this rank's images.
+    def _encode(self, images: Tensor, sizes: tuple[int, int], step: Tensor) -> Tensor:
+        """Keys float32 [n, D] of the images of all ranks; this rank's are given, of `sizes` labeled and unlabeled ones.
 
-        Under several ranks each encodes a random share of all ranks' images, MoCo's shuffled BatchNorm: a query and its
-        key in the same small batch would know each other by the batch's statistics.
+        Under several ranks each encodes a random share of all, MoCo's shuffled BatchNorm: a query and its key in the
+        same small batch would know each other by the batch's statistics.
         """
-        ranks, share = num_ranks(), len(images)
-        if ranks == 1:
+        if num_ranks() == 1:
             return self.key_encoder(images)
-        rows = torch.arange(ranks * share, device=images.device)
-        order = philox(self.seed, step, Stream.SSCL_SHUFFLE, rows, 1)[:, 0].argsort()
-        mixed = gather_views(images, 0, share)[order]
-        keys = gather_views(self.key_encoder(own_views(mixed, 0, share)), 0, share)
-        return own_views(torch.empty_like(keys).index_copy_(0, order, keys), 0, share)
+        everyone = gather_views(images, *sizes)
+        rows = torch.arange(len(everyone), device=images.device)
+        order = philox(self.seed, step, Stream.SSCL_SHUFFLE, rows, 1)[:, 0].argsort(stable=True)
+        keys = gather_views(self.key_encoder(own_views(everyone[order], 0, len(images))), 0, len(images))
+        return torch.empty_like(keys).index_copy_(0, order, keys)
 
 
 def global_slots(batch: Batch) -> Tensor:

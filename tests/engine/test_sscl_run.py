@@ -82,6 +82,23 @@ def test_epochs_and_their_refresh_come_from_the_presets(tmp_path):
     assert trainer.method.refresh_every == 75
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sscl_queue", 0),
+        ("sscl_refresh_epochs", 0),
+        ("sscl_extra_keys", -1),
+        ("sscl_momentum", 1.1),
+        ("sscl_gamma", 0.0),
+        ("sscl_temperature", -1.0),
+        ("sscl_margin", float("nan")),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, field, value):
+    with pytest.raises(ValueError, match=f"{field}: expected .*, found {value!r}"):
+        digits(tmp_path, **{field: value})
+
+
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory):
     """Three classes of 10, 10 and 5 images of several sizes, some without label."""
