@@ -36,11 +36,10 @@ class MixUp(nn.Module):
 
     def quantile(self, probability: Tensor) -> Tensor:
         """Inverse CDF of Beta(alpha, alpha) at probabilities in [0, 1), of any shape."""
-        position = probability * (QUANTILES - 1)
+        position = probability.flatten() * (QUANTILES - 1)  # an index that is a 0-d tensor would be read by the host
         below = position.long()
-        # take, not indexing: the host would read an index that is a 0-d tensor.
-        low, high = self.quantiles.take(below), self.quantiles.take(below + 1)
-        return torch.lerp(low, high, (position - below).to(low.dtype))
+        low, high = self.quantiles[below], self.quantiles[below + 1]
+        return torch.lerp(low, high, (position - below).to(low.dtype)).view_as(probability)
 
 
 def mix(values: Tensor, coefficient: Tensor, permutation: Tensor) -> Tensor:
