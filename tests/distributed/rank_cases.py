@@ -38,7 +38,11 @@ def tiny(run_dir: Path, **changes) -> Config:
         "epochs": 12,
         "batch_size": 8,
         "backbone": "wrn-10-1",
-        "contrast_start": 0.1,  # both with and without the contrastive loss in the first steps
+        "contrast_start": 0.1,  # the first steps are without, the next with what begins later
+        "daso_start": 0.1,
+        "darp_start": 0.1,
+        "cossl_start": 0.1,
+        "crest_generations": 6,
         "reliable_threshold": 0.15,  # ten classes: reliable rows, and so a contrastive loss, from the first steps
         "threshold": 0.15,
         "eval_every": 4,
