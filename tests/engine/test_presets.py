@@ -110,10 +110,11 @@ def test_every_row_takes_every_method_by_its_name(preset):
     for method in METHODS:
         config = parse([preset, "--method", method, "--run-dir", "run"]).resolved()
         assert (config.preset, config.method, config.steps) == (preset, method, steps)
-        remix = method.startswith("remixmatch")
-        assert (config.unlabeled_ratio, config.contrast_start) == ((1, 1 / 30) if remix else (2, 0.5))
-        if method.split("+")[0] in ("fixmatch", "remixmatch"):
-            assert config.lambda_u == (1.5 if remix else 1.0)
+        defaults = (config.unlabeled_ratio, config.contrast_start, config.lambda_u)
+        if method.startswith("remixmatch"):
+            assert defaults == (1, 1 / 30, 1.5)
+        elif method.startswith("fixmatch"):
+            assert defaults == (2, 0.5, 1.0)
 
 
 def test_what_is_given_goes_before_the_method_s_default():
