@@ -30,6 +30,11 @@ MethodName = Literal[
     "remixmatch+abc",
     "remixmatch+bacon",
     "remixmatch+abc+bacon",
+    "remixmatch+daso",
+    "remixmatch+darp",
+    "remixmatch+crest",
+    "remixmatch+crest+pda",
+    "remixmatch+cossl",
     "sscl",
     "ssc",
 ]

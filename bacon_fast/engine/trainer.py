@@ -16,7 +16,7 @@ import bacon_fast
 from bacon_fast.data.datasets import ImageDataset
 from bacon_fast.engine import build, distributed
 from bacon_fast.engine.batches import Batches
-from bacon_fast.engine.builders import DataInfo, build_method, build_network
+from bacon_fast.engine.builders import DataInfo, build_method
 from bacon_fast.engine.checkpoint import (
     CheckpointError,
     discard_after,
@@ -173,8 +173,8 @@ class Trainer:
         build.seed_everything(config.seed)
         counts = torch.as_tensor(split.labeled_counts)
         sizes, data = (len(split.labeled), len(split.unlabeled)), self.dataset
-        info = DataInfo(data.num_classes, counts, *sizes, data.mean, data.std)
-        method = build_method(config, info)
+        self._info = DataInfo(data.num_classes, counts, *sizes, data.mean, data.std)
+        method = build_method(config, self._info)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.method = method.to(self.device, memory_format=memory_format)
         if config.sync_batchnorm and distributed.num_ranks() > 1:
@@ -204,11 +204,14 @@ class Trainer:
             self.graphed = GraphedStep(self.program, CudaCapture(), strict=strict, report=report)
 
     def _start_generation(self, new: NewGeneration) -> None:
-        """Starts again from a fresh network, on another labeled set (CReST)."""
+        """Starts again from fresh parameters, on another labeled set (CReST)."""
         self.generation += 1
         build.seed_everything(self.config.seed + self.generation)
-        fresh = build_network(self.config, self.dataset.num_classes)
-        self.method.network.load_state_dict(fresh.state_dict())
+        fresh = build_method(self.config, self._info)
+        with torch.no_grad():  # the method's own buffers stay, those of the network do not
+            for own, new_start in zip(self.method.parameters(), fresh.parameters(), strict=True):
+                own.copy_(new_start)
+        self.method.network.load_state_dict(fresh.network.state_dict())
         self.batches.set_labeled(new.labeled, new.labels)
         self._start()
         self.program.counter.fill_(self.step)

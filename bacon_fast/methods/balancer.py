@@ -14,7 +14,8 @@ class Rows:
     """Rows of the global batch: B labeled ones, and U unlabeled ones by view.
 
     Attributes:
-        weak_logits: float32 [U,K], the main head's on the weak views, without gradient.
+        weak_logits: float32 [U,K], without gradient: the main head's on the weak views or, in ReMixMatch, for balancers
+            `on_targets`, the logarithms of its targets.
         weak_features, strong_features: [U,F], the online backbone's; only the strong ones may have a gradient.
         averaged_features: float32 [., F], the averaged backbone's on the images that `Balancer.averaged_images` chose.
         batch: labels and slots.
@@ -51,14 +52,21 @@ class Targets:
 class Balancer(nn.Module):
     """Base of the class balancers that act between the weak views' probabilities and the pseudo-labels (methods.md H).
 
+    In FixMatch they stand behind the softmax of the weak views. In ReMixMatch they do too, in front of its distribution
+    alignment, unless they say otherwise, each as in its authors' code.
+
     `forward` computes the targets of one step and updates the state, which lives in buffers. `phase`, `schedule`,
     `refresh_due` and `refresh` are those of a method (methods/method.py), which hands them on.
 
     Attributes:
         balanced_view: the batch also holds B labeled images drawn class by class, strongly augmented.
+        on_targets: in ReMixMatch it acts on the aligned and sharpened targets instead.
+        aligns: in ReMixMatch it takes the place of the distribution alignment.
     """
 
     balanced_view = False
+    on_targets = False
+    aligns = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,8 +86,11 @@ class Balancer(nn.Module):
         """The averaged network of the run."""
         return self._networks[1]
 
-    def averaged_images(self, batch: Batch, phase: Hashable) -> Tensor | None:
-        """Images whose features by the averaged backbone `forward` needs: B labeled rows, then views of U rows each."""
+    def averaged_images(self, batch: Batch, weak: Tensor, strong: Tensor, phase: Hashable) -> Tensor | None:
+        """Images whose features by the averaged backbone `forward` needs: B labeled rows, then views of U rows each.
+
+        weak, strong: images [U, 3, H, W], the weak views and the (first) strong ones.
+        """
         return None
 
     def phase(self, step: int) -> Hashable:

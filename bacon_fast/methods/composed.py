@@ -1,30 +1,17 @@
 """Base learner, class balancer and contrastive regularizer on one forward of all views: the FixMatch family."""
 
-from collections.abc import Hashable
-from typing import NamedTuple
-
-import torch
 from torch import Tensor, nn
 
 from bacon_fast.losses.bacon import BaConLoss
+from bacon_fast.methods.balanced import BalancedMethod, Phase
 from bacon_fast.methods.balancer import Balancer, Rows
 from bacon_fast.methods.gather import gather_batch, gather_views
-from bacon_fast.methods.method import Method, NewGeneration, RefreshContext
 from bacon_fast.methods.outputs import Batch, Outputs, StepOutput, step_output
 from bacon_fast.methods.supervised import Supervised
 from bacon_fast.models.network import Network
 
 
-class Phase(NamedTuple):
-    """Whether BaCon's loss is added yet (before, the projection has no gradient at all and is not decayed), and the
-    balancer's own phase.
-    """
-
-    contrast: bool
-    balancer: Hashable = None
-
-
-class ComposedMethod(Method):
+class ComposedMethod(BalancedMethod):
     """One forward of all views together (`use_cat`: BatchNorm sees labeled, weak and strong rows), then the losses.
 
     Args:
@@ -49,35 +36,17 @@ class ComposedMethod(Method):
         lambda_con: float = 1.0,
         contrast_start: float = 0.5,
     ) -> None:
-        super().__init__(network)
-        self.base, self.regularizer, self.balancer = base, regularizer, balancer
-        self.steps, self.lambda_con, self.contrast_start = steps, lambda_con, contrast_start
-        self.balanced_view = balancer is not None and balancer.balanced_view
+        super().__init__(
+            network, balancer, regularizer, steps=steps, lambda_con=lambda_con, contrast_start=contrast_start
+        )
+        self.base = base
         if isinstance(base, Supervised):
             self.unlabeled_views = ()
-
-    def bind(self, averaged: nn.Module) -> None:
-        super().bind(averaged)
-        if self.balancer is not None:
-            self.balancer.bind(self.network, averaged)
-
-    def phase(self, step: int) -> Phase:
-        contrast = self.regularizer is not None and step > self.contrast_start * self.steps
-        return Phase(contrast, None if self.balancer is None else self.balancer.phase(step))
-
-    def schedule(self, step: int | Tensor, steps: int) -> tuple[int | Tensor, int]:
-        return (step, steps) if self.balancer is None else self.balancer.schedule(step, steps)
-
-    def refresh_due(self, step: int) -> bool:
-        return self.balancer is not None and self.balancer.refresh_due(step)
-
-    def refresh(self, context: RefreshContext) -> NewGeneration | None:
-        return self.balancer.refresh(context)
 
     def forward(self, batch: Batch, step: Tensor, phase: Phase) -> StepOutput:
         sizes = batch.num_labeled, batch.num_unlabeled
         rows = [None if part is None else gather_views(part, *sizes) for part in self.network(batch.images)]
-        averaged_features = self._averaged_features(batch, phase.balancer)
+        averaged_features = self.averaged_features(batch, batch.view(0), batch.view(1), phase.balancer)
         batch = gather_batch(batch)
         out = Outputs(*rows, batch.num_labeled, batch.num_unlabeled)
         if self.balancer is None:
@@ -106,11 +75,3 @@ class ComposedMethod(Method):
             losses["contrastive"] = self.lambda_con * contrastive
             stats |= more
         return step_output(losses, stats, pseudo_labels)
-
-    @torch.no_grad()
-    def _averaged_features(self, batch: Batch, phase: Hashable) -> Tensor | None:
-        """Features by the averaged backbone of the images the balancer asks for: float32, of the global batch."""
-        images = None if self.balancer is None else self.balancer.averaged_images(batch, phase)
-        if images is None:
-            return None
-        return gather_views(self.averaged.backbone(images).float(), batch.num_labeled, batch.num_unlabeled)

@@ -58,9 +58,9 @@ class CoSSL(Balancer):
         """Whether the teacher takes part."""
         return step >= self.start
 
-    def averaged_images(self, batch: Batch, phase: bool) -> Tensor | None:
+    def averaged_images(self, batch: Batch, weak: Tensor, strong: Tensor, phase: bool) -> Tensor | None:
         """The class-balanced labeled images, then the weak and the strong views."""
-        return torch.cat([batch.balanced_images, batch.images[batch.num_labeled :]]) if phase else None
+        return torch.cat([batch.balanced_images, weak, strong]) if phase else None
 
     def forward(self, rows: Rows, step: Tensor, phase: bool) -> Targets:
         predicted = rows.weak_logits.softmax(1)

@@ -57,8 +57,8 @@ class CReST(Balancer):
         self.steps, self.generations, self.t_min = steps, generations, t_min
         fractions = selected_fractions_by_index if usb_compat else selected_fractions
         self.fractions = fractions(labeled_counts.tolist(), alpha)
-        self.alignment = None
-        if t_min is not None:
+        self.alignment, self.aligns = None, t_min is not None
+        if self.aligns:
             self.alignment = DistributionAlignment(labeled_counts / labeled_counts.sum(), momentum)
 
     def forward(self, rows: Rows, step: Tensor, phase: Hashable) -> Targets:

@@ -31,6 +31,8 @@ class DARP(Balancer):
         predictions, refined: float32 [M,K], by slot.
     """
 
+    on_targets = True
+
     def __init__(self, labeled_counts: Tensor, num_unlabeled: int, *, start: int, interval: int = 10) -> None:
         super().__init__()
         self.start, self.interval = start, interval

@@ -38,6 +38,8 @@ class DASO(Balancer):
         previous_q: float32 [U,K].
     """
 
+    on_targets = True
+
     def __init__(
         self,
         num_classes: int,
@@ -61,7 +63,7 @@ class DASO(Balancer):
         if self.usb:
             self.register_buffer("previous_q", torch.full((usb_rows, num_classes), 1 / num_classes))
 
-    def averaged_images(self, batch: Batch, phase: Hashable) -> Tensor:
+    def averaged_images(self, batch: Batch, weak: Tensor, strong: Tensor, phase: Hashable) -> Tensor:
         return batch.labeled_images
 
     def phase(self, step: int) -> bool:

@@ -1,8 +1,11 @@
-"""ReMixMatch as a base (methods.md D; Berthelot et al., ICLR 2020, arXiv 1911.09785), alone or with ABC and BaCon.
+"""ReMixMatch as a base (methods.md D; Berthelot et al., ICLR 2020, arXiv 1911.09785), alone or with its additions.
 
 The passes are those of USB and of BaCon's authors: every view and every mixed block by itself, in training mode with
 BatchNorm statistics of its own; only the first mixed block moves the running ones.
 """
+
+from collections.abc import Hashable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +14,10 @@ from torch import Tensor
 from bacon_fast.losses.bacon import BaConLoss
 from bacon_fast.methods.abc import ABC
 from bacon_fast.methods.alignment import DistributionAlignment
+from bacon_fast.methods.balanced import BalancedMethod, Phase
+from bacon_fast.methods.balancer import Balancer, Rows
 from bacon_fast.methods.gather import gather_batch, gather_views, own_views
-from bacon_fast.methods.method import Method
+from bacon_fast.methods.method import NewGeneration, RefreshContext
 from bacon_fast.methods.mixup import MixUp, draw_quarter_turns, mix, rotate
 from bacon_fast.methods.outputs import Batch, Outputs, StepOutput, step_output
 from bacon_fast.models.batchnorm import frozen_statistics
@@ -20,7 +25,7 @@ from bacon_fast.models.heads import main_head
 from bacon_fast.models.network import Network
 
 
-class ReMixMatch(Method):
+class ReMixMatch(BalancedMethod):
     """MixUp of all views towards aligned, sharpened predictions, and a rotation task.
 
     Args:
@@ -35,6 +40,8 @@ class ReMixMatch(Method):
         alignment_momentum: of the average prediction.
         abc: ABC on the network's balanced head, or None.
         regularizer: BaCon's loss, or None.
+        balancer: CoSSL, CReST, DARP or DASO, or None; what it says in `Targets` beside probabilities and losses is
+            FixMatch's alone.
         lambda_con: weight of the regularizer's loss.
         contrast_start: fraction of T after which it is added.
     """
@@ -58,35 +65,37 @@ class ReMixMatch(Method):
         alignment_momentum: float = 0.999,
         abc: ABC | None = None,
         regularizer: BaConLoss | None = None,
+        balancer: Balancer | None = None,
         lambda_con: float = 1.0,
         contrast_start: float = 1 / 30,
     ) -> None:
-        super().__init__(network)
-        self.abc, self.regularizer = abc, regularizer
+        super().__init__(
+            network, balancer, regularizer, steps=steps, lambda_con=lambda_con, contrast_start=contrast_start
+        )
+        self.abc = abc
         self.rotation_head = main_head(network.backbone.num_features, 4)
         self.alignment = DistributionAlignment(labeled_counts / labeled_counts.sum(), alignment_momentum)
         self.mixup = MixUp(mixup_alpha, seed)
-        self.steps, self.seed, self.rampup, self.sharpening = steps, seed, rampup, sharpening
+        self.seed, self.rampup, self.sharpening = seed, rampup, sharpening
         self.lambda_u, self.lambda_kl, self.lambda_rot = lambda_u, lambda_kl, lambda_rot
-        self.lambda_con, self.contrast_start = lambda_con, contrast_start
 
-    def phase(self, step: int) -> bool:
-        """Whether BaCon's loss is added yet. Before, the projection has no gradient at all and is not decayed."""
-        return self.regularizer is not None and step > self.contrast_start * self.steps
+    def refresh(self, context: RefreshContext) -> NewGeneration | None:
+        new = super().refresh(context)
+        if new is not None:
+            self.alignment.restart()
+        return new
 
-    def forward(self, batch: Batch, step: Tensor, phase: bool) -> StepOutput:
+    def forward(self, batch: Batch, step: Tensor, phase: Phase) -> StepOutput:
         sizes = rows, _ = batch.num_labeled, batch.num_unlabeled
         if rows != batch.num_unlabeled:
             raise ValueError(f"batch: expected as many unlabeled rows as labeled ones, {rows}, found {sizes[1]}")
         labeled, strong, _, weak = batch.images.split(rows)
+        averaged_features = self.averaged_features(batch, weak, strong, phase.balancer)
         images, batch = gather_views(batch.images, *sizes), gather_batch(batch)
 
-        # 1 and 2: targets from the weak views.
+        # 1: the weak views.
         with torch.no_grad(), frozen_statistics(self.network):
             weak_out = self.network(weak)
-        probabilities = _wide(gather_views(weak_out[1], 0, rows)).softmax(1)
-        targets = self.alignment(probabilities) ** (1 / self.sharpening)
-        targets = targets / targets.sum(1, keepdim=True)
 
         # 3: the views as they are. Statistics are frozen, so a pass whose result nothing uses can be left out: that of
         # the second strong view, and without ABC and BaCon that of the labeled one.
@@ -94,6 +103,13 @@ class ReMixMatch(Method):
             strong_out = self.network(strong)
             needed = self.abc is not None or self.regularizer is not None
             labeled_out = self.network(labeled) if needed else None
+
+        # 2: targets.
+        logits, seen = _wide(gather_views(weak_out[1], 0, rows)), None
+        if self.balancer is not None:
+            features = (gather_views(part[0], 0, rows) for part in (weak_out, strong_out))
+            seen = Rows(logits, *features, averaged_features, batch)
+        targets, balancing = self._targets(logits, seen, step, phase.balancer)
 
         # 4: all rows of all views mixed with each other, then block by block through the network.
         coefficient, permutation = self.mixup.draw(len(images), step)
@@ -112,13 +128,14 @@ class ReMixMatch(Method):
         rotation_logits = _wide(gather_views(self.rotation_head(rotated_features), 0, rows))
 
         # 5: soft targets, means over rows, no threshold.
-        split, ramp = batch.num_labeled, (step / (self.rampup * self.steps)).clamp(max=1)
+        done, steps = self.schedule(step, self.steps)
+        split, ramp = batch.num_labeled, (done / (self.rampup * steps)).clamp(max=1)
         losses = {
             "supervised": F.cross_entropy(mixed_logits[:split], mixed_targets[:split]),
             "unsupervised": self.lambda_u * ramp * F.cross_entropy(mixed_logits[split:], mixed_targets[split:]),
             "unmixed": self.lambda_kl * ramp * F.cross_entropy(_wide(gather_views(strong_out[1], 0, rows)), targets),
             "rotation": self.lambda_rot * F.cross_entropy(rotation_logits, turns),
-        }
+        } | balancing
         pseudo_labels = targets.argmax(1)
         known = batch.true_labels >= 0
         stats = {
@@ -143,11 +160,28 @@ class ReMixMatch(Method):
                 batch.labeled_slots,
                 batch.unlabeled_slots,
                 progress=step / self.steps,
-                active=phase,
+                active=phase.contrast,
             )
             losses["contrastive"] = self.lambda_con * contrastive
             stats |= contrastive_stats
         return step_output(losses, stats, pseudo_labels)
+
+    def _targets(
+        self, logits: Tensor, seen: Rows | None, step: Tensor, phase: Hashable
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Targets of the unlabeled rows, [U,K], by the weak views' logits [U,K]; the balancer's losses."""
+        probabilities, losses, balancer = logits.softmax(1), {}, self.balancer
+        if balancer is not None and not balancer.on_targets:
+            balanced = balancer(seen, step, phase)
+            probabilities, losses = balanced.probabilities, balanced.losses
+        if balancer is None or not balancer.aligns:
+            probabilities = self.alignment(probabilities)
+        targets = probabilities ** (1 / self.sharpening)
+        targets = targets / targets.sum(1, keepdim=True)
+        if balancer is not None and balancer.on_targets:
+            balanced = balancer(replace(seen, weak_logits=targets.log()), step, phase)
+            targets, losses = balanced.probabilities, balanced.losses
+        return targets, losses
 
 
 def _wide(logits: Tensor) -> Tensor:

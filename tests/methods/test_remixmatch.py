@@ -13,6 +13,7 @@ from bacon_fast.data.philox import Stream, uniform
 from bacon_fast.losses.bacon import BaConLoss
 from bacon_fast.methods.abc import ABC
 from bacon_fast.methods.alignment import DistributionAlignment
+from bacon_fast.methods.balanced import Phase
 from bacon_fast.methods.mixup import draw_quarter_turns
 from bacon_fast.methods.outputs import Batch
 from bacon_fast.methods.remixmatch import ReMixMatch
@@ -175,7 +176,7 @@ def oracle(method: ReMixMatch, batch: Batch, t: int, average: list[float] | None
                 batch.labeled_slots,
                 batch.unlabeled_slots,
                 progress=t / STEPS,
-                active=method.phase(t),
+                active=method.phase(t).contrast,
             ).loss
         )
     return losses, average, statistics[0]
@@ -226,7 +227,7 @@ def test_weak_rows_train_the_projection_alone():
         return regularizer(features, *args, **kwargs)
 
     method.regularizer.forward = spy
-    output = method(make_batch(), torch.tensor(400), True)
+    output = method(make_batch(), torch.tensor(400), Phase(contrast=True))
     assert output.losses["contrastive"] > 0
     for rows, has_graph in ((slice(0, B), True), (slice(B, 2 * B), False)):
         (gradient,) = torch.autograd.grad(
@@ -250,7 +251,7 @@ def test_targets_against_a_loop_and_the_first_batch_sets_the_average():
 
 def test_pseudo_labels_and_their_statistics():
     method, batch = build(), make_batch()
-    output = method(batch, torch.tensor(0), False)
+    output = method(batch, torch.tensor(0), Phase(contrast=False))
     with torch.no_grad():
         p = forward_pass(method, batch.view(2))[1].softmax(1)
     q = p * (COUNTS / COUNTS.sum() + 1e-6) / (p.mean(0) + 1e-6)
@@ -261,8 +262,8 @@ def test_pseudo_labels_and_their_statistics():
 
 def test_the_contrastive_loss_starts_after_its_share_of_the_run():
     method = build("abc", "bacon", contrast_start=1 / 32)
-    assert [method.phase(t) for t in (0, 20, 21, 639)] == [False, False, True, True]  # after 640 / 32 = 20
-    assert not build("abc").phase(639)
+    assert [method.phase(t).contrast for t in (0, 20, 21, 639)] == [False, False, True, True]  # after 640 / 32 = 20
+    assert not build("abc").phase(639).contrast
     output = method(make_batch(), torch.tensor(5), method.phase(5))
     output.total.backward()
     assert output.losses["contrastive"] == 0 and method.regularizer.projection.weight.grad is None
@@ -274,7 +275,7 @@ def test_blocks_must_be_of_equal_size():
         batch.images[: B + 3 * 4], batch.labels, batch.labeled_slots, batch.unlabeled_slots[:4], torch.zeros(4)
     )
     with pytest.raises(ValueError, match="batch: expected as many unlabeled rows as labeled ones, 5, found 4"):
-        build()(short, torch.tensor(0), False)
+        build()(short, torch.tensor(0), Phase(contrast=False))
 
 
 @pytest.mark.parametrize("parts", [(), ("abc", "bacon")], ids=lambda parts: "+".join(parts))

@@ -1,6 +1,7 @@
-"""remixmatch and what is added to it: abc, bacon."""
+"""remixmatch and what is added to it: abc, the balancers of pseudo-labels, bacon."""
 
 from bacon_fast.engine.builders.bacon import build_bacon_loss
+from bacon_fast.engine.builders.balancers import build_balancer
 from bacon_fast.engine.builders.fixmatch import build_network
 from bacon_fast.engine.builders.info import DataInfo
 from bacon_fast.engine.config import Config
@@ -37,6 +38,7 @@ def build_method(config: Config, network: Network, info: DataInfo) -> ReMixMatch
         alignment_momentum=config.distribution_momentum,
         abc=abc,
         regularizer=build_bacon_loss(config, network.backbone.num_features, info) if "bacon" in others else None,
+        balancer=build_balancer(config, network.backbone.num_features, info),
         lambda_con=config.lambda_con,
         contrast_start=config.contrast_start,
     )

@@ -1,0 +1,77 @@
+"""What FixMatch's and ReMixMatch's methods share: a class balancer, and a contrastive loss that starts late."""
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bacon_fast.losses.bacon import BaConLoss
+from bacon_fast.methods.balancer import Balancer
+from bacon_fast.methods.gather import gather_views
+from bacon_fast.methods.method import Method, NewGeneration, RefreshContext
+from bacon_fast.methods.outputs import Batch
+from bacon_fast.models.network import Network
+
+
+class Phase(NamedTuple):
+    """Whether BaCon's loss is added yet (before, the projection has no gradient at all and is not decayed), and the
+    balancer's own phase.
+    """
+
+    contrast: bool
+    balancer: Hashable = None
+
+
+class BalancedMethod(Method):
+    """Method with a balancer and a regularizer, either of which may be None; hands on to the balancer what it decides.
+
+    Args:
+        network: backbone and heads.
+        balancer: what sets the targets of the unlabeled rows.
+        regularizer: BaCon's loss.
+        steps: T.
+        lambda_con: weight of the regularizer's loss.
+        contrast_start: fraction of T after which it is added.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        balancer: Balancer | None,
+        regularizer: BaConLoss | None,
+        *,
+        steps: int,
+        lambda_con: float,
+        contrast_start: float,
+    ) -> None:
+        super().__init__(network)
+        self.balancer, self.regularizer = balancer, regularizer
+        self.steps, self.lambda_con, self.contrast_start = steps, lambda_con, contrast_start
+        self.balanced_view = balancer is not None and balancer.balanced_view
+
+    def bind(self, averaged: nn.Module) -> None:
+        super().bind(averaged)
+        if self.balancer is not None:
+            self.balancer.bind(self.network, averaged)
+
+    def phase(self, step: int) -> Phase:
+        contrast = self.regularizer is not None and step > self.contrast_start * self.steps
+        return Phase(contrast, None if self.balancer is None else self.balancer.phase(step))
+
+    def schedule(self, step: int | Tensor, steps: int) -> tuple[int | Tensor, int]:
+        return (step, steps) if self.balancer is None else self.balancer.schedule(step, steps)
+
+    def refresh_due(self, step: int) -> bool:
+        return self.balancer is not None and self.balancer.refresh_due(step)
+
+    def refresh(self, context: RefreshContext) -> NewGeneration | None:
+        return self.balancer.refresh(context)
+
+    @torch.no_grad()
+    def averaged_features(self, batch: Batch, weak: Tensor, strong: Tensor, phase: Hashable) -> Tensor | None:
+        """Features by the averaged backbone of the images the balancer asks for: float32, of the global batch."""
+        images = None if self.balancer is None else self.balancer.averaged_images(batch, weak, strong, phase)
+        if images is None:
+            return None
+        return gather_views(self.averaged.backbone(images).float(), batch.num_labeled, batch.num_unlabeled)
