@@ -81,26 +81,21 @@ def is_free(out: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_two_runs_at_once_stop_together_and_go_on(tmp_path):
+def test_two_runs_at_once_stop_together(tmp_path):
     endless = QUICK.replace("steps=400", "steps=1000000")
-    words = ("--methods", "supervised", "--seeds", "0,1", "--jobs", "2")
     runs = runs_of(tmp_path, endless, seeds=(0, 1))
-    last = [0, 0]
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        process = start(tmp_path, endless, *words)
-        # Both advance while neither is done: they run at once.
-        wait_until(lambda last=last: all(run.step() > step for run, step in zip(runs, last)), process)
-        os.killpg(process.pid, signum)  # as the terminal's Ctrl-C: to the whole group
-        output = process.communicate(timeout=PATIENCE)[0]
-        assert process.returncode == 128 + signum and "the same command continues" in output
-        assert "2 runs, 0 done" in output
-        assert is_free(tmp_path), "no run is left behind"
-        now = [saved_step(run) for run in runs]
-        assert all(new > old for new, old in zip(now, last)), "it went on from where it was, and saved"
-        last = now
-    for run, step in zip(runs, last):
+    process = start(tmp_path, endless, "--methods", "supervised", "--seeds", "0,1", "--jobs", "2")
+    # Both advance while neither is done: they run at once.
+    wait_until(lambda: all(run.step() >= 20 for run in runs), process)
+    os.killpg(process.pid, signal.SIGINT)  # as the terminal's Ctrl-C: to the whole group
+    output = process.communicate(timeout=PATIENCE)[0]
+    assert process.returncode == 128 + signal.SIGINT and "the same command continues" in output
+    assert "2 runs, 0 done" in output
+    assert is_free(tmp_path), "no run is left behind"
+    for run in runs:
+        step = saved_step(run)
+        assert run.state == "started" and step >= 20
         assert f"seed {run.config.seed} stopped at step {step:,}" in (tmp_path / "table.md").read_text()
-        assert resumed(run) == [False, True]
 
 
 @pytest.mark.slow
