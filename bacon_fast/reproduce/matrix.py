@@ -132,8 +132,7 @@ def expand(table: Table, seeds: Sequence[int], options: Options, out: Path) -> l
 
 def _cell(row: Row, column: Column, seeds: Sequence[int], options: Options, out: Path) -> Cell:
     known = row.method in METHODS  # what a row changes may be fields of its own method
-    overrides = {**row.overrides, **row.per_column.get(column.name, {})} if known else {}
-    config = _config(column, overrides, options)
+    config = _config(column, row.changes(column) if known else {}, options)
     protocol = None if split_overrides(config) or config.split else config.protocol
     if not known:
         return Cell(row, column, protocol, (), f"method {row.method} is not in this version")

@@ -66,21 +66,18 @@ def _section(table: Table, column: Column, results: Sequence[Result]) -> list[st
 
 
 def _cells(table: Table, result: Result) -> list[str]:
-    metric, readings = table.metric, []
-    if result.summaries:
-        readings = [str(result.accuracy(reading, metric)) for reading in READINGS]
-        if metric == "bacc":
-            readings += [str(result.accuracy("last", name) or "–") for name in ("gm", "few")]
-    else:
-        readings = ["not run"] + ["–"] * (len(READINGS) - 1 + (2 if metric == "bacc" else 0))
+    numbers = [result.accuracy(reading, table.metric) for reading in READINGS]
+    if table.metric == "bacc":
+        numbers += [result.accuracy("last", name) for name in ("gm", "few")]
+    texts = ["–" if number is None else str(number) for number in numbers]
+    if not result.summaries:
+        texts[0] = "not run"
     done, wanted = len(result.summaries), len(result.cell.runs)
     seeds = str(done) if done == wanted else f"{done} of {wanted}"
-    cells = [result.cell.row.name, describe_run(result), seeds, *readings]
-    return (
-        cells
-        if table.source is None
-        else cells + _published(table.source, result.published(table.source), result.cell.row.method)
-    )
+    cells = [result.cell.row.name, describe_run(result), seeds, *texts]
+    if table.source is None:
+        return cells
+    return cells + _published(table.source, result.published(table.source), result.cell.row.method)
 
 
 def _published(source: Source, value: Value | None, method: str) -> list[str]:
@@ -134,7 +131,7 @@ def describe_protocol(name: str | None) -> str:
 
 
 def describe_run(result: Result) -> str:
-    """Protocol, length, learning rates and batch."""
+    """Protocol, length, learning rates, batch, and what else the row changes."""
     config = result.config
     if config is None:
         return "–"
@@ -144,6 +141,8 @@ def describe_run(result: Result) -> str:
     parts = [result.cell.protocol or f"{config.protocol}, changed", steps, f"{config.lr_schedule} rate"]
     if config.method != "supervised":
         parts.append(f"mu {config.unlabeled_ratio}")
+    changes = result.cell.row.changes(result.cell.column)
+    parts += [f"{name} {getattr(config, name)}" for name in changes if name not in ("lr_schedule", "unlabeled_ratio")]
     return "; ".join(parts)
 
 

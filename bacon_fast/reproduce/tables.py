@@ -19,6 +19,10 @@ class Row:
     overrides: Overrides = field(default_factory=dict, hash=False)
     per_column: Mapping[str, Overrides] = field(default_factory=dict, hash=False)
 
+    def changes(self, column: "Column") -> dict[str, object]:
+        """What it changes in a column."""
+        return {**self.overrides, **self.per_column.get(column.name, {})}
+
 
 @dataclass(frozen=True)
 class Column:

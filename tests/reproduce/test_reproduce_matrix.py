@@ -45,7 +45,7 @@ def test_a_table_has_unlike_rows_and_columns_and_every_cell_a_run_a_seed(name):
         assert [run.config.seed for run in cell.runs] == ([0, 5] if cell.missing is None else [])
         for run in cell.runs:
             assert run.config.method == cell.row.method and run.config.preset == cell.column.preset
-            wanted = {**cell.column.overrides, **cell.row.overrides, **cell.row.per_column.get(cell.column.name, {})}
+            wanted = {**cell.column.overrides, **cell.row.changes(cell.column)}
             assert {field: getattr(run.config, field) for field in wanted} == wanted
 
 

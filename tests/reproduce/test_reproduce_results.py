@@ -154,6 +154,16 @@ def test_variations_of_a_method_have_no_published_number(tmp_path):
     assert [str(result.published(table.source)) for result in results] == ["75.30 ± 0.37", "None"]
 
 
+def test_a_variation_says_what_it_changes(tmp_path):
+    rows = (Row("a", "fixmatch", {"lr": 0.001, "lr_schedule": "cosine"}, {"digits": {"threshold": 0.9}}),)
+    table = Table("t", rows, (Column("digits"), Column("bacon-cifar10")))
+    text = sections(
+        markdown(table, collect(expand(table, [0], Options(data_dir=Path("/d")), tmp_path), []), Options(), "c")
+    )
+    assert text["digits"][0]["run"] == "digits; 1,500 steps; cosine rate; mu 2; lr 0.001; threshold 0.9"
+    assert text["bacon-cifar10"][0]["run"] == "bacon-cifar10-100; 300,000 steps; cosine rate; mu 2; lr 0.001"
+
+
 def test_caveats(filled, tmp_path):
     table, _, _, _ = filled
     options = Options(0.1, "folder", Path("/data"), settings={"precision": "bf16"})
