@@ -20,6 +20,7 @@ from bacon_fast.engine.presets import PRESETS
 from bacon_fast.engine.trainer import Trainer
 from bacon_fast.methods.gather import gather_views, own_views
 from bacon_fast.methods.method import NewGeneration
+from bacon_fast.models.wrn import WideResNet
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
@@ -57,21 +58,16 @@ def tiny(run_dir: Path, **changes) -> Config:
 
 
 def in_float64(trainer: Trainer) -> None:
-    """Makes the networks compute in float64, in which two orders of summation agree over many steps."""
-    for parameter in trainer.method.parameters():
-        parameter.data = parameter.data.double()
-    for layer in trainer.method.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.double()
+    """Makes the backbones compute in float64, from and to float32.
+
+    In float32 two orders of summation soon part: BatchNorm divides by the spread of channels that hardly vary.
+    """
+    for module in trainer.method.modules():
+        if isinstance(module, WideResNet):
+            module.double()
+            module.register_forward_pre_hook(lambda module, arguments: (arguments[0].double(),))
+            module.register_forward_hook(lambda module, arguments, features: features.float())
     trainer._start()  # optimizer and average of the new parameters
-    make, normalize = trainer.batches.batch, trainer.batches.augment.normalize
-    trainer.batches.augment.normalize = lambda images: normalize(images).double()
-
-    def batch(step: torch.Tensor):
-        made = make(step)
-        return dataclasses.replace(made, images=made.images.double())
-
-    trainer.batches.batch = batch
 
 
 def trajectory(config: Config, *, float64: bool = True, prepare: Callable[[Trainer], None] | None = None) -> dict:

@@ -1,7 +1,6 @@
 """Two processes train as one: the same losses, gradients and state as a single process with the same global batch.
 
-The oracle is the single process. Networks compute in float64 here, where the two orders of summation differ by 1e-15 a
-step; losses are float32 beyond the logits in some methods.
+The oracle is the single process. Backbones compute in float64 here (rank_cases.in_float64), the rest in float32.
 """
 
 import signal
@@ -14,18 +13,19 @@ from rank_cases import ADAM, LAYOUTS, PREDICTED, RANKS, Trainer, new_generation,
 from bacon_fast.engine.checkpoint import list_checkpoints
 from bacon_fast.engine.config import METHODS
 from bacon_fast.engine.evaluation import predict
+from bacon_fast.reference.bank import SCALE
 
 
 def assert_follows(two: dict, one: dict) -> None:
     assert two["without_gradient"] == one["without_gradient"]
     for step, (a, b) in enumerate(zip(two["losses"], one["losses"], strict=True)):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name] == pytest.approx(b[name], rel=1e-6, abs=1e-9), f"{name} at step {step}"
+        assert a == pytest.approx(b, rel=1e-6, abs=1e-8), f"step {step}"
     assert two["state"].keys() == one["state"].keys()
     for name, value in one["state"].items():
         found = two["state"][name]
-        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-9, msg=f"{name}: {found} instead of {value}")
+        if name.endswith("class_sums"):  # fixed point
+            found, value = found / SCALE, value / SCALE
+        torch.testing.assert_close(found, value, rtol=1e-5, atol=2e-6, msg=f"{name}: {found} instead of {value}")
 
 
 def assert_same_bits(one: dict, two: dict) -> None:
