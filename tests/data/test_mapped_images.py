@@ -26,7 +26,7 @@ def write_folder(root, per_class: int = 5) -> None:
             folder = root / part / name
             folder.mkdir(parents=True)
             for i in range(per_class):
-                Image.fromarray(generator.integers(0, 256, (9, 11, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+                Image.fromarray(generator.integers(0, 256, (9, 11, 3), dtype=np.uint8)).save(folder / f"{i}.bmp")
 
 
 def load(root, **changes):
@@ -49,8 +49,10 @@ def test_the_pool_is_not_copied(tmp_path):
     for dataset in (load(tmp_path), load(tmp_path, mapped=False)):
         assert dataset.pool().data_ptr() == dataset.train_images.data_ptr()
         assert dataset.pool().shape == (15, 8, 8, 3)
-    separate = dataclasses.replace(dataset, unlabeled_images=dataset.unlabeled_images.clone())
-    assert torch.equal(separate.pool(), dataset.pool()) and separate.pool().data_ptr() != dataset.pool().data_ptr()
+    for unlabeled in (dataset.unlabeled_images.clone(), dataset.test_images):  # elsewhere, or not right behind
+        separate = dataclasses.replace(dataset, unlabeled_images=unlabeled)
+        assert torch.equal(separate.pool(), torch.cat([dataset.train_images, unlabeled]))
+        assert separate.pool().data_ptr() != dataset.pool().data_ptr()
 
 
 def test_files_are_decoded_once_and_again_when_one_changes(tmp_path, monkeypatch):
@@ -62,8 +64,11 @@ def test_files_are_decoded_once_and_again_when_one_changes(tmp_path, monkeypatch
     assert decoded == [25]
     again = load(tmp_path)
     assert decoded == [25] and torch.equal(first.train_images, again.train_images)
-    image = tmp_path / "train" / "ant" / "0.png"
+    image = tmp_path / "train" / "ant" / "0.bmp"
+    status = image.stat()
     Image.fromarray(np.zeros((9, 11, 3), dtype=np.uint8)).save(image)
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert image.stat().st_size == status.st_size, "only the time of change tells"
     assert load(tmp_path).train_images[0].sum() == 0 and decoded == [25, 25]
     load(tmp_path, image_size=6)
     assert decoded == [25, 25, 25]
@@ -87,8 +92,8 @@ def test_the_fingerprint_is_computed_once(tmp_path, monkeypatch):
 
 def test_unreadable_files_are_named_and_leave_nothing(tmp_path):
     write_folder(tmp_path)
-    (tmp_path / "train" / "ant" / "3.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"(?s)1 image files cannot be read.*ant/3\.png"):
+    (tmp_path / "train" / "ant" / "3.bmp").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"(?s)1 image files cannot be read.*ant/3\.bmp"):
         load(tmp_path)
     assert list((tmp_path / ".bacon_fast").iterdir()) == []
 
