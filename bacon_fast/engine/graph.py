@@ -81,6 +81,7 @@ class GraphedStep:
         self._capture, self._strict, self._report = capture, strict, report
         self._warm: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, tuple[Callable[[], None], Result]] = {}
+        self._addresses: list[int] = []
         self._failed = False
 
     def __call__(self, step: int) -> Result:
@@ -98,10 +99,15 @@ class GraphedStep:
         replay()
         return result
 
-    def drop(self) -> None:
-        """Forgets the graphs: the next step of a phase is captured anew, without another warm-up."""
-        self._capture.reset()
-        self._graphs.clear()
+    def renew(self) -> None:
+        """After work between steps: captures every phase anew if that moved a parameter or buffer."""
+        if self._graphs and self._addresses != self._present_addresses():
+            self._capture.reset()
+            self._graphs.clear()
+
+    def _present_addresses(self) -> list[int]:
+        modules = (self.program.method, self.program.ema)
+        return [tensor.data_ptr() for m in modules for tensor in (*m.parameters(), *m.buffers())]
 
     def _add(self, phase: Hashable) -> None:
         broken: Exception | None = None
@@ -116,6 +122,7 @@ class GraphedStep:
 
         try:
             self._graphs[phase] = self._capture(run)
+            self._addresses = self._present_addresses()
         except Exception as error:
             self.program.forget_broken_step()
             error = broken or error

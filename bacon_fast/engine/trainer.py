@@ -295,7 +295,7 @@ class Trainer:
         new = self.method.refresh(self._refresh_context())
         distributed.copy_from_main(self.method, self.ema)  # sums on a device may differ in their last bits
         if self.graphed is not None:
-            self.graphed.drop()
+            self.graphed.renew()
         if new is not None:
             self._start_generation(new)
 

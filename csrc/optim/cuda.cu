@@ -17,8 +17,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-static_assert(sizeof(Plan) + sizeof(Settings) <= 32764, "a kernel's arguments");
-
 template <class Scalar>
 __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ Plan plan, const Settings settings) {
   update_chunk<Scalar>(plan, settings, static_cast<int32_t>(blockIdx.x), threadIdx.x, kThreads);

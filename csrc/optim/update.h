@@ -55,6 +55,8 @@ struct Settings {
   double average_weight;  // of the new value
 };
 
+static_assert(sizeof(Plan) + sizeof(Settings) <= 32764, "all of it is a kernel's argument");
+
 // Half precision is computed in float.
 template <class Scalar>
 struct Accumulator {
