@@ -45,7 +45,7 @@ class Bench:
         """Checks the first step of the arm that is to be timed. Raises RedGateError."""
         if self.truth is not None:
             with arm.flags.applied():
-                losses = first_losses(self.truth.batches[0])
+                losses = first_losses(self.truth.whole_batch)
             check_timed(losses, self.truth, precision)
 
 

@@ -43,10 +43,10 @@ class TensorwiseAverage:
 class LoopedBank:
     """BaCon's memory bank, with counts and centers found again in every step by a loop over the classes."""
 
-    def __init__(self, state: State, num_labeled: int, device: torch.device) -> None:
+    def __init__(self, state: State, num_labeled: int, device: torch.device, dtype: torch.dtype) -> None:
         bank = {name: value.to(device, copy=True) for name, value in state.bank.items()}
-        self.features, self.written, self.label = bank["features"], bank["written"], bank["selected_label"]
-        self.counts, self.centers = bank["class_counts"], bank["centers"]
+        self.features, self.centers = bank["features"].to(dtype), bank["centers"].to(dtype)
+        self.written, self.label, self.counts = bank["written"], bank["selected_label"], bank["class_counts"]
         self.has_center = bank["has_center"].tolist()
         self.num_labeled = num_labeled
 
@@ -75,20 +75,24 @@ class UsbStyleStep(StepArm):
     Args:
         problem, state: what to train, from where.
         workers: of the loaders, for labeled and unlabeled images; None for a step that is only ever given batches.
+        dtype: of all it computes; float64 for a gate.
     """
 
-    def __init__(self, problem: Problem, state: State, workers: tuple[int, int] | None) -> None:
+    def __init__(
+        self, problem: Problem, state: State, workers: tuple[int, int] | None, dtype: torch.dtype = torch.float32
+    ) -> None:
         config = self.config = problem.config
         self.problem, self.device, self.keep = problem, problem.device, problem.keep.to(problem.device)
         # USB asks cuDNN for deterministic kernels and leaves torch's default of TF32 convolutions as it is.
         self.flags = Flags(deterministic=True, tf32_convolutions=self.device.type == "cuda")
         self.network, averaged = (
-            PlainNetwork(config.backbone, problem.num_classes, config.bn_momentum).to(self.device) for _ in range(2)
+            PlainNetwork(config.backbone, problem.num_classes, config.bn_momentum).to(self.device, dtype)
+            for _ in range(2)
         )
         self.network.load_state_dict(state.network)
-        self.projection = nn.Linear(self.network.backbone.num_features, config.proj_dim).to(self.device)
+        self.projection = nn.Linear(self.network.backbone.num_features, config.proj_dim).to(self.device, dtype)
         self.projection.load_state_dict(state.projection)
-        self.bank = LoopedBank(state, len(problem.labeled), self.device)
+        self.bank = LoopedBank(state, len(problem.labeled), self.device, dtype)
         parameters = [*self.network.parameters(), *self.projection.parameters()]
         self.optimizer = torch.optim.SGD(
             [

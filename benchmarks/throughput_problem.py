@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bacon_fast.data.augment import ViewRequest
 from bacon_fast.data.datasets import ImageDataset, load_dataset
@@ -21,6 +21,7 @@ from bacon_fast.data.philox import Stream
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.engine.trainer import Trainer
+from bacon_fast.methods.composed import ComposedMethod
 from bacon_fast.methods.outputs import Batch
 
 STEPS, EPOCHS = 262_144, 256  # USB's run
@@ -87,14 +88,14 @@ class State:
     bank: Named
 
     @staticmethod
-    def of(trainer: Trainer) -> "State":
-        """A copy of a trainer's, on the CPU."""
+    def of(method: ComposedMethod, averaged: nn.Module) -> "State":
+        """A copy of a method's and of its average's, on the CPU."""
 
-        def copy(module: torch.nn.Module) -> Named:
+        def copy(module: nn.Module) -> Named:
             return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
 
-        bacon = trainer.method.regularizer
-        return State(copy(trainer.method.network), copy(trainer.ema.network), copy(bacon.projection), copy(bacon.bank))
+        bacon = method.regularizer
+        return State(copy(method.network), copy(averaged), copy(bacon.projection), copy(bacon.bank))
 
     def load(self, trainer: Trainer) -> None:
         """Puts it into a trainer, in place; the optimizer's momentum begins at zero."""
@@ -169,7 +170,7 @@ def make_trainer(config: Config, scratch: Path, **changes) -> Trainer:
     return trainer
 
 
-def random_batch(trainer: Trainer, seed: int) -> Batch:
+def random_batch(trainer: Trainer, seed: int, labeled_rows: int) -> Batch:
     """A batch whose slots are all different, so that no arm has to say which of two rows of a slot wins."""
     batches, config = trainer.batches, trainer.config
     generator = torch.Generator().manual_seed(seed)
@@ -177,8 +178,8 @@ def random_batch(trainer: Trainer, seed: int) -> Batch:
     def slots(size: int, count: int) -> Tensor:
         return torch.randperm(size, generator=generator)[:count].to(trainer.device)
 
-    labeled = slots(len(batches.labeled), config.batch_size)
-    unlabeled = slots(len(batches.unlabeled), config.unlabeled_ratio * config.batch_size)
+    labeled = slots(len(batches.labeled), labeled_rows)
+    unlabeled = slots(len(batches.unlabeled), config.unlabeled_ratio * labeled_rows)
     rows = batches.unlabeled[unlabeled]
     requests = [
         ViewRequest(batches.labeled[labeled], Stream.LABELED_WEAK, strong=False),
@@ -196,13 +197,13 @@ def prime(trainer: Trainer, steps: int, confidence: float = 0.98) -> State:
     config = trainer.config
     optimizer = torch.optim.SGD(network.parameters(), config.lr, momentum=0.9)
     for step in range(steps):
-        batch = random_batch(trainer, step)
+        batch = random_batch(trainer, step, config.batch_size)
         _, logits, balanced = network(batch.labeled_images)
         optimizer.zero_grad()
         (F.cross_entropy(logits, batch.labels) + F.cross_entropy(balanced, batch.labels)).backward()
         optimizer.step()
     with torch.no_grad():
-        _, logits, balanced = network(random_batch(trainer, steps).images)
+        _, logits, balanced = network(random_batch(trainer, steps, config.batch_size).images)
         for head, answers in ((network.head, logits), (network.balanced_head, balanced)):
             factor = _sharpening(answers, confidence)
             head.weight.mul_(factor)
@@ -221,7 +222,7 @@ def prime(trainer: Trainer, steps: int, confidence: float = 0.98) -> State:
                 bacon.bank.write_(places, bacon.projection(features), reliable)
     trainer.ema.network.load_state_dict(network.state_dict())
     torch._foreach_mul_(list(trainer.ema.network.parameters()), 0.9)
-    return State.of(trainer)
+    return State.of(trainer.method, trainer.ema.network)
 
 
 def _sharpening(logits: Tensor, confidence: float) -> float:

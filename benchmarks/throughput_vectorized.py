@@ -35,13 +35,14 @@ class VectorizedLoss(nn.Module):
 
     Args:
         problem, state: what to train, from where.
-        half: dtype of autocast, None for float32.
+        half: dtype of autocast, None for none.
+        dtype: of parameters and losses; float64 for a gate.
     """
 
-    def __init__(self, problem: Problem, state: State, half: torch.dtype | None) -> None:
+    def __init__(self, problem: Problem, state: State, half: torch.dtype | None, dtype: torch.dtype) -> None:
         super().__init__()
         config = self.config = problem.config
-        self.half, self.num_labeled = half, len(problem.labeled)
+        self.half, self.dtype, self.num_labeled = half, dtype, len(problem.labeled)
         self.network = PlainNetwork(config.backbone, problem.num_classes, config.bn_momentum)
         self.network.load_state_dict(state.network)
         self.projection = nn.Linear(self.network.backbone.num_features, config.proj_dim)
@@ -51,9 +52,10 @@ class VectorizedLoss(nn.Module):
             self.register_buffer(name, state.bank[name].clone())
         self.register_buffer("step", torch.tensor(MIDDLE))  # completed steps
         self.draw: Callable[[Tensor, int], Tensor] = bernoulli
+        self.to(dtype)
 
     def forward(self, batch: HostBatch) -> Tensor:
-        """The losses `NAMES`, not yet weighted: float32 [5]."""
+        """The losses `NAMES`, not yet weighted: [5]."""
         config, sizes = self.config, [len(batch.labels), len(batch.unlabeled_slots), len(batch.unlabeled_slots)]
         images = torch.cat([batch.labeled, batch.weak, batch.strong])
         images = images.contiguous(memory_format=torch.channels_last)
@@ -61,8 +63,8 @@ class VectorizedLoss(nn.Module):
             features = self.network.backbone(images)
             logits, balanced = self.network.head(features), self.network.balanced_head(features)
             projected = self.projection(features[: sizes[0] + sizes[1]])
-        labeled, weak, strong = logits.float().split(sizes)
-        labeled_balanced, weak_balanced, strong_balanced = balanced.float().split(sizes)
+        labeled, weak, strong = logits.to(self.dtype).split(sizes)
+        labeled_balanced, weak_balanced, strong_balanced = balanced.to(self.dtype).split(sizes)
         weak_balanced = weak_balanced.detach()
 
         confidence, pseudo = weak.detach().softmax(dim=1).max(dim=1)
@@ -72,13 +74,14 @@ class VectorizedLoss(nn.Module):
         share = torch.div(self.step * config.epochs, config.steps, rounding_mode="floor") / config.epochs
         keep = (1 - share * (1 - self.keep))[label]
         used = (probability >= config.threshold) * self.draw(keep, UNLABELED)
+        balanced_logits = torch.cat([labeled_balanced.detach(), weak_balanced])
         return torch.stack(
             [
                 F.cross_entropy(labeled, batch.labels),
                 (F.cross_entropy(strong, pseudo, reduction="none") * mask).mean(),
                 (F.cross_entropy(labeled_balanced, batch.labels, reduction="none") * kept).mean(),
                 (F.cross_entropy(strong_balanced, label, reduction="none") * used).mean(),
-                self._bacon(batch, projected.float(), torch.cat([labeled_balanced.detach(), weak_balanced]), label),
+                self._bacon(batch, projected.to(self.dtype), balanced_logits, label),
             ]
         )
 
@@ -107,7 +110,7 @@ class VectorizedLoss(nn.Module):
         with torch.no_grad():
             self.features[slots] = torch.where(reliable[:, None], projected.detach(), self.features[slots])
             self.written[slots] = self.written[slots] | reliable
-            counts = _class_sums(self.written.float(), places, num_classes)
+            counts = _class_sums(self.written.to(self.dtype), places, num_classes)
             sums = _class_sums(self.features * self.written[:, None], places, num_classes)
             self.centers.copy_(sums / counts.clamp_min(1)[:, None])
             self.has_center.copy_(counts > 0)
@@ -178,6 +181,7 @@ class VectorizedStep(StepArm):
         precision: fp32, tf32, bf16 or fp16 (without a loss scale: for measuring only).
         batches: where the views come from; None for a step that is only ever given batches.
         compiled: through torch.compile.
+        dtype: of parameters, losses and averages; float64 for a gate.
     """
 
     def __init__(
@@ -187,12 +191,13 @@ class VectorizedStep(StepArm):
         precision: str,
         batches: Loaders | DeviceBatches | None,
         compiled: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         config, self.device = problem.config, problem.device
-        self.loss = VectorizedLoss(problem, state, AUTOCAST.get(precision)).to(
+        self.loss = VectorizedLoss(problem, state, AUTOCAST.get(precision), dtype).to(
             self.device, memory_format=torch.channels_last
         )
-        self.averaged = PlainNetwork(config.backbone, problem.num_classes, config.bn_momentum).to(self.device)
+        self.averaged = PlainNetwork(config.backbone, problem.num_classes, config.bn_momentum).to(self.device, dtype)
         self.averaged.load_state_dict(state.averaged)
         self.averaged.requires_grad_(False)
         parameters = [*self.loss.network.parameters(), *self.loss.projection.parameters()]

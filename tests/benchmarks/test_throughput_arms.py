@@ -122,7 +122,7 @@ def test_our_trainer_makes_the_references_steps(bench):
 
 def test_a_timed_arm_may_draw_its_own_masks_but_not_lose_a_loss(bench):
     arm = VectorizedStep(bench.problem, bench.state, "fp32", batches=None)
-    found = dict(zip(NAMES, arm.update(throughput_gate.split(bench.truth.batches[0])).tolist()))
+    found = dict(zip(NAMES, arm.update(throughput_gate.split(bench.truth.whole_batch)).tolist()))
     check_timed(found | {"abc_labeled": 100.0}, bench.truth, "fp32")
     with pytest.raises(RedGateError, match="contrastive is 100"):
         check_timed(found | {"contrastive": 100.0}, bench.truth, "fp32")
@@ -141,8 +141,8 @@ class _NoGradientThroughWeak(PlainNetwork):
 
         def cut(images):
             features = forward(images)
-            weak = features[BATCH : BATCH + UNLABELED].detach()
-            return torch.cat([features[:BATCH], weak, features[BATCH + UNLABELED :]])
+            labeled, weak, strong = features.split([len(features) // 5 * k for k in (1, 2, 2)])
+            return torch.cat([labeled, weak.detach(), strong])
 
         self.backbone.forward = cut
 
@@ -306,7 +306,7 @@ def test_operations_are_counted_once_views_not_at_all():
 
 
 def test_the_usb_style_step_waits_and_ours_does_not(bench):
-    batch = throughput_gate.split(bench.truth.batches[0])
+    batch = throughput_gate.split(bench.truth.whole_batch)
     theirs, vectorized = (
         UsbStyleStep(bench.problem, bench.state, workers=None),
         VectorizedStep(bench.problem, bench.state, "fp32", batches=DeviceBatches(bench.problem)),
