@@ -23,6 +23,7 @@ def tiny(run_dir: Path, **changes) -> Config:
         "checkpoint_every": 4,
         "report": False,
         "threads": 1,
+        "precision": "fp32",  # whatever the machine
     }
     return dataclasses.replace(PRESETS["digits"].config, **(values | changes))
 

@@ -46,7 +46,7 @@ FAMILY_DEFAULTS = {
     "remixmatch": {"unlabeled_ratio": 1, "lambda_u": 1.5, "contrast_start": 1 / 30},
     "sscl": {"proj_dim": 64, "proj_layers": 2},
 }
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 
 BACKBONE_FORMS = "wrn-DEPTH-WIDTH, resnet18 or resnet50"
 
@@ -60,8 +60,8 @@ RESUME_MAY_CHANGE = frozenset(
         "log_every",
         "checkpoint_every",
         "keep_checkpoints",
-        "report",
         "graph",
+        "report",
         "split",
         "rank_timeout",
         "images",
@@ -155,15 +155,16 @@ class Config:
     ema_buffers: Literal["copy", "average"] = "copy"
     """BatchNorm statistics of the averaged model: copied from the online model (USB), or averaged too (ABC, CoSSL)."""
     precision: Precision = "fp32"
-    """Arithmetic of the network: fp32, tf32 (CUDA), bf16 or fp16 autocast. Losses are fp32 always."""
+    """Arithmetic of the network: fp32, tf32 (CUDA), bf16 or fp16 autocast. Losses are fp32 always. auto: bf16 where the
+    device computes it natively, else fp32; the run records which."""
     channels_last: bool = True
     """Memory format of the convolutions."""
     compile: bool = False
     """Compile network and losses with torch.compile."""
-    threads: int = 0
     graph: Literal["auto", "on", "off"] = "auto"
     """The whole step as one CUDA graph launch: auto (on a single GPU, unless the capture fails), on (an error where it
     is impossible), or off (the same step, launch by launch)."""
+    threads: int = 0
     """CPU threads; 0: the cores this process may use."""
     sync_batchnorm: bool = False
     """Under torchrun: normalize with the statistics of the whole batch, so that the run is the one of a single process.

@@ -56,6 +56,7 @@ def _digits() -> Config:
         backbone="wrn-10-1",
         steps=1500,
         batch_size=32,
+        precision="auto",
         epochs=100,
         hflip=False,  # a mirrored digit is no digit
         bn_momentum=0.05,

@@ -51,6 +51,7 @@ def tiny(run_dir: Path, **changes) -> Config:
         "checkpoint_every": 4,
         "report": False,
         "threads": 1,
+        "precision": "fp32",  # whatever the machine
         "sync_batchnorm": True,
         "rank_timeout": 60.0,
     }

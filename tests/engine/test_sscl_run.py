@@ -35,6 +35,7 @@ def digits(run_dir: Path, **changes) -> Config:
         "checkpoint_every": 3,
         "report": False,
         "threads": 1,
+        "precision": "fp32",  # whatever the machine
     }
     return dataclasses.replace(PRESETS["digits"].config, **(values | changes))
 
