@@ -10,7 +10,7 @@ from bacon_fast.losses.bacon import BaConLoss
 from bacon_fast.methods.balancer import Balancer
 from bacon_fast.methods.gather import gather_views
 from bacon_fast.methods.method import Method, NewGeneration, RefreshContext
-from bacon_fast.methods.outputs import Batch
+from bacon_fast.methods.outputs import Batch, wide
 from bacon_fast.models.network import Network
 
 
@@ -70,8 +70,8 @@ class BalancedMethod(Method):
 
     @torch.no_grad()
     def averaged_features(self, batch: Batch, weak: Tensor, strong: Tensor, phase: Hashable) -> Tensor | None:
-        """Features by the averaged backbone of the images the balancer asks for: float32, of the global batch."""
+        """Features by the averaged backbone of the images the balancer asks for, of the global batch."""
         images = None if self.balancer is None else self.balancer.averaged_images(batch, weak, strong, phase)
         if images is None:
             return None
-        return gather_views(self.averaged.backbone(images).float(), batch.num_labeled, batch.num_unlabeled)
+        return gather_views(wide(self.averaged.backbone(images)), batch.num_labeled, batch.num_unlabeled)

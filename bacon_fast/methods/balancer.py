@@ -17,7 +17,8 @@ class Rows:
         weak_logits: float32 [U,K], without gradient: the main head's on the weak views or, in ReMixMatch, for balancers
             `on_targets`, the logarithms of its targets.
         weak_features, strong_features: [U,F], the online backbone's; only the strong ones may have a gradient.
-        averaged_features: float32 [., F], the averaged backbone's on the images that `Balancer.averaged_images` chose.
+        averaged_features: [., F], at least float32, the averaged backbone's on the images that the balancer's
+            `averaged_images` chose.
         batch: labels and slots.
     """
 

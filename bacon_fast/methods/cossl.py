@@ -8,7 +8,7 @@ from bacon_fast.data.philox import Stream, philox, to_uniform
 from bacon_fast.methods.balancer import Balancer, Rows, Targets
 from bacon_fast.methods.cossl_warmup import balanced_features, imprinted_weights, train_head
 from bacon_fast.methods.method import RefreshContext
-from bacon_fast.methods.outputs import Batch
+from bacon_fast.methods.outputs import Batch, wide
 
 
 class CoSSL(Balancer):
@@ -70,9 +70,9 @@ class CoSSL(Balancer):
         sizes = [len(labels), len(predicted), len(predicted)]
         labeled, weak, strong = rows.averaged_features.split(sizes)
         blended = self.blend(labeled, strong[: len(labeled)], labels, step)
-        loss = F.cross_entropy(teacher(blended).float(), labels)
+        loss = F.cross_entropy(wide(teacher(blended)), labels)
         if not self.usb_compat:
-            predicted = teacher(weak).detach().float().softmax(1)
+            predicted = wide(teacher(weak).detach()).softmax(1)
         return Targets(predicted, losses={"teacher": loss})
 
     def blend(self, features: Tensor, others: Tensor, labels: Tensor, step: Tensor) -> Tensor:
@@ -88,14 +88,14 @@ class CoSSL(Balancer):
 
     def refresh(self, context: RefreshContext) -> None:
         """Warms up the teacher head, online and averaged, and lets it predict from now on."""
-        # Cloned: what was computed in inference mode cannot be trained on.
+        online, averaged = self.network.balanced_head, self.averaged.balanced_head
+        # Copied: what was computed in inference mode cannot be trained on.
         labeled, unlabeled = (
-            context.predict(self.averaged, context.pool[rows])[0].clone()
+            context.predict(self.averaged, context.pool[rows])[0].to(online.weight.dtype, copy=True)
             for rows in (context.labeled, context.unlabeled)
         )
         imprint = imprinted_weights(labeled, context.labels, len(self.blend_probability))
         features, labels = balanced_features(labeled, context.labels, unlabeled, imprint, self.seed)
-        online, averaged = self.network.balanced_head, self.averaged.balanced_head
         trained, mean = train_head(online, features, labels, self.seed)
         with torch.no_grad():
             for head, weights in ((online, trained), (averaged, mean)):

@@ -30,7 +30,7 @@ class FeatureQueue(nn.Module):
         one_hot = (labels[:, None] == torch.arange(len(self.written), device=labels.device)).long()
         rank = one_hot.cumsum(0).gather(1, labels[:, None])[:, 0] - 1  # among the rows of the same class
         place = labels * length + (self.written[labels] + rank) % length
-        self.features.flatten(0, 1).index_copy_(0, place, features[last_of_equal(place)])
+        self.features.flatten(0, 1).index_copy_(0, place, features[last_of_equal(place)].to(self.features.dtype))
         self.written.add_(one_hot.sum(0))
 
     def prototypes(self) -> tuple[Tensor, Tensor]:

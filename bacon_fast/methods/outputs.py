@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -41,6 +42,11 @@ class Batch:
         """Images [U, 3, H, W] of unlabeled view `index`, in the order of the method's `unlabeled_views`."""
         start = self.num_labeled + index * self.num_unlabeled
         return self.images[start : start + self.num_unlabeled]
+
+
+def wide(values: Tensor) -> Tensor:
+    """The same in at least float32: what comes out of a network under autocast may be half."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class StepOutput(NamedTuple):

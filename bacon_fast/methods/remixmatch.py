@@ -19,7 +19,7 @@ from bacon_fast.methods.balancer import Balancer, Rows
 from bacon_fast.methods.gather import gather_batch, gather_views, own_views
 from bacon_fast.methods.method import NewGeneration, RefreshContext
 from bacon_fast.methods.mixup import MixUp, draw_quarter_turns, mix, rotate
-from bacon_fast.methods.outputs import Batch, Outputs, StepOutput, step_output
+from bacon_fast.methods.outputs import Batch, Outputs, StepOutput, step_output, wide
 from bacon_fast.models.batchnorm import frozen_statistics
 from bacon_fast.models.heads import main_head
 from bacon_fast.models.network import Network
@@ -105,7 +105,7 @@ class ReMixMatch(BalancedMethod):
             labeled_out = self.network(labeled) if needed else None
 
         # 2: targets.
-        logits, seen = _wide(gather_views(weak_out[1], 0, rows)), None
+        logits, seen = wide(gather_views(weak_out[1], 0, rows)), None
         if self.balancer is not None:
             features = (gather_views(part[0], 0, rows) for part in (weak_out, strong_out))
             seen = Rows(logits, *features, averaged_features, batch)
@@ -119,13 +119,13 @@ class ReMixMatch(BalancedMethod):
         mixed_logits = [self.network(first)[1]]
         with frozen_statistics(self.network):
             mixed_logits += [self.network(block)[1] for block in others]
-        mixed_logits = _wide(gather_views(torch.cat(mixed_logits), *sizes))
+        mixed_logits = wide(gather_views(torch.cat(mixed_logits), *sizes))
 
         # The first strong view, turned: by how much?
         turns = draw_quarter_turns(batch.num_unlabeled, self.seed, step)
         with frozen_statistics(self.network):
             rotated_features = self.network(rotate(strong, own_views(turns, 0, rows)))[0]
-        rotation_logits = _wide(gather_views(self.rotation_head(rotated_features), 0, rows))
+        rotation_logits = wide(gather_views(self.rotation_head(rotated_features), 0, rows))
 
         # 5: soft targets, means over rows, no threshold.
         done, steps = self.schedule(step, self.steps)
@@ -133,7 +133,7 @@ class ReMixMatch(BalancedMethod):
         losses = {
             "supervised": F.cross_entropy(mixed_logits[:split], mixed_targets[:split]),
             "unsupervised": self.lambda_u * ramp * F.cross_entropy(mixed_logits[split:], mixed_targets[split:]),
-            "unmixed": self.lambda_kl * ramp * F.cross_entropy(_wide(gather_views(strong_out[1], 0, rows)), targets),
+            "unmixed": self.lambda_kl * ramp * F.cross_entropy(wide(gather_views(strong_out[1], 0, rows)), targets),
             "rotation": self.lambda_rot * F.cross_entropy(rotation_logits, turns),
         } | balancing
         pseudo_labels = targets.argmax(1)
@@ -182,8 +182,3 @@ class ReMixMatch(BalancedMethod):
             balanced = balancer(replace(seen, weak_logits=targets.log()), step, phase)
             targets, losses = balanced.probabilities, balanced.losses
         return targets, losses
-
-
-def _wide(logits: Tensor) -> Tensor:
-    """At least float32."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
