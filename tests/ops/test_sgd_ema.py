@@ -211,3 +211,11 @@ def test_what_does_not_fit_is_named():
             call(**wrong)
     with pytest.raises(ValueError, match="dense"):
         call(parameters=(torch.zeros(1, 3).expand(4, 3),), gradients=(None,), averages=(None,))
+
+
+def test_torch_knows_what_the_op_changes():
+    problem = Problem([(3, 5), (4097,)])
+    none = torch.zeros(0)
+    lists = (problem.parameters, [problem.draw((3, 5)), none], [problem.momenta[0], none], problem.averages)
+    arguments = (*lists, problem.decays, [torch.zeros(3)], [torch.ones(3)], torch.tensor(RATE), MOMENTUM, AVERAGE)
+    torch.library.opcheck(torch.ops.bacon_fast.sgd_ema_.default, (*arguments, torch.tensor(2.0), torch.zeros(())))
