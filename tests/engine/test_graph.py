@@ -75,7 +75,7 @@ def graphed(monkeypatch):
 @pytest.mark.parametrize(("optimizer", "precision"), [("sgd", "fp32"), ("adam", "fp32"), ("adam", "fp16")])
 def test_graphed_run_ends_bit_for_bit_as_the_eager_one(tmp_path, graphed, optimizer, precision):
     """Over the start of the contrastive loss, a phase of its own, with evaluations and checkpoints in between."""
-    config = {"optimizer": optimizer, "precision": precision, "lr_schedule": "cosine", "lr": 0.003}
+    config = {"optimizer": optimizer, "precision": precision, "lr_schedule": "cosine", "lr": 0.003, "batch_size": 4}
     Trainer(tiny(tmp_path / "eager", **config)).fit()
     trainer = graphed(tiny(tmp_path / "graphed", **config))
     trainer.fit()
