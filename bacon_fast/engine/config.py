@@ -129,7 +129,7 @@ class Config:
 
     # --- batch and augmentation ------------------------------------------------------------------------------------
     batch_size: int = 64
-    """B, labeled images a step."""
+    """B, labeled images a step; under torchrun, of all processes together."""
     unlabeled_ratio: int | None = None
     """mu: unlabeled images a step are mu*B. Default: 2, and 1 for ReMixMatch, which takes nothing else."""
     hflip: bool = True
@@ -167,7 +167,7 @@ class Config:
     threads: int = 0
     """CPU threads; 0: the cores this process may use."""
     sync_batchnorm: bool = False
-    """Under torchrun: normalize with the statistics of the whole batch, so that the run is the one of a single process.
+    """Under torchrun: normalize with the statistics of the whole batch, so that the run is that of a single process.
     Without, each process normalizes its own rows, and the running statistics of the first are evaluated and saved."""
     rank_timeout: float = 600.0
     """Under torchrun: seconds a process waits for the others before it gives up."""

@@ -13,10 +13,10 @@ class PhaseParallel:
 
     A phase is a static program (methods.method), so each gets a static-graph wrapper of its own: a parameter without
     gradient in a phase, such as BaCon's projection before its start, then costs no communication, and its `grad` stays
-    None, so that it is not decayed. The first wrapper gives all ranks the parameters and buffers of rank 0.
+    None, so that it is not decayed.
 
     Args:
-        forward: the method, or what torch.compile made of it.
+        forward: the method, or what torch.compile made of it, with the same parameters and buffers on all ranks.
     """
 
     def __init__(self, forward: nn.Module) -> None:
@@ -25,8 +25,8 @@ class PhaseParallel:
 
     def __call__(self, batch: Batch, step: Tensor, phase: Hashable) -> StepOutput:
         if phase not in self._wrapped:
-            # Buffers are equal already, or, as BatchNorm's statistics without synchronization, each rank's own.
+            # Buffers stay equal by themselves; BatchNorm's statistics without synchronization are each rank's own.
             self._wrapped[phase] = DistributedDataParallel(
-                self.forward, broadcast_buffers=False, static_graph=True, init_sync=not self._wrapped
+                self.forward, broadcast_buffers=False, static_graph=True, init_sync=False
             )
         return self._wrapped[phase](batch, step, phase)

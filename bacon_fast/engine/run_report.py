@@ -11,6 +11,7 @@ import torch
 import bacon_fast
 from bacon_fast.data.philox import Stream
 from bacon_fast.engine.evaluation import predict
+from bacon_fast.methods.gather import num_ranks
 
 if TYPE_CHECKING:
     from bacon_fast.engine.trainer import Trainer
@@ -36,6 +37,7 @@ def summarize(trainer: Trainer) -> dict:
         "steps_per_second": trainer.step / trainer.train_seconds,
         "train_seconds": trainer.train_seconds,
         "device": torch.cuda.get_device_name(trainer.device) if cuda else f"cpu, {torch.get_num_threads()} threads",
+        "processes": num_ranks(),
         "precision": config.precision,
         "split": trainer.split.hash,
         "versions": {

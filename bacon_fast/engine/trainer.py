@@ -188,6 +188,7 @@ class Trainer:
     def _start(self) -> None:
         """Optimizer, average and step for the method's present parameters."""
         config = self.config
+        distributed.copy_from_main(self.method)  # initialized from the same seed; this makes sure
         self.optimizer = build.build_optimizer(config, self.method)
         self.ema = EMA(self.method.network, config.ema, config.ema_buffers)
         self.method.bind(self.ema.network)
