@@ -82,7 +82,7 @@ ladder=($python benchmarks/throughput.py --device cuda "${data[@]}" --out "$work
 arms=(USB A B C D F F-tf32)
 stage compile 130 "${ladder[@]}" --arms E --rounds 1 --slice 0.5 --no-memory --out "$work/compile_cuda.csv" &&
   arms+=(E)
-stage throughput 230 "${ladder[@]}" --arms "${arms[@]}" --rounds 5 --slice 2.5 --seconds 170
+stage throughput 230 "${ladder[@]}" --arms "${arms[@]}" --concurrent 3 --rounds 5 --slice 2.5 --seconds 170
 stage run 60 "${ladder[@]}" --full-run 3000 --out "$work/throughput_run_cuda.csv"
 stage loss 60 $python benchmarks/loss.py --device cuda --quick --out "$work/loss_cuda.csv"
 stage augment 25 $python benchmarks/augment.py --device cuda --out "$work/augment_cuda.csv"

@@ -138,14 +138,14 @@ ARMS: dict[str, Arm] = {
     ),
     "B": Arm("A with workers on all cores", lambda bench: _usb_style(bench, _ample()), _plain, _why_not_ample, _ample),
     "C": Arm(
-        "B + half precision, channels_last, vectorized",
+        "B vectorized, channels_last (on a GPU with AMP)",
         lambda bench: _vectorized(bench, Loaders(bench.problem, _ample(), pin_memory=bench.cuda)),
         _same,
         workers=_ample,
     ),
     "D": Arm("C + our augmentation, no loader", lambda bench: _vectorized(bench, DeviceBatches(bench.problem)), _same),
     "E": Arm(
-        "D + torch.compile, max-autotune, CUDA graphs",
+        "D + torch.compile (on a GPU max-autotune, CUDA graphs)",
         lambda bench: _vectorized(bench, DeviceBatches(bench.problem), compiled=True),
         _same,
         _why_not_compiled,

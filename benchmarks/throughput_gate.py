@@ -1,9 +1,9 @@
 """No speed without this: every arm computes what we do, and is compared in float64, where no rounding hides a mistake.
 
 A peers' arm gets the batches, the state and ABC's masks of our reference backend and has to give its losses over three
-steps, and after them its parameters, average, class centers and counts. Then the arm that will be timed, in its own
-precision and with its own draws, has to give the losses that need no draw on the first batch. Our trainer is compared
-with one on the reference backend, in float32 and in the precision to be timed.
+steps, and after them its parameters, average, class centers and counts: on the CPU, where everything exists in float64.
+Then the arm that will be timed, on its device, in its precision and with its own draws, has to give the losses that
+need no draw. Our trainer is compared with one on the reference backend, in float32 and in the precision to be timed.
 """
 
 import copy
@@ -59,17 +59,17 @@ def truth_of(trainer: Trainer, state: State) -> Truth:
     """The steps of a trainer's method on the reference backend. Raises RedGateError where the state would let a wrong
     arm pass."""
     state.load(trainer)
-    method, average = copy.deepcopy(trainer.method).double(), copy.deepcopy(trainer.ema).double()
+    method, average = (copy.deepcopy(module).double().cpu() for module in (trainer.method, trainer.ema))
     optimizer = build.build_optimizer(trainer.config, method)
     size, losses = trainer.config.batch_size, []
-    batches = [random_batch(trainer, 1000 + k, max(size // 4, 16)) for k in range(STEPS)]
+    batches = [_exact(random_batch(trainer, 1000 + k, max(size // 4, 16))) for k in range(STEPS)]
     whole_batch = random_batch(trainer, 2000, size)
     with Flags().applied():
-        step = torch.tensor(MIDDLE, device=trainer.device)
         with torch.no_grad():
+            step = torch.tensor(MIDDLE, device=trainer.device)
             whole = copy.deepcopy(trainer.method)(whole_batch, step, method.phase(MIDDLE)).losses
         for k, batch in enumerate(batches):
-            output = method(_double(batch), step + k, method.phase(MIDDLE))
+            output = method(batch, torch.tensor(MIDDLE + k), method.phase(MIDDLE))
             optimizer.zero_grad()
             output.total.backward()
             optimizer.step(average=average.pairs(method.network))
@@ -82,8 +82,9 @@ def truth_of(trainer: Trainer, state: State) -> Truth:
     return Truth(trainer.config.seed, state, batches, losses, end, whole_batch, whole_losses)
 
 
-def _double(batch: Batch) -> Batch:
-    return dataclasses.replace(batch, images=batch.images.double())
+def _exact(batch: Batch) -> Batch:
+    tensors = {name: value.cpu() for name, value in vars(batch).items() if value is not None}
+    return Batch(**(tensors | {"images": tensors["images"].double()}))
 
 
 def split(batch: Batch) -> HostBatch:
@@ -123,7 +124,7 @@ def check_steps(truth: Truth, update: Callable[[HostBatch, Callable], dict[str, 
     """Three steps of ``update(batch, draw)``, which returns losses; ``end()`` gives the state after them."""
     with Flags().applied():
         for k, batch in enumerate(truth.batches):
-            found = update(split(_double(batch)), our_draws(truth.seed, MIDDLE + k))
+            found = update(split(batch), our_draws(truth.seed, MIDDLE + k))
             _compare_losses(f"step {k}", found, truth.losses[k], LOSS_TOLERANCE)
     state = end()
     for part in ("network", "averaged", "projection"):  # the differences, so that what did not move is seen
@@ -135,7 +136,7 @@ def check_steps(truth: Truth, update: Callable[[HostBatch, Callable], dict[str, 
 
 def check_usb_style(problem: Problem, truth: Truth) -> None:
     """Arms A and B."""
-    arm = UsbStyleStep(problem, truth.state, workers=None, dtype=torch.float64)
+    arm = UsbStyleStep(_on_cpu(problem), truth.state, workers=None, dtype=torch.float64)
 
     def update(batch: HostBatch, draw: Callable) -> dict[str, float]:
         losses = arm.update(batch, draw)
@@ -152,7 +153,7 @@ def check_usb_style(problem: Problem, truth: Truth) -> None:
 
 def check_vectorized(problem: Problem, truth: Truth) -> None:
     """Arms C, D and E."""
-    arm = VectorizedStep(problem, truth.state, "fp32", batches=None, dtype=torch.float64)
+    arm = VectorizedStep(_on_cpu(problem), truth.state, "fp32", batches=None, dtype=torch.float64)
 
     def update(batch: HostBatch, draw: Callable) -> dict[str, float]:
         arm.loss.draw = draw
@@ -197,6 +198,10 @@ def check_trainer(ours: TrainerStep, reference: TrainerStep, state: State, preci
         found, expected = (State.of(arm.trainer.method, arm.trainer.ema.network) for arm in (ours, reference))
         _compare("network", found.network, expected.network, 1e-2)
         _compare("bank", {"centers": found.bank["centers"]}, {"centers": expected.bank["centers"]}, 1e-2)
+
+
+def _on_cpu(problem: Problem) -> Problem:
+    return dataclasses.replace(problem, device=torch.device("cpu"))
 
 
 def _on_host(tensors: Named) -> Named:

@@ -83,7 +83,7 @@ def test_a_failing_stage_leaves_the_others(suite, tmp_path):
     done, calls = suite(fail="--arms E")
     assert done.returncode == 0
     measured = next(call for call in calls if "--arms USB" in call)
-    assert "F-tf32 --rounds" in measured  # E did not compile: it is not among the arms
+    assert "F-tf32 --concurrent" in measured  # E did not compile: it is not among the arms
     assert "compile: status 1" in (tmp_path / "out" / "stages.txt").read_text()
     assert not any("decode_folder" in call or "bacon-cifar10" in call for call in calls)
 
