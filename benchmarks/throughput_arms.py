@@ -14,6 +14,7 @@ from throughput_usb import UsbArm
 from throughput_usb import why_not as why_not_usb
 from throughput_vectorized import NAMES, DeviceBatches, VectorizedStep
 
+from bacon_fast.engine.trainer import Trainer
 from bacon_fast.methods.outputs import Batch
 
 OURS = "F"
@@ -34,6 +35,10 @@ class Bench:
     @property
     def cuda(self) -> bool:
         return self.problem.device.type == "cuda"
+
+    def trainer(self, **changes: str | int) -> Trainer:
+        """A trainer of the problem."""
+        return make_trainer(self.problem.config, self.scratch, self.problem.dataset, **changes)
 
     def gate(self, check: Callable[[Problem, Truth], None]) -> None:
         """Checks code that arms share, once. Raises RedGateError."""
@@ -84,7 +89,7 @@ def _vectorized(bench: Bench, batches: Loaders | DeviceBatches, compiled: bool =
 
 def _trainer(bench: Bench, precision: str) -> StepArm:
     def arm(**changes: str) -> TrainerStep:
-        return TrainerStep(make_trainer(bench.problem.config, bench.scratch, **changes), bench.state)
+        return TrainerStep(bench.trainer(**changes), bench.state)
 
     ours = arm(precision=precision)
     if bench.truth is not None:
@@ -95,8 +100,7 @@ def _trainer(bench: Bench, precision: str) -> StepArm:
 
 
 def _several(bench: Bench, runs: int) -> StepArm:
-    config = bench.problem.config
-    trainers = [make_trainer(config, bench.scratch, precision=bench.precision, seed=seed) for seed in range(runs)]
+    trainers = [bench.trainer(precision=bench.precision, seed=seed) for seed in range(runs)]
     return SeveralTrainersStep(trainers, bench.state)
 
 

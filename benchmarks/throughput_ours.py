@@ -1,6 +1,6 @@
 """Arm F: bacon_fast's own trainer, one run or several at once."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import torch
 from throughput_problem import State
@@ -33,16 +33,23 @@ class TrainerStep(StepArm):
 
 
 class SeveralTrainersStep(StepArm):
-    """A step of each of several runs, which share the GPU, each on its own stream."""
+    """A step of each of several runs, which share the GPU, taking turns as `engine.several.fit_together` lets them."""
 
     def __init__(self, trainers: list[Trainer], state: State) -> None:
         self.trainers, self.device, self.flags = trainers, trainers[0].device, Flags.present()
-        self.runs = len(trainers)
+        self.runs, self.stack = len(trainers), ExitStack()
         for trainer in trainers:
             state.load(trainer)
 
+    def start(self) -> None:
+        for trainer in self.trainers:
+            self.stack.enter_context(trainer.on_stream())
+
+    def stop(self) -> None:
+        self.stack.close()
+
     def step(self) -> None:
         for trainer in self.trainers:
-            # On its stream already, a trainer waits for nothing that the others do.
-            with torch.cuda.stream(trainer.stream):
+            # Its own stream and no other, so that it waits for nobody.
+            with nullcontext() if trainer.stream is None else torch.cuda.stream(trainer.stream):
                 trainer.train_step()

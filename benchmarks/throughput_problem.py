@@ -113,6 +113,7 @@ class Problem:
     """Images, split and recipe, without a trainer."""
 
     config: Config
+    dataset: ImageDataset
     images: np.ndarray  # uint8 [N,H,W,3], the pool
     labeled: np.ndarray  # rows of the pool
     unlabeled: np.ndarray
@@ -129,6 +130,7 @@ class Problem:
         labeled, unlabeled = np.asarray(split.labeled), np.asarray(split.unlabeled)
         return Problem(
             config.resolved(),
+            dataset,
             dataset.pool().numpy(),
             labeled,
             unlabeled,
@@ -162,10 +164,10 @@ class Problem:
         return (step * self.config.epochs // self.config.steps) / self.config.epochs
 
 
-def make_trainer(config: Config, scratch: Path, **changes) -> Trainer:
+def make_trainer(config: Config, scratch: Path, dataset: ImageDataset | None = None, **changes) -> Trainer:
     """A trainer in a run directory of its own, with its first step, which is before the contrastive loss, behind it."""
     run_dir = Path(tempfile.mkdtemp(dir=scratch)) / "run"
-    trainer = Trainer(dataclasses.replace(config, run_dir=run_dir, **changes))
+    trainer = Trainer(dataclasses.replace(config, run_dir=run_dir, **changes), dataset=dataset)
     trainer.train_step()
     return trainer
 

@@ -96,7 +96,7 @@ def truth_without_a_center(bench):
     for name in ("centers", "class_sums", "class_sizes", "has_center"):
         bank[name] = bank[name].clone()
         bank[name][2] = 0
-    trainer = make_trainer(bench.problem.config, bench.scratch, loss_backend="reference")
+    trainer = bench.trainer(loss_backend="reference")
     return truth_of(trainer, dataclasses.replace(bench.state, bank=bank))
 
 
@@ -223,7 +223,7 @@ def test_the_gate_looks_at_what_the_steps_leave(bench, what):
 
 
 def test_a_state_that_decides_nothing_is_no_gate(bench):
-    trainer = make_trainer(bench.problem.config, bench.scratch, loss_backend="reference")
+    trainer = bench.trainer(loss_backend="reference")
     blank = dataclasses.replace(
         bench.state, network=bench.state.network | {"balanced_head.weight": torch.zeros(10, 64)}
     )
@@ -316,7 +316,7 @@ def test_the_usb_style_step_waits_and_ours_does_not(bench):
         with DispatchCounter() as counter:
             call()
         counts[name] = counter.counts
-    ours = TrainerStep(make_trainer(bench.problem.config, bench.scratch), bench.state)
+    ours = TrainerStep(bench.trainer(), bench.state)
     counter = DispatchCounter()
     ours.run(2, counter)
     assert counts["A"].waiting["_local_scalar_dense"] == 7
@@ -477,3 +477,17 @@ def test_flags_hold_inside_a_slice_only():
 def test_every_arm_says_what_it_is():
     assert list(ARMS) == ["USB", "A", "B", "C", "D", "E", "F", "F-tf32"]
     assert "USB" not in ARMS["B"].name and "USB-style" in ARMS["A"].name
+
+
+def test_several_runs_take_a_step_each(bench):
+    """On a CPU, where it is no arm, but works."""
+    several = throughput_arms.with_several(2)
+    assert several["Fx2"].why_not(bench) == "runs share a GPU, not a CPU" and list(several)[:-1] == list(ARMS)
+    assert throughput_arms.with_several(0) == ARMS
+    arm = several["Fx2"].build(bench)
+    first = [trainer.step for trainer in arm.trainers]
+    counter = DispatchCounter()
+    arm.run(2, counter)
+    assert [trainer.config.seed for trainer in arm.trainers] == [0, 1] and arm.runs == 2
+    assert [trainer.step - before for trainer, before in zip(arm.trainers, first)] == [arm.warmup + 2] * 2
+    assert counter.counts.syncs == 0
