@@ -21,7 +21,7 @@ train: setup
 	$(BIN)/python train.py $(ARGS)
 
 test: setup lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
