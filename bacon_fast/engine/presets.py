@@ -63,6 +63,7 @@ def _digits() -> Config:
         ema=0.99,
         distribution_momentum=0.99,
         contrast_start=0.25,
+        crest_generations=2,  # six of 250 steps would each end before they have learned the rare classes
         eval_every=50,
         log_every=50,
         checkpoint_every=250,
