@@ -207,8 +207,9 @@ def show(rows: list[dict]) -> None:
     for row in rows:
         if row["status"] != "timed":
             print(f"{row['arm']}  {row['name']}: {row['status']}")
-    ratios = [f"{OURS}/{row['arm']} {row['ours_over_arm']}" for row in timed if row["arm"] in ("A", "B", "E")]
-    ratios += [f"{row['arm']}/{OURS} {1 / row['ours_over_arm']:.3g}" for row in timed if row["runs"] > 1]
+    compared = [row for row in timed if row["ours_over_arm"] != ""]
+    ratios = [f"{OURS}/{row['arm']} {row['ours_over_arm']}" for row in compared if row["arm"] in ("A", "B", "E")]
+    ratios += [f"{row['arm']}/{OURS} {1 / row['ours_over_arm']:.3g}" for row in compared if row["runs"] > 1]
     print("ratios within the rounds, median: " + ", ".join(ratios or ["none"]))
     print(f"minutes for {STEPS:,} steps are computed from the median, not measured")
 
@@ -220,7 +221,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> None:
     if options.memory_of:
         print_peak(options.memory_of, bench)
         return
-    shared, ready, reasons = describe(options, bench), {}, {}
+    shared, ready, reasons, ours_failed = describe(options, bench), {}, {}, []
     print(", ".join(f"{name} {value}" for name, value in shared.items()), flush=True)
     arms = with_several(options.concurrent)
     for key in (*options.arms, *(arms.keys() - ARMS.keys())):
@@ -229,12 +230,10 @@ def measure(options: argparse.Namespace, scratch: Path) -> None:
         else:
             try:
                 ready[key] = prepare(key, arms, bench, options)
-            except RedGateError as error:
-                reasons[key] = f"RED GATE, no speed: {error}"
-            except Exception as error:  # a peer that fails leaves the others to be measured
-                if key.startswith(OURS):
-                    raise
-                reasons[key] = f"failed: {type(error).__name__}: {error}"
+            except Exception as error:  # an arm that fails leaves the others to be measured
+                red = isinstance(error, RedGateError)
+                reasons[key] = f"RED GATE, no speed: {error}" if red else f"failed: {type(error).__name__}: {error}"
+                ours_failed += [error] if key.startswith(OURS) else []
         print(f"{key}: {reasons.get(key) or f'ready after {ready[key].prepare_seconds:.1f} s'}", flush=True)
         if key in ready and (counts := ready[key].counts):
             for name, count in counts.waiting.items():
@@ -248,8 +247,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> None:
     if ready:
         draw(rows, out.with_suffix(".png"))
     print(f"rows added to {out}")
-    if red := [key for key, reason in reasons.items() if key.startswith(OURS) and "RED GATE" in reason]:
-        raise RedGateError(f"{', '.join(red)}: {reasons[red[0]]}")
+    if ours_failed:
+        raise ours_failed[0]
     for key, entry in ready.items():
         if key.startswith(OURS) and entry.counts and entry.counts.syncs:
             raise HostWaitedError(f"{key} made the host wait in {COUNTED_STEPS} steps: {entry.counts.waiting}")
