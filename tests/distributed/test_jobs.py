@@ -22,7 +22,7 @@ from rank_cases import (
 
 from bacon_fast.engine.checkpoint import list_checkpoints
 
-ENDLESS = {"steps": 100_000, "checkpoint_every": 5, "eval_every": 100_000, "log_every": 5}
+ENDLESS = {"steps": 5_000, "checkpoint_every": 5, "eval_every": 100_000, "log_every": 5}
 
 
 class Job:
