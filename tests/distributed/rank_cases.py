@@ -39,6 +39,7 @@ def tiny(run_dir: Path, **changes) -> Config:
         "epochs": 12,
         "batch_size": 8,
         "backbone": "wrn-10-1",
+        "precision": "fp32",
         "contrast_start": 0.1,  # the first steps are without, the next with what begins later
         "daso_start": 0.1,
         "darp_start": 0.1,
