@@ -1,6 +1,7 @@
 """What the tests of several processes compute: in this process, and on two ranks by `python rank_cases.py FOLDER`."""
 
 import dataclasses
+import functools
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from bacon_fast.data.datasets import ImageDataset, load_dataset
 from bacon_fast.engine import distributed
 from bacon_fast.engine.config import METHODS, Config
 from bacon_fast.engine.evaluation import predict_together
@@ -39,7 +41,6 @@ def tiny(run_dir: Path, **changes) -> Config:
         "epochs": 12,
         "batch_size": 8,
         "backbone": "wrn-10-1",
-        "precision": "fp32",
         "contrast_start": 0.1,  # the first steps are without, the next with what begins later
         "daso_start": 0.1,
         "darp_start": 0.1,
@@ -59,6 +60,11 @@ def tiny(run_dir: Path, **changes) -> Config:
     return dataclasses.replace(PRESETS["digits"].config, **(values | changes))
 
 
+@functools.cache
+def digits() -> ImageDataset:
+    return load_dataset("digits")
+
+
 def in_float64(trainer: Trainer) -> None:
     """Makes the backbones compute in float64, from and to float32.
 
@@ -74,7 +80,7 @@ def in_float64(trainer: Trainer) -> None:
 
 def trajectory(config: Config, *, float64: bool = True, prepare: Callable[[Trainer], None] | None = None) -> dict:
     """Losses of the first steps, which parameters had no gradient, and the state after them."""
-    trainer = Trainer(config)
+    trainer = Trainer(config, dataset=digits())
     if float64:
         in_float64(trainer)
     if prepare is not None:
