@@ -397,8 +397,13 @@ class Config:
         return cls(**values)
 
     def differences(self, other: dict) -> list[str]:
-        """Fields in which `other` (a saved `to_dict`) would compute something else, as readable lines."""
+        """Fields in which `other` (a saved `to_dict`) would compute something else, as readable lines.
+
+        A run records what "auto" became on its device, so "auto" agrees with whatever it was.
+        """
         mine = self.resolved().to_dict()
+        if self.precision == "auto":
+            mine["precision"] = other.get("precision", "auto")
         names = [n for n in mine if n not in RESUME_MAY_CHANGE and (n not in other or other[n] != mine[n])]
         lines = [f"{n}: checkpoint {other.get(n, '<missing>')!r}, now {mine[n]!r}" for n in names]
         return lines + [f"{n}: checkpoint {other[n]!r}, unknown to this version" for n in other if n not in mine]

@@ -54,3 +54,12 @@ def test_the_run_records_what_auto_was(tmp_path, monkeypatch):
     trainer.method.network.head.register_forward_hook(lambda module, inputs, output: features.append(output.dtype))
     trainer.train_step()
     assert features == [torch.bfloat16]
+
+
+def test_auto_agrees_with_what_a_run_recorded_and_a_name_does_not():
+    auto = PRESETS["digits"].config
+    assert auto.precision == "auto"
+    recorded = dataclasses.replace(auto, precision="bf16").resolved().to_dict()
+    assert auto.differences(recorded) == []
+    named = dataclasses.replace(auto, precision="fp32")
+    assert named.differences(recorded) == ["precision: checkpoint 'bf16', now 'fp32'"]
