@@ -132,6 +132,7 @@ def _join(launch: Launch, device: torch.device, timeout: timedelta) -> dist.Stor
     store = dist.TCPStore(launch.address, launch.port, is_master=serves, timeout=timeout, wait_for_workers=False)
     cuda = device.type == "cuda"
     if cuda:
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     # A prefix for each start: torchrun keeps the store over restarts, and with it the addresses of dead processes.
     dist.init_process_group(
