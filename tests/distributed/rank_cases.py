@@ -19,7 +19,7 @@ from bacon_fast.engine.config import METHODS, Config
 from bacon_fast.engine.evaluation import predict_together
 from bacon_fast.engine.interrupt import StopRequest
 from bacon_fast.engine.presets import PRESETS
-from bacon_fast.engine.trainer import Trainer
+from bacon_fast.engine.trainer import DivergedError, Trainer
 from bacon_fast.methods.gather import gather_views, own_views
 from bacon_fast.methods.method import NewGeneration
 from bacon_fast.models.wrn import WideResNet
@@ -143,11 +143,11 @@ def written_by(work: Callable[[], object], folder: Path) -> list[str]:
     return sorted(found)
 
 
-def refusal(work: Callable[[], object]) -> str:
-    """The message of the ValueError that `work` raises."""
+def refusal(work: Callable[[], object], kind: type[Exception] = ValueError) -> str:
+    """The message of the error that `work` raises."""
     try:
         work()
-    except ValueError as error:
+    except kind as error:
         return str(error)
     return "nothing was refused"
 
@@ -195,6 +195,7 @@ def on_two_ranks(folder: Path) -> dict:
     results["odd_batch"] = refusal(lambda: Trainer(tiny(folder / "odd", batch_size=7)))
     results["two_seeds"] = refusal(lambda: Trainer(tiny(folder / "seeds", seed=rank)))
     results["run_exists"] = refusal(lambda: Trainer(tiny(folder / "own_statistics")))
+    results["diverged"] = refusal(Trainer(tiny(folder / "diverged", lr=1e25)).fit, DivergedError)
     results["stopped"] = stop_on_one_rank()
     return results
 

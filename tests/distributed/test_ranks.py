@@ -141,6 +141,12 @@ def test_what_cannot_be_trained_together_is_refused_on_all_ranks(ranks):
         assert "holds a run already; add --resume" in ranks[r]["run_exists"]
 
 
+def test_a_run_that_diverges_ends_on_all_ranks(ranks, ranks_folder):
+    for r in range(RANKS):
+        assert "at step 3 the losses are" in ranks[r]["diverged"] and "try a smaller --lr" in ranks[r]["diverged"]
+    assert list_checkpoints(ranks_folder / "diverged" / "checkpoints") == []
+
+
 def test_a_signal_on_one_rank_stops_all_after_the_same_step(ranks):
     assert ranks[0]["stopped"] == ranks[1]["stopped"]
     signum, step = ranks[0]["stopped"]
