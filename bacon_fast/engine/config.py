@@ -86,7 +86,8 @@ class Config:
 
     # --- where -----------------------------------------------------------------------------------------------------
     run_dir: Path | None = None
-    """Directory of this run's files; default runs/<preset>-<method>-seed<seed>-<time>. It must not hold another run."""
+    """Directory of this run's files; default runs/<preset>-<method>-seed<seed>-<time>. It must not hold another run.
+    Several machines have to share it."""
     resume: bool = False
     """Continue the run in --run-dir from its newest readable checkpoint."""
     device: str = "auto"

@@ -4,7 +4,7 @@ Each rank computes the losses of the global batch from rows gathered from all (m
 buffers and decisions are the same everywhere, and one of them, rank 0, writes the files. Without torchrun there is one
 process: rank 0 of 1, for which every exchange returns what it is given.
 
-The exchanges of this file are the host's: they travel over gloo, and no device waits for them.
+What the hosts tell each other travels over gloo, and no device waits for it; a device's tensors travel over NCCL.
 """
 
 import os
