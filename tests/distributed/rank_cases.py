@@ -41,6 +41,7 @@ def tiny(run_dir: Path, **changes) -> Config:
         "epochs": 12,
         "batch_size": 8,
         "backbone": "wrn-10-1",
+        "image_size": 16,
         "contrast_start": 0.1,  # the first steps are without, the next with what begins later
         "daso_start": 0.1,
         "darp_start": 0.1,
@@ -62,7 +63,7 @@ def tiny(run_dir: Path, **changes) -> Config:
 
 @functools.cache
 def digits() -> ImageDataset:
-    return load_dataset("digits")
+    return load_dataset("digits", image_size=16)
 
 
 def in_float64(trainer: Trainer) -> None:
@@ -201,7 +202,7 @@ def on_two_ranks(folder: Path) -> dict:
 
 
 # The run that test_torchrun.py interrupts, by its command line.
-RESTARTED = {"steps": 40, "checkpoint_every": 5, "eval_every": 40, "log_every": 1, "threads": 1}
+RESTARTED = {"steps": 20, "checkpoint_every": 5, "eval_every": 20, "log_every": 1, "threads": 1}
 ADAM = {"optimizer": "adam", "lr": 0.002, "weight_decay": 0.02}
 
 
