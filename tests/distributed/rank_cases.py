@@ -202,7 +202,7 @@ def on_two_ranks(folder: Path) -> dict:
 
 
 # The run that test_torchrun.py interrupts, by its command line.
-RESTARTED = {"steps": 20, "checkpoint_every": 5, "eval_every": 20, "log_every": 1, "threads": 1}
+RESTARTED = {"steps": 60, "checkpoint_every": 5, "eval_every": 60, "log_every": 1, "threads": 1}
 ADAM = {"optimizer": "adam", "lr": 0.002, "weight_decay": 0.02}
 
 
