@@ -284,7 +284,7 @@ def full_run(options: argparse.Namespace, scratch: Path) -> None:
         "evaluations": steps // config.eval_every + 1,
         "checkpoints": steps // config.checkpoint_every + 1,
         "prepare_s": round(prepare_seconds, 1),
-        "seconds": round(watch.seconds, 2),
+        "seconds": round(watch.seconds, 4),
         "steps_per_s": round(steps / watch.seconds, 2),
         MINUTES: round(STEPS / steps * watch.seconds / 60, 2),
         "bacc": summary["bacc"],
