@@ -89,9 +89,8 @@ class CoSSL(Balancer):
     def refresh(self, context: RefreshContext) -> None:
         """Warms up the teacher head, online and averaged, and lets it predict from now on."""
         online, averaged = self.network.balanced_head, self.averaged.balanced_head
-        # Copied: what was computed in inference mode cannot be trained on.
         labeled, unlabeled = (
-            context.predict(self.averaged, context.pool[rows])[0].to(online.weight.dtype, copy=True)
+            context.predict_rows(self.averaged, rows, lambda features, _: (features.to(online.weight.dtype),))[0]
             for rows in (context.labeled, context.unlabeled)
         )
         imprint = imprinted_weights(labeled, context.labels, len(self.blend_probability))

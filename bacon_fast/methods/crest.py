@@ -81,8 +81,10 @@ class CReST(Balancer):
     def refresh(self, context: RefreshContext) -> NewGeneration:
         if self.alignment is not None:
             self.alignment.restart()
-        _, logits = context.predict(self.averaged, context.pool[context.unlabeled])
-        slots, classes = select(logits.softmax(1), self.fractions)
+        confidence, predicted = context.predict_rows(
+            self.averaged, context.unlabeled, lambda _, logits: logits.softmax(1).max(1)
+        )
+        slots, classes = select(confidence, predicted, self.fractions)
         own = slice(self.num_labeled)  # the original labeled set comes first in that of every generation
         return NewGeneration(
             torch.cat([context.labeled[own], context.unlabeled[slots]]), torch.cat([context.labels[own], classes])
@@ -102,17 +104,17 @@ def selected_fractions_by_index(labeled_counts: list[int], alpha: float) -> list
     return [ratio ** ((last - k) / (max(last, 1) * alpha)) for k in range(last + 1)]
 
 
-def select(probabilities: Tensor, fractions: list[float]) -> tuple[Tensor, Tensor]:
+def select(confidence: Tensor, classes: Tensor, fractions: list[float]) -> tuple[Tensor, Tensor]:
     """The most confident rows of each predicted class, as many as its fraction, rounded down.
 
     Args:
-        probabilities: float [M,K].
+        confidence: float [M].
+        classes: predicted, int64 [M].
         fractions: of each class, 0..1.
 
     Returns:
         Rows in ascending order, int64 [n], and their predicted classes, int64 [n].
     """
-    confidence, classes = probabilities.max(1)
     order = confidence.argsort(descending=True, stable=True)
     chosen = []
     for k, fraction in enumerate(fractions):

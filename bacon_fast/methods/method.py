@@ -3,11 +3,15 @@
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from bacon_fast.data.pool import HostPool
 from bacon_fast.losses.bacon import BaConLoss
 from bacon_fast.methods.outputs import Batch, StepOutput
+
+CHUNK = 4096
+"""Images of the pool that are on the device at once between steps."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class RefreshContext:
     Attributes:
         step: completed optimizer steps.
         pool: uint8 [M, H, W, 3], every image of the run. pool[rows], rows int64 [n], is on the device, also where the
-            pool is a mapped file: take as many rows as the device can hold.
+            pool is a mapped file: take `CHUNK` rows at once (`predict_rows` does).
         labeled, unlabeled: int64 [n_lb] and [n_ulb], rows of `pool`; position = slot.
         labels: int64 [n_lb], the labels trained on.
         normalize: uint8 [n, H, W, 3] -> float32 [n, 3, H, W], without augmentation.
@@ -32,6 +36,22 @@ class RefreshContext:
     labels: Tensor
     normalize: Callable[[Tensor], Tensor]
     predict: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+
+    @torch.no_grad()
+    def predict_rows(
+        self, network: nn.Module, rows: Tensor, keep: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """What `keep` returns for the features and logits of `rows` of the pool, int64 [n], n > 0: tensors [n, ...].
+
+        Beyond them it holds one `CHUNK` of rows only.
+        """
+        kept: tuple[Tensor, ...] = ()
+        for first, chunk in zip(range(0, len(rows), CHUNK), rows.split(CHUNK)):
+            parts = keep(*self.predict(network, self.pool[chunk]))
+            kept = kept or tuple(part.new_empty(len(rows), *part.shape[1:]) for part in parts)
+            for whole, part in zip(kept, parts):
+                whole[first : first + len(chunk)] = part
+        return kept
 
 
 @dataclass(frozen=True)

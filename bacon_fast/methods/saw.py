@@ -43,8 +43,8 @@ class SAW(Balancer):
         return step > 0 and step * self.epochs // self.steps > (step - 1) * self.epochs // self.steps
 
     def refresh(self, context: RefreshContext) -> None:
-        _, logits = context.predict(self.averaged, context.pool[context.unlabeled])
-        counts = logits.argmax(1).bincount(minlength=len(self.unlabeled_weights))
+        (classes,) = context.predict_rows(self.averaged, context.unlabeled, lambda _, logits: (logits.argmax(1),))
+        counts = classes.bincount(minlength=len(self.unlabeled_weights))
         self.unlabeled_weights.copy_(effective_number_weights(counts))
 
 

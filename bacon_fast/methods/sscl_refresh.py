@@ -9,8 +9,8 @@ from bacon_fast.losses.prototypes import ClassPrototypes, class_means, draw_mixt
 from bacon_fast.methods.method import RefreshContext
 from bacon_fast.models.momentum import MomentumEncoder
 
-CHUNK = 4096
-"""Images taken from the pool at once."""
+MIXED_CHUNK = 512
+"""Mixtures made at once: each is several float32 images on the way."""
 
 
 @torch.no_grad()
@@ -29,24 +29,22 @@ def refresh(
     final prototypes. Holds the features of all unlabeled images, float32 [n_ulb, F].
     """
 
-    def encode(encoder: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit features and second output of the encoder for rows of the pool."""
-        chunks = [context.predict(encoder, context.pool[chunk]) for chunk in rows.split(CHUNK)]
-        features, second = (torch.cat(part) for part in zip(*chunks))
-        return F.normalize(features, dim=1), second
+    def classified(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return F.normalize(features, dim=1), logits.argmax(1)
 
     labels, num_classes = context.labels, len(prototypes.present)
-    bank.fill_(encode(key_encoder, context.labeled)[1], labels)
-    labeled, _ = encode(network, context.labeled)
-    unlabeled, logits = encode(network, context.unlabeled)
-    assigned = logits.argmax(1)
+    (keys,) = context.predict_rows(key_encoder, context.labeled, lambda _, keys: (keys,))
+    bank.fill_(keys, labels)
+    labeled, _ = context.predict_rows(network, context.labeled, classified)
+    unlabeled, assigned = context.predict_rows(network, context.unlabeled, classified)
 
     plain, _ = class_means(labeled, labels, num_classes)
     nearness = own_cosine(unlabeled, plain, assigned)
     x, partner, mixed_labels, weight = draw_mixtures(labels, assigned, nearness, num_classes, seed, context.step)
     mixed = labeled[:0]
     if len(x):
-        pairs = zip(context.labeled[x].split(CHUNK), context.unlabeled[partner].split(CHUNK), weight.split(CHUNK))
+        parts = (context.labeled[x], context.unlabeled[partner], weight)
+        pairs = zip(*(part.split(MIXED_CHUNK) for part in parts))
         images = (mix_pixels(context.pool[a], context.pool[b], w) for a, b, w in pairs)
         mixed = F.normalize(torch.cat([context.predict(network, chunk)[0] for chunk in images]), dim=1)
     vectors, present = class_means(torch.cat([labeled, mixed]), torch.cat([labels, mixed_labels]), num_classes)

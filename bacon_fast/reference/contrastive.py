@@ -120,7 +120,8 @@ def contrastive(
     used = (is_negative | is_positive).any(dim=0)
     w = torch.where(used[:, None], columns.to(dtype), 0)
     w = w if columns_normalized and not shared else normalize(w, eps)
-    similarity = u @ w.T
+    with torch.autocast(rows.device.type, enabled=False):  # which would round the similarities to half precision
+        similarity = u @ w.T
 
     # Positive logits [R,M+C], own columns first.
     x = scale[:, None] * similarity

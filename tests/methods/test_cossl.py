@@ -2,11 +2,11 @@
 
 import copy
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from balancer_cases import B, F, K, U, batch, cross_entropy, random_labels, rows, softmax
+from refresh_cases import context_of
 from scipy.stats import beta
 
 from bacon_fast.data.philox import Stream, philox
@@ -169,8 +169,8 @@ def test_refresh_warms_up_both_heads_and_lets_them_predict():
         assert network is method.averaged
         return stored[images], None
 
-    context = SimpleNamespace(
-        pool=torch.arange(40), labeled=torch.arange(22), unlabeled=torch.arange(22, 40), labels=labels, predict=predict
+    context = context_of(
+        predict, pool=torch.arange(40), unlabeled=torch.arange(22, 40), labeled=torch.arange(22), labels=labels
     )
     assert method.refresh(context) is None
     weights = imprinted_weights(stored[:22], labels, 4)

@@ -1,10 +1,9 @@
 """CReST's selection and alignment against loops written from methods.md H, and USB's rank by index behind its flag."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from balancer_cases import K, U, rows, softmax
+from refresh_cases import context_of
 
 from bacon_fast.methods.crest import CReST, select, selected_fractions, selected_fractions_by_index
 
@@ -42,7 +41,7 @@ def test_selection_against_a_loop():
     probabilities = (2 * torch.randn(50, 4, generator=torch.Generator().manual_seed(0))).softmax(1)
     probabilities[:, 3] = 0  # a class that is never predicted
     fractions = [0.2, 0.55, 1.0, 1.0]
-    slots, classes = select(probabilities, fractions)
+    slots, classes = select(*probabilities.max(1), fractions)
     expected = []
     for k in range(4):
         members = [m for m in range(50) if probabilities[m].tolist().index(max(probabilities[m].tolist())) == k]
@@ -53,10 +52,11 @@ def test_selection_against_a_loop():
 
 
 def test_selection_of_nothing_and_of_everything():
-    probabilities = torch.eye(3)
-    assert [part.tolist() for part in select(probabilities, [0.5] * 3)] == [[], []]
-    assert [part.tolist() for part in select(probabilities, [1.0] * 3)] == [[0, 1, 2], [0, 1, 2]]
-    assert select(torch.eye(2)[[0] * 10], [0.3, 1.0])[0].tolist() == [0, 1, 2]  # 0.3 * 10 is 3, not 2.99
+    confidence, classes = torch.ones(3), torch.arange(3)
+    assert [part.tolist() for part in select(confidence, classes, [0.5] * 3)] == [[], []]
+    assert [part.tolist() for part in select(confidence, classes, [1.0] * 3)] == [[0, 1, 2], [0, 1, 2]]
+    zeros = torch.zeros(10, dtype=torch.int64)
+    assert select(torch.ones(10), zeros, [0.3, 1.0])[0].tolist() == [0, 1, 2]  # 0.3 * 10 is 3, not 2.99
 
 
 def test_each_generation_begins_with_the_original_labeled_set_and_the_averaged_networks_choice():
@@ -74,9 +74,7 @@ def test_each_generation_begins_with_the_original_labeled_set_and_the_averaged_n
             assert asked is averaged and images.tolist() == [110, 111, 112, 113, 114]
             return None, torch.tensor(logits, dtype=torch.float32)
 
-        new = method.refresh(
-            SimpleNamespace(pool=pool, labeled=labeled, labels=labels, unlabeled=unlabeled, predict=predict)
-        )
+        new = method.refresh(context_of(predict, pool=pool, unlabeled=unlabeled, labeled=labeled, labels=labels))
         assert new.labeled.tolist() == [0, 1, 2, 3, *(10 + s for s in slots)]
         assert new.labels.tolist() == [0, 0, 0, 1, *classes]
         labeled, labels = new.labeled, new.labels  # what the next generation is shown
@@ -101,6 +99,10 @@ def test_without_pda_the_predictions_are_the_targets():
     assert not list(method.state_dict())
 
 
+def predict_anything(network, images):
+    return None, torch.ones(len(images), K)
+
+
 def test_pda_against_a_loop_over_two_generations():
     counts = [40, 20, 10, 5]
     method = crest(counts, steps=6, generations=3, t_min=0.5, momentum=0.9)
@@ -108,12 +110,8 @@ def test_pda_against_a_loop_over_two_generations():
     average = None
     for step in range(6):
         if method.refresh_due(step):
-            method.refresh(
-                SimpleNamespace(
-                    pool=torch.zeros(1), labeled=torch.zeros(75), labels=torch.zeros(75), unlabeled=torch.tensor([0]),
-                    predict=lambda network, images: (None, torch.ones(1, K)),
-                )
-            )  # fmt: skip
+            context = context_of(predict_anything, pool=torch.zeros(1), unlabeled=torch.tensor([0]))
+            method.refresh(context)
             average = None
         seen = rows(step)
         predictions = [softmax(row) for row in seen.weak_logits.tolist()]

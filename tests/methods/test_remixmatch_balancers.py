@@ -1,10 +1,9 @@
 """Where a class balancer acts in ReMixMatch: before the alignment, in its place, or on the targets."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
+from refresh_cases import context_of
 from test_remixmatch import FEATURES, STEPS, B, K, Network, build, make_batch
 
 from bacon_fast.methods.balanced import Phase
@@ -117,12 +116,12 @@ def test_a_generation_begins_its_average_and_its_ramp_anew():
     assert [ramp(t) for t in (0, 2, 5, 319, 320, 321)] == pytest.approx([0, 0.4, 1, 1, 0, 0.2], rel=1e-6)
     assert [t for t in range(STEPS) if method.refresh_due(t)] == [320]
     assert method.alignment.started
-    context = SimpleNamespace(
+    context = context_of(
+        lambda network, images: (None, torch.ones(1, K)),
         pool=torch.zeros(1),
+        unlabeled=torch.tensor([0]),
         labeled=torch.arange(16),
         labels=torch.zeros(16, dtype=torch.int64),
-        unlabeled=torch.tensor([0]),
-        predict=lambda network, images: (None, torch.ones(1, K)),
     )
     assert method.refresh(context).labeled.tolist() == list(range(16))  # 0.69 of one image of class 0 is none
     assert not method.alignment.started

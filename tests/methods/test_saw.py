@@ -1,10 +1,9 @@
 """SAW's weights, their refresh and what they weigh, against loops written from methods.md H."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from balancer_cases import B, K, U, batch, cross_entropy, random_labels, rows, softmax
+from refresh_cases import context_of
 
 from bacon_fast.methods.fixmatch import FixMatch
 from bacon_fast.methods.outputs import Outputs
@@ -54,7 +53,9 @@ def test_losses_with_the_weights_against_a_loop():
     assert losses["unsupervised"].item() == pytest.approx(unsupervised, rel=1e-5)
 
 
-def test_refresh_counts_the_averaged_networks_predictions_on_all_unlabeled_images():
+@pytest.mark.parametrize("chunk", [3, 4, 8, 4096])
+def test_refresh_counts_the_averaged_networks_predictions_on_all_unlabeled_images(chunk, monkeypatch):
+    monkeypatch.setattr("bacon_fast.methods.method.CHUNK", chunk)
     saw = SAW(torch.tensor([9, 3, 2, 1]), steps=100, epochs=10)
     network, averaged = torch.nn.Module(), torch.nn.Module()
     saw.bind(network, averaged)
@@ -62,11 +63,13 @@ def test_refresh_counts_the_averaged_networks_predictions_on_all_unlabeled_image
     predicted = torch.tensor([0, 0, 0, 0, 0, 2, 2, 1])  # class 3 never: it counts as 1
 
     def predict(asked, images):
-        assert asked is averaged and images.tolist() == list(range(10, 18))
-        return torch.zeros(8, 1), torch.nn.functional.one_hot(predicted, K).float()
+        assert asked is averaged and len(images) <= chunk
+        seen.extend(images.tolist())
+        return torch.zeros(len(images), 1), torch.nn.functional.one_hot(predicted[images - 10], K).float()
 
-    context = SimpleNamespace(pool=torch.arange(30), unlabeled=torch.arange(10, 18), predict=predict)
-    assert saw.refresh(context) is None
+    seen = []
+    assert saw.refresh(context_of(predict, pool=torch.arange(30), unlabeled=torch.arange(10, 18))) is None
+    assert seen == list(range(10, 18))
     assert saw.unlabeled_weights.tolist() == pytest.approx(weights_by_loop([5, 1, 2, 1]), rel=1e-6)
     assert list(saw.state_dict()) == ["unlabeled_weights"]
 

@@ -342,7 +342,8 @@ def test_refresh_is_due_before_the_first_step_and_then_regularly():
 def test_refresh_of_more_images_than_one_chunk(monkeypatch):
     whole, parts = build(), build()
     whole.refresh(make_context(0))
-    monkeypatch.setattr("bacon_fast.methods.sscl_refresh.CHUNK", 4)
+    monkeypatch.setattr("bacon_fast.methods.method.CHUNK", 4)
+    monkeypatch.setattr("bacon_fast.methods.sscl_refresh.MIXED_CHUNK", 3)
     parts.refresh(make_context(0))
     for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values()):
         torch.testing.assert_close(a, b, msg=name)

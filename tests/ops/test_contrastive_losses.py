@@ -255,6 +255,23 @@ def test_sscl_gives_keys_and_queue_no_gradient(backend, generator):
     assert queries.grad is not None and keys.grad is None and queue.grad is None
 
 
+@EVERY
+def test_autocast_does_not_round_the_similarities(backend, generator):
+    queries, keys, queue = (normal(generator, *s, dtype=torch.float32) for s in ((9, 24), (9, 2, 24), (30, 24)))
+    calls = (
+        lambda q: sup_con_loss(q, torch.arange(9) % 3, backend=backend),
+        lambda q: info_nce(q, keys[:, 0], queue, backend=backend),
+        lambda q: sscl_loss(q, keys, queue, backend=backend),
+    )
+    for call in calls:
+        plain, mixed = queries.clone().requires_grad_(), queries.clone().requires_grad_()
+        call(plain).backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = call(mixed)
+        loss.backward()
+        torch.testing.assert_close(mixed.grad, plain.grad, rtol=1e-6, atol=1e-8)
+
+
 # BaCon
 
 
