@@ -166,7 +166,8 @@ class History:
 
         Returns:
             ``last``: the last evaluation (with its ``step``); ``mean_last_20``: the mean of the last 20, or of all
-            when there are fewer (``evaluations`` says how many); ``best_on_test``: the maximum of each metric on its
+            when there are fewer (``evaluations`` says how many), and of none of an earlier generation, that is of
+            another network (``generation`` of a row; none is 0); ``best_on_test``: the maximum of each metric on its
             own (``steps`` says where), with the recalls of the evaluation of the best bacc. That one is optimistic,
             because the test set chose it. A value without a test image is None, one that rows lack is left out.
 
@@ -175,7 +176,8 @@ class History:
         """
         if not self.rows:
             raise ValueError("the history holds no evaluation")
-        last, tail = self.rows[-1], self.rows[-MEAN_WINDOW:]
+        last = self.rows[-1]
+        tail = [row for row in self.rows if row.get("generation", 0) == last.get("generation", 0)][-MEAN_WINDOW:]
         best = {key: max(self.rows, key=lambda row, key=key: row[key]) for key in HEADLINE}
         groups = [key for key in (*GROUPS, "per_class") if all(key in row for row in self.rows)]
         return {

@@ -196,13 +196,10 @@ def _cards(data: ReportData) -> str:
     last, mean, best = ({label: row[key] for label, key in named.items()} for row in summary.values())
     groups = compute_metrics(data.confusion, data.labeled_counts)
     evaluations = summary["mean_last_20"]["evaluations"]
+    averaged = "evaluations" if evaluations == MEAN_WINDOW else f"only {evaluations}, as this network has no more"
     cards = [
         report_page.card("Last evaluation", f"after step {summary['last']['step']:,}", last),
-        report_page.card(
-            f"Mean of the last {MEAN_WINDOW}",
-            f"of all {evaluations} evaluations, as there are no more" if evaluations < MEAN_WINDOW else "evaluations",
-            mean,
-        ),
+        report_page.card(f"Mean of the last {MEAN_WINDOW}", averaged, mean),
         report_page.card("Best evaluation", "chosen on the test set: optimistic", best, optimistic=True),
         report_page.card(
             "Classes with few labels",

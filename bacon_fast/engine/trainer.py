@@ -406,6 +406,8 @@ class Trainer:
         metrics |= self.diagnostics.read()
         if self.method.regularizer is not None:
             metrics["temperatures"] = self.method.regularizer.temperatures(self.step / self.config.steps).tolist()
+        if self.generation:
+            metrics["generation"] = self.generation
         self.history.append(self.step, metrics)
         row = {"kind": "eval", "step": self.step, **metrics}
         self.logger.log(row)

@@ -14,7 +14,8 @@ from bacon_fast.engine.config import METHODS, Config
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.reproduce.tables import Column, Row, Table
 
-# A shortened run is still evaluated this often, so that the mean of the last 20 is one of its second half.
+# A shortened run is still evaluated this often, so that the mean of the last 20 is one of its second half (of what its
+# last network has, where methods start again: CReST).
 EVALUATIONS = 40
 LOG_ROWS = 40
 

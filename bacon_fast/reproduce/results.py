@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from bacon_fast.engine.config import Config
+from bacon_fast.engine.metrics import MEAN_WINDOW
 from bacon_fast.reproduce.matrix import Cell, Run
 from bacon_fast.reproduce.published import Source, Value
 from bacon_fast.reproduce.runner import log_file
@@ -54,6 +55,11 @@ class Result:
     def seeds(self) -> list[int]:
         """Of the finished runs."""
         return [run.config.seed for run in self.finished]
+
+    @property
+    def averaged(self) -> int:
+        """Evaluations behind a "mean of last 20": fewer where a run, or the last network of one, has fewer."""
+        return min((summary["mean_last_20"]["evaluations"] for summary in self.summaries), default=MEAN_WINDOW)
 
     def accuracy(self, reading: str, metric: str) -> Spread | None:
         """Over the seeds, in percent.

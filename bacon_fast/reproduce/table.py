@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from bacon_fast.data.longtail import PROTOCOLS
 from bacon_fast.engine.config import METHODS
+from bacon_fast.engine.metrics import MEAN_WINDOW
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.reproduce.matrix import Options
 from bacon_fast.reproduce.published import OTHER_PROTOCOLS, SOURCES, Source, Value
@@ -66,12 +67,15 @@ def _section(table: Table, column: Column, results: Sequence[Result]) -> list[st
 
 
 def _cells(table: Table, result: Result) -> list[str]:
-    numbers = [result.accuracy(reading, table.metric) for reading in READINGS]
+    numbers = {reading: result.accuracy(reading, table.metric) for reading in READINGS}
     if table.metric == "bacc":
-        numbers += [result.accuracy("last", name) for name in ("gm", "few")]
-    texts = ["–" if number is None else str(number) for number in numbers]
+        numbers |= {name: result.accuracy("last", name) for name in ("gm", "few")}
+    named = {name: "–" if number is None else str(number) for name, number in numbers.items()}
+    if result.averaged < MEAN_WINDOW:
+        named["mean_last_20"] += f" (of {result.averaged})"
     if not result.summaries:
-        texts[0] = "not run"
+        named["last"] = "not run"
+    texts = list(named.values())
     done, wanted = len(result.summaries), len(result.cell.runs)
     seeds = str(done) if done == wanted else f"{done} of {wanted}"
     cells = [result.cell.row.name, describe_run(result), seeds, *texts]
@@ -84,7 +88,7 @@ def _published(source: Source, value: Value | None, method: str) -> list[str]:
     """The two cells of a published number."""
     if value is None:
         return ["–", "–"]
-    return [str(value), f"{source.steps}; {source.schedule_of(method)} rate; {describe_source(source)}"]
+    return [str(value), f"{source.steps_of(method)}; {source.schedule_of(method)}; {describe_source(source)}"]
 
 
 def _published_only(table: Table, protocol: str | None, width: int) -> list[list[str]]:
@@ -142,7 +146,8 @@ def describe_run(result: Result) -> str:
     if config.method != "supervised":
         parts.append(f"mu {config.unlabeled_ratio}")
     changes = result.cell.row.changes(result.cell.column)
-    parts += [f"{name} {getattr(config, name)}" for name in changes if name not in ("lr_schedule", "unlabeled_ratio")]
+    shown = {name: getattr(config, name) for name in changes if name not in ("lr_schedule", "unlabeled_ratio")}
+    parts += [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()]
     return "; ".join(parts)
 
 
@@ -194,7 +199,7 @@ def table_csv(name: str, table: Table, results: Sequence[Result], options: Optio
                 "published_deviation": value.deviation,
                 "published_metric": source.metric,
                 "published_source": source.title,
-                "published_steps": source.steps,
+                "published_steps": source.steps_of(result.cell.row.method),
                 "published_schedule": source.schedule_of(result.cell.row.method),
                 "published_selection": source.selection,
                 "published_seeds": source.seeds or "not stated",
@@ -213,6 +218,7 @@ def runs_csv(results: Sequence[Result]) -> str:
             row |= {"protocol": summary["protocol"], "steps": summary["steps"]}
             for metric in ("bacc", "gm", "top1"):
                 row |= {f"{metric}_{reading}": summary[reading][metric] for reading in READINGS}
+            row["evaluations_averaged"] = summary["mean_last_20"]["evaluations"]
             names = ("steps_per_second", "train_seconds", "device", "precision", "split")
             rows.append(row | {name: summary[name] for name in names})
     return _csv(rows)

@@ -56,33 +56,50 @@ def _methods(*names: str, **overrides) -> tuple[Row, ...]:
 # What the released configurations set per method beyond the defaults of Config (methods.md 0.3, A.2, H). The base
 # learners alone run the cosine schedule, everything added to them a constant rate.
 _COSINE = {"lr_schedule": "cosine"}
-# DASO's temperature where the unlabeled classes are not distributed as the labeled ones.
+# DASO's temperature where the unlabeled classes are not distributed as the labeled ones, and on CIFAR-100.
 _DASO_APART = {"daso_t_dist": 0.3}
-# Of BaCon's configurations, those of the older baselines have mu = 7 on CIFAR-10: its Table 1 is not of equal compute.
-_WIDE = {"bacon-cifar10": {"unlabeled_ratio": 7}}
-_BACON_COSSL = {"cossl_start": 0.2}
-_USB_COSSL = {"cossl_start": 200 / 256}
+_DASO_APART_ON = dict.fromkeys(("bacon-cifar100", "bacon-stl10"), _DASO_APART)
+# Of BaCon's configurations, those of the older baselines have mu = 7 on CIFAR-10, and all of these but CReST's on
+# CIFAR-100: its tables are not of equal compute.
+_WIDE = {"unlabeled_ratio": 7}
+_BACON_DASO, _USB_DASO = {"daso_start": 5120 / 300_000}, {"daso_start": 5120 / 262_144}
+_BACON_DARP, _USB_DARP = {"darp_start": 0.2}, {"darp_start": 200 / 256}
+_BACON_COSSL, _USB_COSSL = {"cossl_start": 0.2}, {"cossl_start": 200 / 256}
+
+
+def _older(name: str, *wide: str, **overrides) -> Row:
+    """FixMatch with an older balancer in BaCon's Table 1; `wide`: columns with mu = 7."""
+    return Row(f"fixmatch+{name}", f"fixmatch+{name}", overrides, dict.fromkeys(wide, _WIDE))
+
 
 _BACON_TABLE_1 = (
     *_methods("fixmatch", **_COSINE),
-    Row("fixmatch+daso", "fixmatch+daso", per_column=_WIDE | {"bacon-stl10": _DASO_APART}),
-    *(
-        Row(f"fixmatch+{name}", f"fixmatch+{name}", per_column=_WIDE)
-        for name in ("debiaspl", "crest", "crest+pda", "darp")
+    Row(
+        "fixmatch+daso",
+        "fixmatch+daso",
+        _BACON_DASO,
+        _DASO_APART_ON | {"bacon-cifar10": _WIDE, "bacon-cifar100": _WIDE | _DASO_APART},
     ),
+    _older("debiaspl", "bacon-cifar10", "bacon-cifar100"),
+    _older("crest", "bacon-cifar10"),
+    _older("crest+pda", "bacon-cifar10", "bacon-cifar100"),
+    _older("darp", "bacon-cifar10", "bacon-cifar100", **_BACON_DARP),
     *_methods("fixmatch+abc"),
     *_methods("fixmatch+cossl", **_BACON_COSSL),
     *_methods("fixmatch+abc+bacon"),
     *_methods("remixmatch", **_COSINE),
-    Row("remixmatch+daso", "remixmatch+daso", per_column={"bacon-stl10": _DASO_APART}),
-    *_methods("remixmatch+crest+pda", "remixmatch+darp", "remixmatch+abc"),
+    Row("remixmatch+daso", "remixmatch+daso", _BACON_DASO, _DASO_APART_ON),
+    *_methods("remixmatch+crest+pda"),
+    *_methods("remixmatch+darp", **_BACON_DARP),
+    *_methods("remixmatch+abc"),
     *_methods("remixmatch+cossl", **_BACON_COSSL),
     *_methods("remixmatch+abc+bacon"),
 )
 
 _BACON_TABLE_2 = (
     *_methods("fixmatch", **_COSINE),
-    *_methods("fixmatch+crest+pda", "fixmatch+abc"),
+    *_methods("fixmatch+crest+pda", **_WIDE),
+    *_methods("fixmatch+abc"),
     *_methods("fixmatch+cossl", **_BACON_COSSL),
     *_methods("fixmatch+abc+bacon"),
 )
@@ -91,8 +108,9 @@ _USB = (
     *_methods("fixmatch", **_COSINE),
     *_methods("fixmatch+abc"),
     *_methods("fixmatch+cossl", **_USB_COSSL),
-    *_methods("fixmatch+darp", "fixmatch+crest+pda"),
-    Row("fixmatch+daso", "fixmatch+daso", per_column={"usb-cifar10-inverse": _DASO_APART}),
+    *_methods("fixmatch+darp", **_USB_DARP),
+    *_methods("fixmatch+crest+pda"),
+    Row("fixmatch+daso", "fixmatch+daso", _USB_DASO, {"usb-cifar10-inverse": _DASO_APART}),
     *_methods("fixmatch+saw", "fixmatch+debiaspl"),
     *_methods("remixmatch", **_COSINE),
     *_methods("remixmatch+abc"),
@@ -151,7 +169,12 @@ TABLES: dict[str, Table] = {
     "ablation": Table("BaCon with one thing changed at a time", _ablation(), _columns("bacon-cifar10")),
     "sscl-cifar10": Table(
         "SsCL on CIFAR-10 with few labels",
-        (*_methods("sscl", "fixmatch"), *_methods("remixmatch", unlabeled_ratio=1)),
+        # SsCL's strong view is without Cutout, that of the others is with it (methods.md 0.3, F.1).
+        (
+            *_methods("sscl"),
+            *_methods("fixmatch", cutout=True),
+            *_methods("remixmatch", cutout=True, unlabeled_ratio=1),
+        ),
         tuple(
             Column("sscl-cifar10", {"protocol": f"balanced-cifar10-{labels}"}, f"sscl-cifar10-{labels}")
             for labels in (40, 250, 4000)

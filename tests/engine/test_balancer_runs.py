@@ -37,6 +37,50 @@ def test_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(tmp_path, 
     assert {key: value.data_ptr() for key, value in second.method.named_buffers()} == addresses
 
 
+@pytest.mark.parametrize(
+    "method, step", [("fixmatch+crest", 4), ("remixmatch+crest+pda", 4), ("fixmatch+cossl", 6), ("remixmatch+cossl", 6)]
+)
+def test_a_run_stopped_right_before_a_refresh_ends_as_an_uninterrupted_one(tmp_path, method, step):
+    config = tiny(tmp_path / "whole", method=method, steps=8, eval_every=8, crest_generations=2, cossl_start=0.75)
+    Trainer(config).fit()
+    first = Trainer(dataclasses.replace(config, run_dir=tmp_path / "parts"))
+    for _ in range(step):
+        first.train_step()
+    assert first.method.refresh_due(step)
+    first.save()
+    first.logger.close()
+    second = Trainer(dataclasses.replace(config, run_dir=tmp_path / "parts", resume=True))
+    second.fit()
+    one, two = final_state(tmp_path / "whole"), final_state(tmp_path / "parts")
+    del one["rows"], two["rows"]
+    assert_equal_states(one, two)
+
+
+# Where each acts in ReMixMatch, by its authors' code: (on the aligned and sharpened targets, as the alignment).
+PLACES = {"daso": (True, False), "darp": (True, False), "crest": (False, False), "crest+pda": (False, True)}
+PLACES["cossl"] = (False, False)
+
+
+@pytest.mark.parametrize("name", BALANCERS)
+def test_each_has_its_place_in_remixmatch(tmp_path, name):
+    trainer = Trainer(tiny(tmp_path, method=f"remixmatch+{name}"))
+    trainer.logger.close()
+    balancer = trainer.method.balancer
+    assert (balancer.on_targets, balancer.aligns) == PLACES[name]
+
+
+def test_evaluations_of_a_new_generation_are_told_apart(tmp_path):
+    config = tiny(tmp_path, method="fixmatch+crest", crest_generations=3, steps=12, eval_every=2)
+    trainer = Trainer(config)
+    summary = trainer.fit()
+    rows = trainer.history.rows
+    assert [(row["step"], row.get("generation", 0)) for row in rows] == [
+        (2, 0), (4, 0), (6, 1), (8, 1), (10, 2), (12, 2),
+    ]  # fmt: skip
+    assert summary["mean_last_20"]["evaluations"] == 2
+    assert summary["mean_last_20"]["bacc"] == pytest.approx((rows[-1]["bacc"] + rows[-2]["bacc"]) / 2)
+
+
 @pytest.mark.parametrize("name", ["debiaspl", "daso", "cossl"])
 def test_usb_compat_reaches_the_method(tmp_path, name):
     totals = []
@@ -49,8 +93,15 @@ def test_usb_compat_reaches_the_method(tmp_path, name):
 
 
 @pytest.mark.parametrize("method", ["fixmatch+crest", "remixmatch+crest"])
-def test_a_generation_starts_from_fresh_parameters_on_the_labeled_set_and_what_was_chosen(tmp_path, method):
+def test_a_generation_starts_from_a_fresh_network_on_the_labeled_set_and_what_was_chosen(tmp_path, method, monkeypatch):
     trainer = Trainer(tiny(tmp_path, method=method, crest_generations=3, lr_schedule="cosine"))
+    buffers, start_generation = {}, trainer._start_generation
+
+    def recorded(new):
+        start_generation(new)
+        buffers.update({name: buffer.clone() for name, buffer in trainer.method.network.named_buffers()})
+
+    monkeypatch.setattr(trainer, "_start_generation", recorded)
     original, labels = trainer.batches.labeled.clone(), trainer.batches.labels.clone()
     rates = []
     for step in range(12):
@@ -63,6 +114,8 @@ def test_a_generation_starts_from_fresh_parameters_on_the_labeled_set_and_what_w
                 if now.dim() == 1:  # without weight decay; Nesterov's first step is of 1.9 gradients
                     torch.testing.assert_close(now, start - 1.9 * rates[-1] * now.grad)
                     assert torch.equal(trainer.optimizer.state[now]["momentum_buffer"], now.grad)
+            for name, start in fresh.network.named_buffers():  # such as BatchNorm's running statistics
+                assert torch.equal(buffers[name], start), name
             networks = fresh.network, trainer.method.network, trainer.ema.network
             for start, now, mean in zip(*(network.parameters() for network in networks)):
                 torch.testing.assert_close(mean, 0.99 * start + 0.01 * now)

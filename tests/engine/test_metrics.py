@@ -165,6 +165,18 @@ def test_history_reports_last_mean_of_twenty_and_best():
     assert summary["last"]["step"] == 2500 and summary["mean_last_20"]["evaluations"] == 20
 
 
+def test_the_mean_covers_no_evaluation_of_an_earlier_network():
+    history, values = History(), np.linspace(0.1, 0.9, 30)
+    for i, value in enumerate(values):  # generations of 12, 12 and 6 evaluations
+        metrics = dict.fromkeys(("top1", "bacc", "gm"), value)
+        history.append(i + 1, metrics | ({"generation": i // 12} if i >= 12 else {}))
+    summary = history.summary()
+    assert summary["mean_last_20"]["evaluations"] == 6
+    assert summary["mean_last_20"]["bacc"] == pytest.approx(values[24:].mean())
+    assert summary["best_on_test"]["bacc"] == 0.9
+    assert History(history.rows[:12]).summary()["mean_last_20"]["bacc"] == pytest.approx(values[:12].mean())
+
+
 def test_history_of_one_evaluation_and_its_errors():
     row = {"top1": 0.5, "bacc": 0.25, "gm": 0.125}
     history = History([{"step": 7, **row}])

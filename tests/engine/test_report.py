@@ -179,7 +179,7 @@ def test_a_run_with_one_evaluation_and_nothing_else(tmp_path):
     page = Page(write_report(tmp_path, data).read_text(encoding="utf-8"))
     assert sorted(file.stem for file in (tmp_path / "figures").iterdir()) == ["accuracy", "confusion", "per_class"]
     assert len(page.pictures) == 3
-    assert "of all 1 evaluations, as there are no more" in page.text
+    assert "only 1, as this network has no more" in page.text
     assert "Augmentation" not in page.text and "Test images in feature space" not in page.text
     assert "nan" not in " ".join(page.text).lower()
 

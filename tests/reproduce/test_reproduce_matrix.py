@@ -77,24 +77,46 @@ def test_unknown_methods_are_left_out_with_the_reason():
 
 
 def test_recipes_of_the_published_tables():
-    """methods.md 0.3 and A.2: schedules, mu, and the start of the contrastive loss."""
-    cells = cells_of("bacon-table1")
-    configs = {(c.column.name, c.row.name): c.runs[0].config for c in cells if c.runs}
-    assert configs["bacon-cifar10", "fixmatch"].lr_schedule == "cosine"
-    assert configs["bacon-cifar10", "fixmatch+abc+bacon"].lr_schedule == "constant"
-    assert {c.steps for c in configs.values()} == {300_000}
-    for (column, row), config in configs.items():
-        wide = row in ("fixmatch+daso", "fixmatch+debiaspl", "fixmatch+crest", "fixmatch+crest+pda", "fixmatch+darp")
-        if wide and column == "bacon-cifar10":
-            assert config.unlabeled_ratio == 7
-        else:
-            assert config.unlabeled_ratio == (1 if row.startswith("remixmatch") else 2)
-        if "cossl" in row:
-            assert config.cossl_start == 0.2
-        if "daso" in row:
-            assert config.daso_t_dist == (0.3 if column == "bacon-stl10" else 1.5)
-        if "bacon" in row.split("+"):
-            assert config.contrast_start == (1 / 30 if row.startswith("remixmatch") else 0.5)
+    """methods.md 0.3 and A.2: schedules, mu, and the start of the contrastive loss. What else the released
+    configurations (of BaCon's repository: config/classic_cv_imb) set: mu on CIFAR-100, epochs and temperatures."""
+    wide = {  # presets with mu = 7, of BaCon's Table 1
+        "fixmatch+daso": {"bacon-cifar10", "bacon-cifar100"},
+        "fixmatch+debiaspl": {"bacon-cifar10", "bacon-cifar100"},
+        "fixmatch+crest": {"bacon-cifar10"},
+        "fixmatch+crest+pda": {"bacon-cifar10", "bacon-cifar100"},
+        "fixmatch+darp": {"bacon-cifar10", "bacon-cifar100"},
+    }
+    every = {"bacon-cifar10", "bacon-cifar10-inverse", "bacon-cifar10-150", "bacon-cifar10-150-inverse"}
+    starts = {  # completed steps, of BaCon's and of USB's runs
+        "darp_start": (200 * 300, 200 * 1024),
+        "cossl_start": (200 * 300, 200 * 1024),
+        "daso_start": (5120, 5120),
+    }
+    apart = {"bacon-cifar100", "bacon-stl10", "usb-cifar10-inverse"}
+    tables = (("bacon-table1", wide, 300_000), ("bacon-table2", {"fixmatch+crest+pda": every}, 300_000))
+    for table, wide_rows, steps in (*tables, ("usb", {}, 262_144)):
+        configs = {(c.column.name, c.row.name): c.runs[0].config for c in cells_of(table) if c.runs}
+        assert {config.steps for config in configs.values()} == {steps}
+        for (column, row), config in configs.items():
+            mu = 7 if column in wide_rows.get(row, ()) else 1 if row.startswith("remixmatch") else 2
+            assert config.unlabeled_ratio == mu, (table, column, row)
+            assert config.lr_schedule == ("cosine" if row in ("fixmatch", "remixmatch") else "constant")
+            for name, values in starts.items():
+                if name.split("_")[0] in row:
+                    assert getattr(config, name) * steps == pytest.approx(values[table == "usb"])
+            if "daso" in row:
+                assert config.daso_t_dist == (0.3 if column in apart else 1.5)
+            if "bacon" in row.split("+"):
+                assert config.contrast_start == (1 / 30 if row.startswith("remixmatch") else 0.5)
+
+
+def test_sscl_alone_is_without_cutout():
+    configs = {cell.row.name: cell.runs[0].config for cell in cells_of("sscl-cifar10")}
+    assert {name: config.cutout for name, config in configs.items()} == {
+        "sscl": False,
+        "fixmatch": True,
+        "remixmatch": True,
+    }
 
 
 def test_ablations_reach_the_loss():

@@ -39,6 +39,7 @@ def write_run(run, rng, classes=CLASSES, **changes) -> dict:
     for reading in ("last", "mean_last_20", "best_on_test"):
         summary[reading] = {name: rng.uniform() for name in METRICS}
         summary[reading]["per_class"] = rng.uniform(size=len(classes)).tolist()
+    summary["mean_last_20"]["evaluations"] = 20
     summary = json.loads(json.dumps(summary | changes))
     (run.folder / "summary.json").write_text(json.dumps(summary))
     return summary
@@ -105,6 +106,17 @@ def test_table_against_numpy(filled):
             assert row[title] == f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
 
 
+def test_a_mean_of_fewer_evaluations_says_so(filled):
+    table, options, cells, summaries = filled
+    run = cells[0].runs[1]
+    summary = summaries["bacon-cifar10", "fixmatch"][1]
+    summary["mean_last_20"]["evaluations"] = 15
+    (run.folder / "summary.json").write_text(json.dumps(summary))
+    rows = sections(markdown(table, collect(cells, []), options, "command"))["bacon-cifar10"]
+    means = {row["method"]: row["bACC, mean of last 20"] for row in rows}
+    assert means["fixmatch"].endswith(" (of 15)") and "of" not in means["fixmatch+abc"]
+
+
 def test_every_row_says_how_it_came_about(filled):
     table, options, cells, _ = filled
     text = markdown(table, collect(cells, []), options, "the command")
@@ -116,6 +128,9 @@ def test_every_row_says_how_it_came_about(filled):
     assert first["fixmatch"]["published bACC"] == "75.66"
     wanted = "300,000 steps; cosine rate; best, chosen on the test set; seeds and ± not stated"
     assert first["fixmatch"]["published as"] == wanted
+    assert first["fixmatch+crest+pda"]["published as"] == (
+        "6 generations of 65,536 steps; constant rate; best, chosen on the test set; seeds and ± not stated"
+    )
     second = {row["method"]: row for row in rows["bacon-cifar10-inverse"]}
     assert second["fixmatch"]["published bACC"] == "56.35"
     assert second["fixmatch+abc+bacon"]["bACC, last evaluation"] == "not run"
