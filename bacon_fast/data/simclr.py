@@ -46,6 +46,10 @@ class SimCLRDistortion(nn.Module):
             step: as in `philox`.
             slots: int64 [N], the images' places in the global batch.
         """
+        with torch.autocast(images.device.type, enabled=False):  # which would blur in half precision
+            return self._distort(images, step, slots)
+
+    def _distort(self, images: Tensor, step: int | Tensor, slots: Tensor) -> Tensor:
         u = to_uniform(philox(self.seed, step, Stream.SIMCLR, slots, 16), torch.float32)
         large = min(images.shape[2:]) > LARGEST_SMALL_IMAGE
         mean, std = self.mean[:, None, None], self.std[:, None, None]

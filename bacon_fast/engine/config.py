@@ -156,8 +156,8 @@ class Config:
     ema_buffers: Literal["copy", "average"] = "copy"
     """BatchNorm statistics of the averaged model: copied from the online model (USB), or averaged too (ABC, CoSSL)."""
     precision: Precision = "fp32"
-    """Arithmetic of the network: fp32, tf32 (CUDA), bf16 or fp16 autocast. Losses are fp32 always. auto: bf16 where the
-    device computes it natively, else fp32; the run records which."""
+    """Arithmetic of the network: fp32, tf32 (convolutions, on CUDA), bf16 or fp16 autocast. Losses are fp32 always.
+    auto: bf16 where the device computes it natively, else fp32; the run records which."""
     channels_last: bool = True
     """Memory format of the convolutions."""
     compile: bool = False
@@ -267,7 +267,8 @@ class Config:
     cossl_lambda: float = 0.6
     """CoSSL: lambda_0, the least share of the labeled image's feature in a blend."""
     usb_compat: bool = False
-    """Reproduce the errors of USB's code that published numbers contain, in DebiasPL, DASO, CReST and CoSSL."""
+    """Reproduce the errors of USB's code that published numbers contain, in DebiasPL, DASO and CoSSL, and CReST's,
+    which acts where the labeled counts do not fall from class to class."""
 
     # --- SsCL (methods.md F; arXiv 2105.07387) -----------------------------------------------------------------------
     sscl_queue: int = 4096

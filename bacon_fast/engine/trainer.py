@@ -100,7 +100,8 @@ class Trainer:
         distributed.require_equal({k: v for k, v in config.to_dict().items() if k != "data_dir"})
         saved = self._saved_state()
         build.use_threads(config.threads)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = False  # the losses' similarities are products of matrices
         torch.backends.cudnn.benchmark = self.device.type == "cuda"  # shapes never change: time each convolution once
 
         load_dataset = functools.partial(build.build_dataset, config)

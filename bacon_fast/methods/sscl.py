@@ -152,7 +152,8 @@ class SsCL(Method):
         everyone = gather_views(images, *sizes)
         rows = torch.arange(len(everyone), device=images.device)
         order = philox(self.seed, step, Stream.SSCL_SHUFFLE, rows, 1)[:, 0].argsort(stable=True)
-        keys = gather_views(self.key_encoder(own_views(everyone[order], 0, len(images))), 0, len(images))
+        share = torch.empty_like(images).copy_(own_views(everyone[order], 0, len(images)))  # in their memory format
+        keys = gather_views(self.key_encoder(share), 0, len(images))
         return torch.empty_like(keys).index_copy_(0, order, keys)
 
 

@@ -121,6 +121,13 @@ def test_the_distortion_replays_its_draws_through_torchvision(side):
     assert len(seen) > 3
 
 
+def test_autocast_does_not_blur_in_half_precision():
+    pixels, slots, distortion = images(4, 70, 70), torch.arange(4), SimCLRDistortion(MEAN, STD, seed=7)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = distortion(pixels, 0, slots)
+    assert torch.equal(found, distortion(pixels, 0, slots))
+
+
 def test_draws_belong_to_seed_step_and_slot():
     pixels = images(8)
     distortion = SimCLRDistortion(MEAN, STD, seed=0)
