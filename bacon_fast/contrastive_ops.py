@@ -50,7 +50,9 @@ def _input_precision(dtype: torch.dtype) -> str:
     """How tensor cores multiply: float32 as torch.set_float32_matmul_precision says; of float16's gradients tf32."""
     if dtype == torch.float64:
         return "ieee"
-    return "tf32x3" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # Unlike torch.get_float32_matmul_precision, this can be read however the precision was set.
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32x3" if dtype == torch.float32 and not allowed else "tf32"
 
 
 def _native_arguments(arguments: tuple) -> tuple:

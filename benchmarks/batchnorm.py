@@ -257,7 +257,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in start.items()))
     dtypes = [torch.float32] if on_cpu else [torch.bfloat16, torch.float16, torch.float32][: 1 if options.quick else 3]
     for dtype in dtypes:
-        rows, totals, moved, modes = [], {}, 0, {}
+        totals, moved, modes = {}, 0, {}
         complete = True
         for layer in LAYERS:
             if options.only not in layer.name:
@@ -265,7 +265,8 @@ def main() -> None:
                 continue
             samples, modes, reasons = measure(layer, images, dtype, options.device, rounds)
             least = least_bytes(layer, images, dtype)
-            rows += report(layer.name, f"N={images}", dtype, samples, modes, reasons, least)
+            rows = report(layer.name, f"N={images}", dtype, samples, modes, reasons, least)
+            append_csv(out, [start | row for row in rows])  # at once: a time limit takes only what is not done yet
             complete = complete and not reasons
             moved += layer.number * least
             for name, seconds in samples.items():
@@ -274,8 +275,7 @@ def main() -> None:
             torch.compiler.reset()
         if complete:
             number = sum(layer.number for layer in LAYERS)
-            rows += report("network", f"N={images} layers={number}", dtype, totals, modes, {}, moved)
-        if rows:
+            rows = report("network", f"N={images} layers={number}", dtype, totals, modes, {}, moved)
             append_csv(out, [start | row for row in rows])
     print(f"\nrows added to {out}")
 

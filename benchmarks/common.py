@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from bacon_fast.engine.graph import CudaCapture
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 Call = Callable[[], object]
@@ -88,11 +90,9 @@ def graphed(call: Call) -> Call:
     with torch.cuda.stream(stream):
         for _ in range(3):
             call()
+        replay, _ = CudaCapture()(call)
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    return replay
 
 
 def _time_calls(call: Call, count: int, device: str) -> float:

@@ -4,11 +4,16 @@
 #     benchmarks/gpu_suite.sh OUT_DIR [CIFAR_FOLDER|-] [STAGE...]
 #
 # Without a CIFAR_FOLDER the throughput is measured on the built-in digits. Without STAGEs all of them run, in the order
-# below; a second call on a warm machine can take those that the first had no time for. A red gate (tests/gpu) ends it:
-# nothing is measured. No stage begins after SUITE_SECONDS (default 560) and each has its own limit, so the whole ends
-# before 10 minutes whatever happens. After every stage OUT_DIR holds what there is so far in at most 8 files: stages.txt,
-# tests.log, throughput_cuda.csv and .png, and suite.tar.gz with everything (but checkpoints).
-# Packages that the machine lacks (tyro, semilearn, ...) come by PYTHONPATH.
+# below, until time is up; what they need together is more than one call has, so take them in three:
+#
+#     build info tests ceilings loss augment batchnorm digits
+#     build images compile throughput run cifar
+#     build memcheck racecheck
+#
+# A red gate (tests/gpu) ends a call: nothing is measured. No stage begins after SUITE_SECONDS (default 560) and each has
+# its own limit, so the whole ends before 10 minutes whatever happens. After every stage OUT_DIR holds what there is so
+# far in at most 8 files: stages.txt, tests.log, throughput_cuda.csv and .png, and suite.tar.gz with everything (but
+# checkpoints). Packages that the machine lacks (tyro, typeguard, docstring_parser, ...) come by PYTHONPATH.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -60,7 +65,8 @@ MAX_JOBS=$(nproc)
 
 stage build 150 $python setup.py build_ext --inplace || exit 1
 stage info 20 $python -m bacon_fast.info
-stage tests 150 $python -m pytest -q tests/gpu || {
+# Kernels are compiled at their first call, some 800 of them: by all cores at once.
+stage tests 320 env OMP_NUM_THREADS=1 $python -m pytest -q -n "$((MAX_JOBS > 4 ? MAX_JOBS - 2 : 2))" --dist worksteal tests/gpu || {
   echo "red gate: nothing is measured" | tee -a "$work/stages.txt"
   bundle
   exit 1
@@ -84,13 +90,20 @@ stage compile 130 "${ladder[@]}" --arms E --rounds 1 --slice 0.5 --no-memory --o
   arms+=(E)
 stage throughput 230 "${ladder[@]}" --arms "${arms[@]}" --concurrent 3 --rounds 5 --slice 2.5 --seconds 170
 stage run 60 "${ladder[@]}" --full-run 3000 --out "$work/throughput_run_cuda.csv"
-stage loss 60 $python benchmarks/loss.py --device cuda --quick --out "$work/loss_cuda.csv"
+stage loss 120 $python benchmarks/loss.py --device cuda --quick --out "$work/loss_cuda.csv"
 stage augment 25 $python benchmarks/augment.py --device cuda --out "$work/augment_cuda.csv"
-stage batchnorm 40 $python benchmarks/batchnorm.py --device cuda --quick --out "$work/batchnorm_cuda.csv"
+stage batchnorm 120 $python benchmarks/batchnorm.py --device cuda --quick --out "$work/batchnorm_cuda.csv"
 stage digits 60 $python train.py digits --run-dir "$work/digits"
 if [ ${#data[@]} -gt 0 ]; then
   stage cifar 60 $python train.py bacon-cifar10 --dataset arrays "${data[@]}" --steps 3000 --contrast-start 0.1 \
     --precision bf16 --no-report --run-dir "$work/cifar"
 fi
+# Every allocation by itself, so that what lies beyond it is seen.
+native=(tests/gpu/test_bank_gpu.py tests/gpu/test_augment_gpu.py tests/gpu/test_sgd_ema_gpu.py tests/gpu/test_heads_gpu.py
+  tests/gpu/test_bacon_step_gpu.py tests/gpu/test_batchnorm_gpu.py)
+for tool in memcheck racecheck; do
+  stage $tool 220 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 1 \
+    $python -m pytest -q -x "${native[@]}"
+done
 bundle
 cat "$work/stages.txt"

@@ -82,7 +82,7 @@ def bacon_cases(rows: int, num_classes: int, dim: int, device: str) -> list[Case
     def truth_batch() -> BaConBatch:
         return bacon_batch(rows, num_classes, dim).to("cpu", torch.float64)
 
-    backends = our_backends("bacon_loss", torch.empty(0, device=device))
+    backends = our_backends("bacon_loss", torch.empty(0, 1, device=device))
     compiled = torch.compile(bacon_vectorized, fullgraph=True, dynamic=False)
     loss_arms = {
         "class loop": lambda: loss_call(bacon_class_loop, batch()),
@@ -130,7 +130,7 @@ def pair_case(
     arms = {"eager": build(plain), "torch.compile": build(torch.compile(plain, fullgraph=True, dynamic=False))}
     if peer is not None:
         arms["metric-learning"] = build(peer)
-    for backend in our_backends("contrastive", torch.empty(0, device=device)):
+    for backend in our_backends("contrastive", torch.empty(0, 1, device=device)):
         arms[f"bacon_fast {backend}"] = build(functools.partial(ours, backend=backend))
     return Case(name, shape, arms, prepared(plain, "cpu", torch.float64), {})
 

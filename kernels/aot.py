@@ -255,10 +255,12 @@ def subjects() -> dict[str, Callable[[int], None]]:
             found[f"bacon-step-{rows}x{dim}x{num_classes}-{name}"] = functools.partial(
                 step, rows=rows, dim=dim, num_classes=num_classes, dtype=dtype, precision=precision
             )
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for num_classes in (10, 100, 1000, 8192):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for num_classes in (10, 100) if dtype == torch.float64 else (10, 100, 1000, 8192):
             name = f"heads-320x{num_classes}-{str(dtype).removeprefix('torch.')}"
             found[name] = functools.partial(heads, num_classes=num_classes, dtype=dtype)
+        if dtype == torch.float64:  # what gradients are checked in
+            continue
         layers = ((16, 32, False), (32, 32, True), (128, 8, True), (640, 8, False), (33, 7, True))
         for channels, size, residual in layers:
             name = f"batch-norm-320x{channels}x{size}-{str(dtype).removeprefix('torch.')}"

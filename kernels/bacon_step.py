@@ -438,6 +438,7 @@ def _update_bank(
         tl.atomic_add(total, gained, mask=joins[:, None] & within, sem="relaxed")
         total = class_sums + old.to(tl.int64)[:, None] * dim + d[None, :]
         tl.atomic_add(total, -fixed_before, mask=leaves[:, None] & within, sem="relaxed")
+        tl.debug_barrier()  # a value may be held by several warps: all have read it, and the flag, before one writes
         tl.store(place, incoming, mask=writes[:, None] & within)
     one = tl.full(row.shape, 1, tl.int64)
     tl.atomic_add(class_sizes + new, one, mask=joins & (moves | is_first), sem="relaxed")

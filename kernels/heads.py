@@ -145,9 +145,9 @@ def _samples_kernel(
         keep = row < batch
         label = tl.load(labels + row, mask=keep, other=0).to(tl.int32)
         valid = (label >= 0) & (label < num_classes)
-        kept = _weight(
-            tl.load(keep_labeled + label, mask=keep & valid, other=0.0), seed, now, STREAM_LABELED, row, EXPECTED
-        )
+        probability = tl.load(keep_labeled + label, mask=keep & valid, other=0.0)
+        # In one dtype on both sides of the branch, or Triton refuses the name.
+        kept = _weight(probability, seed, now, STREAM_LABELED, row, EXPECTED).to(ACC)
         share = tl.where(keep, tl.full([BLOCK_N], 1.0, ACC) / batch, 0.0)
 
         tile = _load_rows(logits, row, keep, num_classes, stride_logits, stride_logits_class, BLOCK_K, ACC)
@@ -157,7 +157,7 @@ def _samples_kernel(
         _store_rows(grad_logits, row, keep, num_classes, slope, BLOCK_K)
 
         tile = _load_rows(balanced, row, keep, num_classes, stride_balanced, stride_balanced_class, BLOCK_K, ACC)
-        loss, slope = _cross_entropy(tile, label, tile, share * kept.to(ACC), num_classes, False)
+        loss, slope = _cross_entropy(tile, label, tile, share * kept, num_classes, False)
         tl.store(parts + BALANCED_LABELED * samples + row, loss, mask=keep)
         _store_rows(grad_balanced, row, keep, num_classes, slope, BLOCK_K)
 
@@ -183,8 +183,8 @@ def _samples_kernel(
         second_label, second_confident, target = _pseudo_label(tile, threshold)
         second_confident = second_confident & keep
         probability = tl.load(keep_unlabeled + second_label, mask=second_confident, other=0.0)
-        kept = _weight(probability, seed, now, STREAM_UNLABELED, row, EXPECTED)
-        kept = tl.where(second_confident, kept, 0.0).to(ACC)
+        kept = _weight(probability, seed, now, STREAM_UNLABELED, row, EXPECTED).to(ACC)
+        kept = tl.where(second_confident, kept, 0.0)
         _store_rows(grad_balanced, weak, keep, num_classes, nothing, BLOCK_K)
 
         unsupervised = tl.zeros([BLOCK_N], dtype=ACC)
@@ -234,11 +234,12 @@ def _sum_kernel(
     tl.store(counts + num_classes + classes, second.to(tl.int64), mask=classes < num_classes)
     if program == 0:
         part = tl.arange(0, NUM_PARTS)
-        total = tl.zeros([NUM_PARTS], dtype=parts.dtype.element_ty)
+        sums = tl.zeros([NUM_PARTS, BLOCK_S], dtype=parts.dtype.element_ty)
         for start in range(0, samples, BLOCK_S):
             sample = start + tl.arange(0, BLOCK_S)
             offsets = part[:, None] * samples + sample[None, :]
-            total += tl.sum(tl.load(parts + offsets, mask=(sample < samples)[None, :], other=0.0), axis=1)
+            sums += tl.load(parts + offsets, mask=(sample < samples)[None, :], other=0.0)
+        total = tl.sum(sums, axis=1)
         tl.store(losses + part, total, mask=part < CONFIDENT)
         tl.store(stats + part - CONFIDENT, total.to(tl.float32), mask=part >= CONFIDENT)
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Literal, Protocol
 
 import torch
@@ -51,9 +52,26 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads, such as that of TensorBoard, may do what they like meanwhile.
         options = {"stream": torch.cuda.current_stream(), "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(graph, self._pool, **options):
-            result = run()
+        try:
+            with torch.cuda.graph(graph, self._pool, **options):
+                result = run()
+        except Exception:
+            # Best effort: the eager step draws nothing from torch's generators and can do without.
+            with suppress(Exception):
+                self._clear_broken_capture()
+            raise
         return graph.replay, result
+
+    def _clear_broken_capture(self) -> None:
+        """What torch 2.11 leaves when a capture ends in an error: allocations still go to its pool, and the generator
+        believes that it is captured, until a capture succeeds."""
+        device = torch.cuda.current_device()
+        with suppress(RuntimeError):  # where the capture did not even begin
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+            torch._C._cuda_releasePool(device, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
+            torch.zeros((), device="cuda")
 
     def reset(self) -> None:
         # Memory whose last graph is gone cannot be shared again, and must not go while a replay still runs.

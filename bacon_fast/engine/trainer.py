@@ -101,7 +101,7 @@ class Trainer:
         saved = self._saved_state()
         build.use_threads(config.threads)
         torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
-        torch.backends.cuda.matmul.allow_tf32 = False  # the losses' similarities are products of matrices
+        torch.set_float32_matmul_precision("highest")  # the losses' similarities are products of matrices
         torch.backends.cudnn.benchmark = self.device.type == "cuda"  # shapes never change: time each convolution once
 
         load_dataset = functools.partial(build.build_dataset, config)

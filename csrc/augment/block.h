@@ -20,7 +20,8 @@ struct Block {
 
   template <class F>
   __device__ void for_pixels(int height, int width, const F& f) const {
-    for (int i = threadIdx.x; i < height * width; i += blockDim.x) f(i / width, i % width);
+    const int pixels = height > 0 && width > 0 ? height * width : 0;  // the inside of a 1x1 image is -1 x -1
+    for (int i = threadIdx.x; i < pixels; i += blockDim.x) f(i / width, i % width);
     __syncthreads();
   }
 

@@ -19,12 +19,19 @@ STEPS = 6
 
 def launch(run_dir: Path, processes: int | None, *options: str) -> list[dict]:
     """Rows of the training log of a small run: under torchrun, or under plain python."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        f"--nproc-per-node={processes}",
+    ]
     command = [sys.executable, *(torchrun if processes else []), str(ROOT / "train.py"), "digits"]
     command += ["--run-dir", str(run_dir), "--steps", str(STEPS), "--batch-size", "16", "--no-report"]
     command += ["--log-every", "1", "--eval-every", "3", "--checkpoint-every", "3", "--precision", "fp32"]
     command += ["--threshold", "0.15", "--reliable-threshold", "0.15", "--contrast-start", "0.1", "--sync-batchnorm"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # packages may have come by it
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

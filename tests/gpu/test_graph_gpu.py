@@ -150,6 +150,14 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(tmp_path, deterministic, ca
     assert_same_end(*configs)
     (message,) = [line for line in capsys.readouterr().err.splitlines() if "CUDA graph" in line]
     assert "runs eagerly" in message and "captur" in message.split("slowly: ")[1]
+    # Nothing of the broken capture is left: torch draws, and memory is given back.
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved()
+    numbers = torch.rand(2**24, device="cuda")
+    assert 0 < numbers.mean().item() < 1 and torch.cuda.memory_reserved() > held
+    del numbers
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() == held
 
 
 def test_a_step_that_must_be_captured_says_why_it_cannot(tmp_path):

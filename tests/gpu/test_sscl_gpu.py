@@ -18,14 +18,6 @@ K, B, U, SIDE, LABELED, UNLABELED = 4, 8, 16, 16, 20, 40
 LABELS = torch.arange(LABELED) % 3  # class 3 has no labeled image
 
 
-@pytest.fixture(autouse=True)
-def exact_products():
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
 def build() -> SsCL:
     torch.manual_seed(0)
     network = Network("wrn-10-1", K, balanced_head=False, bn_momentum=0.05)
@@ -106,8 +98,8 @@ def test_a_captured_step_updates_the_same_state():
     eager, captured = build().cuda(), build().cuda()
     batch, step = make_batch(0, "cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
     start = copy.deepcopy(captured.state_dict())
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         captured(batch, step, None).total.backward()
         captured.zero_grad(set_to_none=True)
