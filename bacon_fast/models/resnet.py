@@ -4,6 +4,7 @@ import torchvision
 from torch import Tensor, nn
 
 from bacon_fast.models.batchnorm import convert_batchnorm
+from bacon_fast.models.convolution import convert_convolutions
 
 
 class ResNet(nn.Module):
@@ -25,6 +26,7 @@ class ResNet(nn.Module):
         if in_channels != 3:
             self.net.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
             nn.init.kaiming_normal_(self.net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        convert_convolutions(self.net)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from bacon_fast.models.batchnorm import BatchNormAct2d
+from bacon_fast.models.convolution import Conv2d
 
 # The normalization constants of the semi-supervised literature: slow running statistics, a larger epsilon at the end.
 BN_MOMENTUM = 0.001
@@ -26,12 +27,12 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
         self.bn1 = _norm(in_channels, BN_EPS_BLOCK)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
         self.bn2 = _norm(out_channels, BN_EPS_BLOCK)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.shortcut = None
         if in_channels != out_channels or stride != 1:
-            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+            self.shortcut = Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
 
     def forward(self, terms: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
         """(x, residual) with the input x + residual, or x -> (y, residual) with the output y + residual."""
@@ -60,7 +61,7 @@ class WideResNet(nn.Module):
         strides = (1, 2, 2) if depth % 6 == 4 else (2, 2, 2, 2)
         blocks = (depth - 1 - len(strides)) // (2 * len(strides))
         self.num_features = 2 ** (3 + len(strides)) * width
-        self.stem = nn.Conv2d(in_channels, 16, 3, padding=1)
+        self.stem = Conv2d(in_channels, 16, 3, padding=1)
         groups, channels = [], 16
         for group, stride in enumerate(strides):
             out_channels = 2 ** (4 + group) * width
