@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class Conv2d(nn.Conv2d):
     """`torch.nn.Conv2d` whose stride along a side of one pixel is 1.
 
-    With a padding of half of an odd kernel the output is one pixel there whatever the stride. But on a CPU torch 2.11 gives
-    the weights of a strided bfloat16 convolution over one column a gradient of garbage (up to 1e35, or NaN).
+    Where the padding is half of an odd kernel, the output is one pixel there whatever the stride. But on a CPU torch
+    2.11 gives the weights of a strided bfloat16 convolution over one column a gradient of garbage (up to 1e35, or NaN).
     """
 
     def _conv_forward(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
