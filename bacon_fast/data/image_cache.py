@@ -3,9 +3,11 @@
 import hashlib
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -25,7 +27,7 @@ def mapped_files(root: Path, files: Sequence[Path], size: int) -> tuple[Tensor, 
     sizes and times of change find again.
 
     Returns:
-        uint8 [N, size, size, 3] on the CPU, of which only what is read lies in memory; and the file.
+        uint8 [N, size, size, 3] on the CPU, read-only, of which only what is read lies in memory; and the file.
 
     Raises:
         ValueError: files that cannot be decoded. OSError: the file cannot be written, for lack of space for instance.
@@ -39,7 +41,14 @@ def mapped_files(root: Path, files: Sequence[Path], size: int) -> tuple[Tensor, 
     shape = (len(files), size, size, 3)
     if not path.is_file() or path.stat().st_size != math.prod(shape):
         _decode(files, size, path)
-    return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=torch.uint8).view(shape), path
+    return _mapped(path, shape), path
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
+    # Mapped read-only: a private writable mapping, as torch.from_file makes, is refused when it exceeds the memory.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(np.memmap(path, np.uint8, "r", shape=shape))
 
 
 def _decode(files: Sequence[Path], size: int, path: Path) -> None:

@@ -1,7 +1,9 @@
 """Images in a mapped file: the same dataset, the same batches, decoded once."""
 
 import dataclasses
+import math
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -98,13 +100,24 @@ def test_unreadable_files_are_named_and_leave_nothing(tmp_path):
     assert list((tmp_path / ".bacon_fast").iterdir()) == []
 
 
-def test_mapping_is_copy_on_write(tmp_path):
-    write_folder(tmp_path)
-    files = sorted((tmp_path / "train" / "ant").iterdir())
-    images, path = mapped_files(tmp_path, files, 8)
-    before = path.read_bytes()
-    images[0] = 0
-    assert path.read_bytes() == before
+def test_a_file_larger_than_memory_is_mapped(tmp_path, monkeypatch):
+    (tmp_path / "0.bmp").touch()
+    meminfo = dict(line.split()[:2] for line in open("/proc/meminfo"))
+    memory = 1024 * (int(meminfo["MemTotal:"]) + int(meminfo["SwapTotal:"]))
+    size = math.isqrt(2 * memory // 3)
+
+    def write(files, size, path):
+        path.parent.mkdir()
+        with open(path, "wb") as sparse:
+            sparse.truncate(len(files) * size * size * 3)
+            sparse.seek(-1, os.SEEK_END)
+            sparse.write(b"\x07")
+
+    monkeypatch.setattr(image_cache, "_decode", write)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images, _ = mapped_files(tmp_path, [tmp_path / "0.bmp"], size)
+    assert images.nbytes > 1.9 * memory and images[0, -1, -1].tolist() == [0, 0, 7]
 
 
 @pytest.mark.parametrize(("name", "size"), [("digits", 16), ("folder", None)])
