@@ -14,7 +14,7 @@ from bacon_fast.cli import with_clear_errors
 from bacon_fast.engine.checkpoint import write_atomically
 from bacon_fast.engine.logger import format_seconds
 from bacon_fast.engine.presets import PRESETS
-from bacon_fast.reproduce.matrix import Cell, Options, Run, expand
+from bacon_fast.reproduce.matrix import Cell, Options, Run, check_images, expand
 from bacon_fast.reproduce.results import Result, collect
 from bacon_fast.reproduce.runner import execute, lock
 from bacon_fast.reproduce.slots import make_slots
@@ -82,9 +82,10 @@ def reproduce(arguments: Arguments, command: str) -> Collection[str]:
         StoppedError: a signal asked to stop.
     """
     table, options = _table(arguments), _options(arguments)
-    seeds = table.seeds if arguments.seeds is None else tuple(_seed(word) for word in _words("seeds", arguments.seeds))
+    seeds = table.seeds if arguments.seeds is None else _seeds(arguments.seeds)
     out = (arguments.out or Path("reproductions") / _folder_name(arguments, options)).resolve()
     cells = expand(table, seeds, options, out)
+    check_images([run for cell in cells for run in cell.runs])
     # Seed by seed, so that an interrupted call leaves whole tables of fewer seeds.
     runs = [cell.runs[i] for i in range(len(seeds)) for cell in cells if cell.runs]
     slots = make_slots(arguments.device, arguments.jobs, sum(run.state != "done" for run in runs))
@@ -157,11 +158,14 @@ def _words(name: str, text: str) -> list[str]:
     return words
 
 
-def _seed(word: str) -> int:
+def _seeds(text: str) -> tuple[int, ...]:
     try:
-        return int(word)
+        seeds = tuple(map(int, _words("seeds", text)))
     except ValueError:
-        raise ValueError(f"seeds: expected integers between commas, found {word!r}") from None
+        raise ValueError(f"seeds: expected different integers between commas, found {text!r}") from None
+    if len(set(seeds)) < len(seeds):  # 0 and 00 are one run
+        raise ValueError(f"seeds: expected different integers between commas, found {text!r}")
+    return seeds
 
 
 def _folder_name(arguments: Arguments, options: Options) -> str:

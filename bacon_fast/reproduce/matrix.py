@@ -9,7 +9,9 @@ from typing import Literal
 
 import tyro
 
-from bacon_fast.engine.build import split_overrides
+from bacon_fast.data.datasets import ImageDataset
+from bacon_fast.data.longtail import Split
+from bacon_fast.engine.build import build_dataset, split_overrides
 from bacon_fast.engine.config import METHODS, Config
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.reproduce.tables import Column, Row, Table
@@ -18,6 +20,9 @@ from bacon_fast.reproduce.tables import Column, Row, Table
 # last network has, where methods start again: CReST).
 EVALUATIONS = 40
 LOG_ROWS = 40
+
+# Fields that the table, or an option of its own, gives to each run.
+GIVEN = ("method", "seed", "run_dir", "resume", "dataset", "data_dir", "device")
 
 
 @dataclass(frozen=True)
@@ -158,8 +163,30 @@ def _config(column: Column, overrides: Mapping[str, object], options: Options) -
     return tyro.cli(Config, args=words, default=config, prog="--set") if words else config
 
 
+def check_images(runs: Sequence[Run]) -> None:
+    """Raises ValueError when a finished run saw other images than those that its configuration names now."""
+    datasets: dict[tuple, ImageDataset] = {}
+    for run in (run for run in runs if run.state == "done"):
+        config, recorded = run.config, json.loads((run.folder / "config.json").read_text())["data_dir"]
+        if recorded == config.to_dict()["data_dir"]:
+            continue
+        source = config.dataset, config.data_dir, config.image_size, config.classes, config.images
+        if source not in datasets:
+            datasets[source] = build_dataset(config)
+        try:
+            Split.load(run.folder / "split.json").verify(datasets[source])
+        except ValueError as error:
+            raise ValueError(
+                f"out: {run.folder} holds a run on other images, those of {recorded}; name another --out. {error}"
+            ) from error
+
+
 def setting_words(name: str, value: str) -> list[str]:
     """Command-line words for one field given as text."""
+    if name in GIVEN:
+        raise ValueError(
+            f"set: expected a field that the table leaves open, found {name!r} (see --help for its option)"
+        )
     names = {f.name for f in dataclasses.fields(Config)}
     if name not in names:
         raise ValueError(f"set: expected a field of the configuration (see train.py --help), found {name!r}")

@@ -6,17 +6,20 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from run_cases import tiny
 
 from bacon_fast.cli import parse
 from bacon_fast.data.longtail import PROTOCOLS
 from bacon_fast.engine.builders.bacon import build_bacon_loss
 from bacon_fast.engine.config import METHODS
 from bacon_fast.engine.presets import PRESETS
+from bacon_fast.engine.trainer import Trainer
 from bacon_fast.reproduce import published
 from bacon_fast.reproduce.__main__ import Arguments, reproduce
-from bacon_fast.reproduce.matrix import Options, command_words, expand, shorten
+from bacon_fast.reproduce.matrix import Options, Run, check_images, command_words, expand, shorten
 from bacon_fast.reproduce.runner import lock
 from bacon_fast.reproduce.slots import make_slots
 from bacon_fast.reproduce.tables import TABLES, Column, Row, Table
@@ -239,11 +242,14 @@ def test_an_image_folder_stands_for_one_data_set(tmp_path):
         ({"budget": float("nan")}, "budget: .* found nan"),
         ({"methods": "fixmatch,foo"}, "methods: expected some of supervised, .*, found foo"),
         ({"columns": "cifar"}, "columns: expected some of .*, found cifar"),
-        ({"seeds": "0,one"}, "seeds: expected integers between commas, found 'one'"),
-        ({"seeds": "0,0"}, "seeds: expected different words between commas, found '0,0'"),
+        ({"seeds": "0,one"}, "seeds: expected different integers between commas, found '0,one'"),
+        ({"seeds": "0,0"}, "seeds: expected different integers between commas, found '0,0'"),
+        ({"seeds": "0,00"}, "seeds: expected different integers between commas, found '0,00'"),
         ({"seeds": "-1"}, "seed: expected an integer"),
         ({"set": "precision"}, "set: expected NAME=VALUE, found 'precision'"),
         ({"set": "precison=bf16"}, "set: expected a field of the configuration .* found 'precison'"),
+        ({"set": "method=fixmatch"}, "set: expected a field that the table leaves open, found 'method'"),
+        ({"set": "resume=true"}, "set: expected a field that the table leaves open, found 'resume'"),
         ({"jobs": 0}, "jobs: expected at least 1, found 0"),
         ({"device": "tpu"}, "device: expected auto, cpu"),
         ({"table": "bacon-table2"}, "data_dir: expected where cifar10 lies, found None"),
@@ -254,6 +260,25 @@ def test_bad_options_are_named_before_anything_is_written(tmp_path, changes, mes
     with pytest.raises(ValueError, match=message):
         reproduce(arguments, "command")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_run_on_other_images_is_not_taken_for_this_one(tmp_path):
+    """The same images elsewhere are the same run."""
+    numbers = np.random.default_rng(0)
+    images = numbers.integers(0, 256, (300, 8, 8, 3), dtype=np.uint8)
+    arrays = {"train_images": images, "train_labels": np.arange(300) % 3}
+    arrays |= {"test_images": images[:9], "test_labels": np.arange(9) % 3}
+    for name in ("a", "moved"):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    np.savez(tmp_path / "b.npz", **(arrays | {"train_images": images[::-1]}))
+    changes = {"dataset": "arrays", "method": "supervised", "steps": 1, "log_every": 1, "data_dir": tmp_path / "a.npz"}
+    config = tiny(tmp_path / "run", **changes)
+    Trainer(config).fit()
+    check_images([Run(config), Run(dataclasses.replace(config, data_dir=tmp_path / "moved.npz"))])
+    with pytest.raises(
+        ValueError, match=r"out: .*run holds a run on other images, those of .*a\.npz; name another --out"
+    ):
+        check_images([Run(dataclasses.replace(config, data_dir=tmp_path / "b.npz"))])
 
 
 def test_a_run_of_another_configuration_is_not_taken_for_this_one(tmp_path):
