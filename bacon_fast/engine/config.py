@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
-import math
 import re
+import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from types import UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -71,7 +73,10 @@ RESUME_MAY_CHANGE = frozenset(
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that defines a run. Presets fill it (engine/presets.py); the command line overrides single fields."""
+    """Everything that defines a run. Presets fill it (engine/presets.py); the command line overrides single fields.
+
+    Raises ValueError, which names the field, for a value that is not of the field's type or out of its range.
+    """
 
     preset: tyro.conf.Suppress[str] = "digits"
     """Name of the preset this configuration started from."""
@@ -226,7 +231,8 @@ class Config:
     temperature: float | None = None
     """tau of the negatives, and upper bound of the class temperatures."""
     bta: float | None = None
-    """eta, strength of the balanced temperature adjustment; 0 turns it off."""
+    """eta, strength of the balanced temperature adjustment; 0 turns it off. Below 1, but for the blog variant: the
+    temperatures have to stay positive."""
     negative_weight: float | None = None
     """Lambda: how many negatives the mean negative stands for."""
     top_k: int = 3
@@ -308,6 +314,8 @@ class Config:
     """Write report.html at the end."""
 
     def __post_init__(self) -> None:
+        for name, kind in _kinds(type(self)).items():
+            _require(_is_of(kind, getattr(self, name)), name, _words(kind), getattr(self, name))
         self._check_balancers()
         for name in ("steps", "batch_size", "eval_every", "log_every", "checkpoint_every", "epochs"):
             _require(getattr(self, name) >= 1, name, "an integer of at least 1", getattr(self, name))
@@ -320,31 +328,23 @@ class Config:
         for name in ("proj_dim", "top_k", "sscl_queue", "sscl_refresh_epochs"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "an integer of at least 1", value)
-        for name in ("lr", "temperature", "negative_weight", "rank_timeout"):
+        above_zero = ("lr", "temperature", "negative_weight", "rank_timeout")
+        above_zero += ("rampup", "sharpening", "mixup_alpha", "sscl_gamma", "sscl_temperature")
+        for name in (*above_zero, "ssc_temperature", "ssc_pl_temperature"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, "a number above 0", value)
-        for name in ("weight_decay", "bta", "lambda_u", "lambda_abc", "lambda_con", "debiaspl_tau"):
+        weights = ("lambda_u", "lambda_abc", "lambda_con", "lambda_kl", "lambda_rot")
+        weights += ("ssc_lambda_proto", "ssc_lambda_up", "ssc_lambda_down")
+        for name in (*weights, "weight_decay", "bta", "debiaspl_tau"):
             value = getattr(self, name)
             _require(value is None or value >= 0, name, "a number of at least 0", value)
+        if self.variant != "blog":  # which bounds the class temperatures from below; others reach tau·(1 - bta)
+            _require(self.bta is None or self.bta < 1, "bta", "a number below 1, except for variant blog", self.bta)
         for name in ("threshold", "reliable_threshold", "contrast_start", "ema", "distribution_momentum"):
             value = getattr(self, name)
             _require(value is None or 0 <= value <= 1, name, "a number between 0 and 1", value)
-        finite = ("lr", "temperature", "bta", "negative_weight", "weight_decay", "gamma_l", "gamma_u", "rank_timeout")
-        for name in finite:
-            value = getattr(self, name)
-            _require(value is None or math.isfinite(value), name, "a finite number", value)
-        for name in ("rampup", "sharpening", "mixup_alpha", "sscl_gamma", "sscl_temperature"):
-            value = getattr(self, name)
-            _require(0 < value < math.inf, name, "a finite number above 0", value)
-        for name in ("ssc_temperature", "ssc_pl_temperature"):
-            value = getattr(self, name)
-            _require(0 < value < math.inf, name, "a finite number above 0", value)
-        for name in ("lambda_kl", "lambda_rot", "ssc_lambda_proto", "ssc_lambda_up", "ssc_lambda_down"):
-            value = getattr(self, name)
-            _require(0 <= value < math.inf, name, "a finite number of at least 0", value)
         _require(self.proj_layers in (None, 0, 1, 2), "proj_layers", "0, 1 or 2", self.proj_layers)
         _require(0 <= self.sscl_momentum <= 1, "sscl_momentum", "a number between 0 and 1", self.sscl_momentum)
-        _require(math.isfinite(self.sscl_margin), "sscl_margin", "a finite number", self.sscl_margin)
         _require(0 <= self.seed < 2**64, "seed", "an integer in 0..2^64-1", self.seed)
         backbones = r"wrn-\d+-\d+|resnet18|resnet50"
         _require(bool(re.fullmatch(backbones, self.backbone)), "backbone", BACKBONE_FORMS, self.backbone)
@@ -353,7 +353,6 @@ class Config:
             expected = "a WRN depth of 6n+4 (10, 16, 22, 28, ...) or 8n+5 (13, 21, 29, 37, ...)"
             _require(depth >= 10 and (depth % 6 == 4 or depth % 8 == 5), "backbone", expected, depth)
         _require(0 < self.bn_momentum <= 1, "bn_momentum", "a number above 0 and up to 1", self.bn_momentum)
-        _require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
         _require(self.dataset in DATASETS, "dataset", f"one of {', '.join(DATASETS)}", self.dataset)
         if self.images == "mapped":
             _require(self.dataset == "folder", "images", "memory, except for dataset folder", self.images)
@@ -388,15 +387,13 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
-        """Inverse of `to_dict`. Raises ValueError for names this version does not know."""
+        """Inverse of `to_dict`. Raises ValueError for names this version does not know and values that do not fit."""
         fields = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - fields):
             raise ValueError(f"config: unknown fields {unknown}; written by another version of bacon_fast?")
         paths = {"run_dir", "data_dir", "split"}
-        values = {k: Path(v) if k in paths and v is not None else v for k, v in values.items()}
-        if values.get("classes") is not None:
-            values["classes"] = tuple(values["classes"])
-        return cls(**values)
+        values = {k: Path(v) if k in paths and isinstance(v, str) else v for k, v in values.items()}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     def differences(self, other: dict) -> list[str]:
         """Fields in which `other` (a saved `to_dict`) would compute something else, as readable lines.
@@ -417,3 +414,38 @@ class Config:
 def _require(condition: bool, name: str, expected: str, found: object) -> None:
     if not condition:
         raise ValueError(f"{name}: expected {expected}, found {found!r}")
+
+
+@cache
+def _kinds(config: type) -> dict[str, object]:
+    """What each field may hold, as annotated."""
+    return get_type_hints(config)
+
+
+def _is_of(kind: object, value: object) -> bool:
+    """Whether a value is what an annotation says. An integer may stand for a float, True and False for no number."""
+    origin, of = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_is_of(one, value) for one in of)
+    if origin is Literal:
+        return isinstance(value, str) and value in of
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_of(of[0], entry) for entry in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+_WORDS = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string", Path: "a pathlib.Path"}
+
+
+def _words(kind: object) -> str:
+    """An annotation in words."""
+    origin, of = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(_words(one) for one in of)
+    if origin is Literal:
+        return f"one of {', '.join(of)}"
+    if origin is tuple:
+        return "a tuple of strings"
+    return _WORDS.get(kind, "None")
