@@ -48,7 +48,7 @@ def accuracies(table: Table, results: Sequence[Result], theme: Theme) -> Figure:
         shown += published
     # A few points of difference are the subject: the axis is cut, and says so.
     low = max(0.0, min(shown) - 3 * max(deviations) - 0.15 * (max(shown) - min(shown)) - 1)
-    axes.set_xlim(low, max(shown) + max(deviations) + 0.08 * (max(shown) - low))
+    axes.set_xlim(low, min(100.5, max(shown) + max(deviations) + 0.08 * (max(shown) - low)))
     name = "error" if table.metric == "error" else "balanced accuracy"
     note = f", axis from {low:.0f}" if low > 0 else ""
     axes.set_xlabel(f"{name} on the test set (%{note})", color=theme.muted, fontsize=9.5)
