@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bacon_fast.data.images import read_files
+from bacon_fast.data.images import UnreadableImagesError, read_files
 
 FOLDER = ".bacon_fast"
 """Where the file lies, below the image folder."""
 CHUNK = 1024
 """Files decoded at once."""
+DECODING = 2
+"""Of the pixels that `read_files` makes of a file: files decoded by another one are not used."""
 
 
 def mapped_files(root: Path, files: Sequence[Path], size: int) -> tuple[Tensor, Path]:
@@ -32,7 +34,7 @@ def mapped_files(root: Path, files: Sequence[Path], size: int) -> tuple[Tensor, 
     Raises:
         ValueError: files that cannot be decoded. OSError: the file cannot be written, for lack of space for instance.
     """
-    lines = [str(size)]
+    lines = [f"{DECODING} {size}"]
     for path in files:
         status = path.stat()
         lines.append(f"{path.relative_to(root)} {status.st_size} {status.st_mtime_ns}")
@@ -53,11 +55,17 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 def _decode(files: Sequence[Path], size: int, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    failed = []
     try:
         path.parent.mkdir(exist_ok=True)
         with open(temporary, "wb") as output:
             for start in tqdm(range(0, len(files), CHUNK), f"decoding {len(files)} images", leave=False):
-                output.write(read_files(files[start : start + CHUNK], size).numpy().data)
+                try:
+                    output.write(read_files(files[start : start + CHUNK], size).numpy().data)
+                except UnreadableImagesError as error:  # go on: who repairs these wants to know of all
+                    failed += error.failed
+            if failed:
+                raise UnreadableImagesError(failed)
             output.flush()
             os.fsync(output.fileno())
         os.replace(temporary, path)

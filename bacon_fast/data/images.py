@@ -1,18 +1,42 @@
 """Decoding and resizing of images on the host, with one thread per usable core (Pillow releases the GIL)."""
 
 import os
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
-_MAX_NAMED = 10
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+_MAX_NAMED = 100
+_UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError)
+_TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image of each EXIF orientation upright."""
+
+
+class UnreadableImagesError(ValueError):
+    """Image files that cannot be decoded.
+
+    Attributes:
+        failed: of each, its name and the reason. The message shows the first 100.
+    """
+
+    def __init__(self, failed: Sequence[str]) -> None:
+        self.failed = failed
+        more = f"\n  and {len(failed) - _MAX_NAMED} more" if len(failed) > _MAX_NAMED else ""
+        super().__init__(f"{len(failed)} image files cannot be read:\n  " + "\n  ".join(failed[:_MAX_NAMED]) + more)
 
 
 def as_rgb(name: str, images: np.ndarray) -> np.ndarray:
@@ -51,8 +75,11 @@ def image_files(folder: Path) -> list[Path]:
 def read_files(files: Sequence[Path], size: int | tuple[int, int] | None) -> Tensor:
     """Decodes files as RGB: uint8 [N, H, W, 3], resized to size x size or (H, W) when `size` is given.
 
+    Images are what a viewer shows: turned as their EXIF orientation says, what is transparent in front of white, and of
+    an animation the first picture.
+
     Raises:
-        ValueError: files that cannot be decoded (named), or, without `size`, files of different sizes.
+        UnreadableImagesError: files that cannot be decoded. ValueError: without `size`, files of different sizes.
     """
     size = (size, size) if isinstance(size, int) else size
     if not files:
@@ -63,7 +90,7 @@ def read_files(files: Sequence[Path], size: int | tuple[int, int] | None) -> Ten
             with Image.open(path) as image:
                 if image.mode.startswith(("I", "F")):  # Pillow would clip these to 0..255: a white or a black image
                     raise ValueError(f"expected 8 bits a channel, found mode {image.mode}")
-                rgb = image.convert("RGB")
+                rgb = _as_viewed(image)
             return np.asarray(rgb if size is None else rgb.resize(size[::-1], Image.Resampling.BILINEAR))
         except _UNREADABLE as error:
             return error
@@ -71,8 +98,7 @@ def read_files(files: Sequence[Path], size: int | tuple[int, int] | None) -> Ten
     decoded = _in_threads(decode, files)
     failed = [f"{path} ({image})" for path, image in zip(files, decoded) if isinstance(image, Exception)]
     if failed:
-        more = f"\n  and {len(failed) - _MAX_NAMED} more" if len(failed) > _MAX_NAMED else ""
-        raise ValueError(f"{len(failed)} image files cannot be read:\n  " + "\n  ".join(failed[:_MAX_NAMED]) + more)
+        raise UnreadableImagesError(failed)
     for path, image in zip(files, decoded):
         if image.shape != decoded[0].shape:
             raise ValueError(
@@ -80,6 +106,18 @@ def read_files(files: Sequence[Path], size: int | tuple[int, int] | None) -> Ten
                 f"{files[0]} is {_size(decoded[0])}, {path} is {_size(image)}"
             )
     return torch.from_numpy(np.stack(decoded))
+
+
+def _as_viewed(image: Image.Image) -> Image.Image:
+    image.load()  # a TIFF turns itself here, and some formats keep their EXIF behind the pixels
+    try:
+        turn = _TURN.get(image.getexif().get(ExifTags.Base.Orientation))
+    except _UNREADABLE:  # damaged EXIF beside sound pixels, which viewers show as they are
+        turn = None
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    rgb = image.convert("RGB")
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def _size(image: np.ndarray) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,17 +93,19 @@ def test_the_fingerprint_is_computed_once(tmp_path, monkeypatch):
     assert [p.suffix for p in sorted((tmp_path / ".bacon_fast").iterdir())] == [".fingerprint", ".images"]
 
 
-def test_unreadable_files_are_named_and_leave_nothing(tmp_path):
+def test_unreadable_files_of_all_chunks_are_named_and_leave_nothing(tmp_path, monkeypatch):
     write_folder(tmp_path)
-    (tmp_path / "train" / "ant" / "3.bmp").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"(?s)1 image files cannot be read.*ant/3\.bmp"):
+    monkeypatch.setattr(image_cache, "CHUNK", 4)
+    for name in ("train/ant/3.bmp", "train/bee/4.bmp", "unlabeled/0.bmp"):
+        (tmp_path / name).write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"(?s)3 image files cannot be read.*ant/3\.bmp.*bee/4\.bmp.*unlabeled/0\.bmp"):
         load(tmp_path)
     assert list((tmp_path / ".bacon_fast").iterdir()) == []
 
 
 def test_a_file_larger_than_memory_is_mapped(tmp_path, monkeypatch):
     (tmp_path / "0.bmp").touch()
-    meminfo = dict(line.split()[:2] for line in open("/proc/meminfo"))
+    meminfo = dict(line.split()[:2] for line in Path("/proc/meminfo").read_text().splitlines())
     memory = 1024 * (int(meminfo["MemTotal:"]) + int(meminfo["SwapTotal:"]))
     size = math.isqrt(2 * memory // 3)
 
