@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from bacon_fast.engine.checkpoint import write_atomically
+from bacon_fast.engine.lock import DirectoryLock
 
 
 class Rows:
@@ -93,6 +94,7 @@ class RunLogger(Rows):
         start: completed steps (resume).
         rows: rows of the run up to `start`.
         progress: shared with other runs, which `name` tells this one from; None: its own.
+        lock: on `run_dir`, which `close` releases.
     """
 
     def __init__(
@@ -103,9 +105,10 @@ class RunLogger(Rows):
         rows: list[dict] | None = None,
         progress: Progress | None = None,
         name: str = "",
+        lock: DirectoryLock | None = None,
     ) -> None:
         super().__init__(rows)
-        self.run_dir, self.steps, self.name = run_dir, steps, name
+        self.run_dir, self.steps, self.name, self._lock = run_dir, steps, name, lock
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(run_dir / "metrics.jsonl", lambda temporary: temporary.write_text(text))
         self._write_csv()
@@ -152,6 +155,8 @@ class RunLogger(Rows):
         self.board.close()
         if not self._shares_progress:
             self.progress.close()
+        if self._lock is not None:
+            self._lock.release()
 
     def _write_csv(self) -> None:
         rows = [{k: v for k, v in row.items() if isinstance(v, (int, float))} for row in self.eval_rows()]

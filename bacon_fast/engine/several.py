@@ -59,11 +59,11 @@ def fit_together(configs: Sequence[Config]) -> list[Outcome]:
             dataset = trainers[0].dataset if trainers else None
             trainers.append(Trainer(config, dataset=dataset, progress=progress, name=f"seed {config.seed}"))
         errors = _take_turns(trainers)
+        return [Outcome(t, None if t in errors else t.finish(), errors.get(t)) for t in trainers]
     finally:
         for trainer in trainers:
             trainer.logger.close()
         progress.close()
-    return [Outcome(t, None if t in errors else t.finish(), errors.get(t)) for t in trainers]
 
 
 def _take_turns(trainers: list[Trainer]) -> dict[Trainer, DivergedError]:

@@ -32,6 +32,7 @@ from bacon_fast.engine.ema import EMA
 from bacon_fast.engine.evaluation import Evaluation, calibration_error, evaluate, predict_together
 from bacon_fast.engine.graph import CudaCapture, GraphedStep, use_graph
 from bacon_fast.engine.interrupt import StopRequest
+from bacon_fast.engine.lock import DirectoryLock
 from bacon_fast.engine.logger import Progress, Rows, RunLogger
 from bacon_fast.engine.meter import Meter
 from bacon_fast.engine.metrics import History, compute_metrics
@@ -67,13 +68,17 @@ class Trainer:
     Inside `distributed.process_group` every rank builds one and calls the same methods in the same order. Their state
     is the same on all ranks, but for BatchNorm's running statistics without `sync_batchnorm`. Only rank 0 writes files.
 
+    The run directory is locked until `fit` ends or `logger.close()`. When the constructor fails, it leaves no directory
+    that it made.
+
     Args:
         config: of the run.
         dataset: the one that `config` names, if it is loaded already.
         progress, name: the display that this run shares with others, and what it is called there.
 
     Raises:
-        ValueError: a wrong setting, a split that does not fit the data, or a run directory that holds another run.
+        ValueError: a wrong setting, a split that does not fit the data, or a run directory that holds another run or
+            that another command uses.
         CheckpointError: `config.resume` is set and there is nothing to resume, or its configuration differs.
     """
 
@@ -98,7 +103,19 @@ class Trainer:
         self.stream = torch.cuda.Stream(self.device) if alone else None
         distributed.own_part(config.batch_size)  # refuses a batch that does not divide among the ranks
         distributed.require_equal({k: v for k, v in config.to_dict().items() if k != "data_dir"})
-        saved = self._saved_state()
+        self._lock: DirectoryLock | None = None  # rank 0's, on the run directory
+        try:
+            self._open(dataset, progress, name)
+        except BaseException:
+            if self._lock is not None:
+                self._lock.release()
+            raise
+
+    # --- construction ----------------------------------------------------------------------------------------------
+
+    def _open(self, dataset: ImageDataset | None, progress: Progress | None, name: str) -> None:
+        """Builds or restores the run, and its files on rank 0."""
+        config, saved = self.config, self._saved_state()
         build.use_threads(config.threads)
         torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
         torch.set_float32_matmul_precision("highest")  # the losses' similarities are products of matrices
@@ -123,10 +140,8 @@ class Trainer:
             return
         if not saved:
             self.split.save(split_file)
-        self.logger = RunLogger(self.run_dir, config.steps, self.step, rows, progress, name)
+        self.logger = RunLogger(self.run_dir, config.steps, self.step, rows, progress, name, self._lock)
         write_atomically(self.run_dir / "config.json", lambda path: path.write_text(config.to_json()))
-
-    # --- construction ----------------------------------------------------------------------------------------------
 
     def _saved_state(self) -> dict | None:
         """State to resume from: rank 0 chooses the file, every rank reads it."""
@@ -147,18 +162,18 @@ class Trainer:
         return state
 
     def _newest_state(self) -> tuple[Path, dict | None]:
-        """The newest checkpoint, after checking that the directory and the configuration allow to continue from it.
+        """Locks the run directory, and returns the newest checkpoint if the configuration allows to continue from it.
 
         None in its place for a run that begins.
         """
         folder = self.run_dir / "checkpoints"
+        path, state = self.run_dir / "config.json", None
+        if self.config.resume and not path.exists():
+            raise CheckpointError(f"nothing to resume: {self.run_dir} holds no run")
+        self._lock = DirectoryLock(self.run_dir, "run_dir")
         if not self.config.resume:
             refuse_used_run_dir(self.run_dir)
-            self.run_dir.mkdir(parents=True, exist_ok=True)
             return self.run_dir, None
-        path, state = self.run_dir / "config.json", None
-        if not path.exists():
-            raise CheckpointError(f"nothing to resume: {self.run_dir} holds no run")
         if list_checkpoints(folder):
             path, state = load_latest(folder)
         if differences := self.config.differences(state["config"] if state else json.loads(path.read_text())):
@@ -346,9 +361,9 @@ class Trainer:
             with StopRequest(self.step) as stop, self.on_stream():
                 while self.step < self.config.steps:
                     self.advance(stop)
+            return self.finish()
         finally:
             self.logger.close()
-        return self.finish()
 
     def advance(self, stop: StopRequest) -> None:
         """One step, and what is due after it: log row, evaluation, checkpoint, stop. Raises what `fit` raises."""

@@ -1,7 +1,6 @@
 """Runs of a table as processes: several at once, each resumable, none stopped by another's failure."""
 
 import contextlib
-import fcntl
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import IO
 from tqdm import tqdm
 
 from bacon_fast.engine.interrupt import StopRequest
+from bacon_fast.engine.lock import DirectoryLock
 from bacon_fast.engine.trainer import StoppedError
 from bacon_fast.reproduce.matrix import Run, command_words
 from bacon_fast.reproduce.slots import Slot
@@ -51,13 +51,11 @@ def lock(out: Path) -> Iterator[int]:
     Raises:
         ValueError: another call, or a run that a killed one left behind, still works there.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"out: {out} is in use by another process, which may be saving its runs") from error
-        yield file.fileno()
+    held = DirectoryLock(out, "out")
+    try:
+        yield held.descriptor
+    finally:
+        held.release()
 
 
 def execute(runs: Sequence[Run], slots: Sequence[Slot], lock_descriptor: int) -> list[Failure]:

@@ -1,0 +1,71 @@
+"""One user of a directory at a time."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import warnings
+import weakref
+from pathlib import Path
+
+_FILE = ".lock"
+
+# What file systems answer that have no locks, as those that machines share may.
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class DirectoryLock:
+    """Exclusive use of a directory, which is made when it is missing.
+
+    It lasts until `release`, or until this process and those that inherit `descriptor` ended, however they did. Where
+    the file system has no locks, a warning says so and everybody is let in.
+
+    Args:
+        folder: the directory; the file .lock in it carries the lock.
+        name: of the argument that named it, for the message.
+
+    Raises:
+        ValueError: it is locked already, by another process or another object of this one.
+        OSError: the directory or the file cannot be made.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder = folder.absolute()
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.descriptor = os.open(folder / _FILE, os.O_RDWR | os.O_CREAT, 0o666)
+            self._close = weakref.finalize(self, os.close, self.descriptor)
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                self._close()
+                message = f"{name}: {folder} is in use by another command, which may be saving its state"
+                raise ValueError(message) from error
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    self._close()
+                    raise
+                text = f"{name}: cannot lock {folder} ({error.strerror}): see that no other command uses it"
+                warnings.warn(text, stacklevel=3)
+            if self._is_in_place():
+                return
+            self._close()
+
+    def _is_in_place(self) -> bool:
+        """Whether the file is still the one in the directory: who held the lock before may have removed it."""
+        try:
+            return os.path.samestat(os.fstat(self.descriptor), os.stat(self.folder / _FILE))
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Gives the directory back. One that was made for the lock and holds nothing else goes, with made parents."""
+        if not self._close.alive:
+            return
+        with contextlib.suppress(OSError):  # a parent may be in use by now
+            if os.listdir(self.folder) == [_FILE]:
+                (self.folder / _FILE).unlink()
+                for path in self._made:
+                    path.rmdir()
+        self._close()
