@@ -1,12 +1,15 @@
 """Crash-safe checkpoints: written whole or not at all, refused by name when damaged, the previous one used instead."""
 
 import contextlib
+import errno
 import os
 import re
 import warnings
 from pathlib import Path
 
 import torch
+
+from bacon_fast.engine.memory import is_out_of_memory
 
 _NAME = re.compile(r"step-(\d+)\.pt")
 
@@ -40,19 +43,34 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
     Args:
         folder: created when missing.
         state: tensors, numbers, strings, lists and dicts only, so that it loads with `weights_only=True`.
+
+    Raises:
+        OSError: the file system refused, such as a full disk; it names the file. Earlier checkpoints stay.
     """
     path = folder / f"step-{step:08d}.pt"
     try:
-        write_atomically(path, lambda temporary: torch.save(state, temporary))
-    except RuntimeError as error:  # torch's way to say that the file system refused
-        raise CheckpointError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        write_atomically(path, lambda temporary: _write(state, temporary))
+    except (OSError, RuntimeError) as error:
+        refusal: BaseException | None = error
+        while refusal is not None and not isinstance(refusal, OSError):
+            refusal = refusal.__context__
+        if refusal is None:
+            raise
+        raise OSError(refusal.errno, f"cannot write the checkpoint: {refusal.strerror}", str(path)) from error
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
 
 
-def discard_after(folder: Path, step: int) -> None:
-    """Removes what a crash left behind: half-written temporary files, and damaged checkpoints newer than `step`.
+def _write(state: dict, path: Path) -> None:
+    # Through a file of Python's, which says why a write fails. torch's own is only told where its archive broke off,
+    # and for that it raises a RuntimeError, of which the reason is then the context.
+    with open(path, "wb") as file:
+        torch.save(state, file)
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Clears what a crash left behind: removes half-written files, renames checkpoints newer than `step` to *.damaged.
 
     A damaged file would otherwise take the place of a good one among the newest that are kept.
     """
@@ -60,7 +78,8 @@ def discard_after(folder: Path, step: int) -> None:
         path.unlink(missing_ok=True)
     for path in list_checkpoints(folder):
         if int(_NAME.fullmatch(path.name).group(1)) > step:
-            path.unlink(missing_ok=True)
+            kept = path.replace(path.with_name(f"{path.name}.damaged"))
+            warnings.warn(f"damaged checkpoint {path} renamed to {kept.name}", stacklevel=2)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -69,11 +88,21 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name).group(1)))
 
 
-def load_checkpoint(path: Path) -> dict:
-    """The state in `path`, on the CPU. Raises CheckpointError when it cannot be read."""
+def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dict:
+    """The state in `path`.
+
+    Raises:
+        CheckpointError: the file is damaged or gone.
+        OSError: it could not be read this time. Neither this nor exhausted memory says anything about the file.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises many types for a damaged archive
+        # For a file cut short torch seeks to before its beginning: EINVAL.
+        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.ENOENT):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or ["empty file"])[0][:200]
         raise CheckpointError(f"{path}: {type(error).__name__}: {reason}") from error
 
@@ -82,15 +111,15 @@ def load_latest(folder: Path, map_location: torch.device | str = "cpu") -> tuple
     """Newest readable checkpoint in `folder`. Each damaged one is named in a warning and passed over.
 
     Raises:
-        CheckpointError: there is none, or none can be read.
+        CheckpointError: there is none, or all are damaged.
+        OSError: as of `load_checkpoint`.
     """
     refused = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            return path, torch.load(path, map_location=map_location, weights_only=True)
-        except Exception as error:  # torch raises many types for a damaged archive
-            reason = (str(error).splitlines() or ["empty file"])[0][:200]
-            refused.append(f"{path}: {type(error).__name__}: {reason}")
-            warnings.warn(f"checkpoint refused, trying the one before: {refused[-1]}", stacklevel=2)
+            return path, load_checkpoint(path, map_location)
+        except CheckpointError as error:
+            refused.append(str(error))
+            warnings.warn(f"checkpoint refused, trying the one before: {error}", stacklevel=2)
     detail = "; ".join(refused) if refused else f"no file step-*.pt in {folder}"
     raise CheckpointError(f"no usable checkpoint: {detail}")

@@ -19,11 +19,11 @@ from bacon_fast.engine.batches import Batches
 from bacon_fast.engine.builders import DataInfo, build_method
 from bacon_fast.engine.checkpoint import (
     CheckpointError,
-    discard_after,
     list_checkpoints,
     load_checkpoint,
     load_latest,
     save_checkpoint,
+    set_aside_after,
     write_atomically,
 )
 from bacon_fast.engine.config import Config
@@ -181,7 +181,7 @@ class Trainer:
         if state is None:
             print(f"{self.run_dir} holds no checkpoint yet: starting it again from step 0", flush=True)
         else:
-            discard_after(folder, state["step"])
+            set_aside_after(folder, state["step"])
         return path, state
 
     def _build(self) -> None:

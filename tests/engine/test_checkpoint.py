@@ -1,6 +1,8 @@
 """Checkpoints: written whole or not at all; damaged ones are named and passed over."""
 
+import errno
 import os
+import resource
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from bacon_fast.engine.checkpoint import (
     list_checkpoints,
     load_latest,
     save_checkpoint,
+    set_aside_after,
     write_atomically,
 )
 
@@ -32,7 +35,7 @@ def test_newest_checkpoint_is_loaded_and_old_ones_are_removed(tmp_path):
     torch.testing.assert_close(loaded["weights"], state(1_000_000_000)["weights"])
 
 
-@pytest.mark.parametrize("keep_bytes", [0, 10, 2000])
+@pytest.mark.parametrize("keep_bytes", [0, 10, 300, 2000])  # torch raises another error for each
 def test_truncated_checkpoint_is_refused_by_name_and_the_previous_one_used(tmp_path, keep_bytes):
     save_checkpoint(tmp_path, 1, state(1), keep=2)
     newest = save_checkpoint(tmp_path, 2, state(2), keep=2)
@@ -73,3 +76,81 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
         write_atomically(target, fail_half_way)
     assert target.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("allowed", [0, 300, 3_000, 30_000])  # bytes: torch notices at different places
+def test_a_full_disk_is_named_and_earlier_checkpoints_stay(tmp_path, allowed):
+    big = state(2) | {"more": torch.zeros(100_000)}
+    save_checkpoint(tmp_path, 1, state(1), keep=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, hard))
+    try:
+        with pytest.raises(
+            OSError, match=r"cannot write the checkpoint: File too large: .*step-00000002\.pt"
+        ) as refusal:
+            save_checkpoint(tmp_path, 2, big, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert refusal.value.errno == errno.EFBIG
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
+    assert load_latest(tmp_path)[1]["step"] == 1
+
+
+def test_what_cannot_be_saved_is_no_matter_of_the_disk(tmp_path):
+    with pytest.raises(RuntimeError, match="unexpected kind"):
+        save_checkpoint(tmp_path, 1, {"state": Unsavable()}, keep=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Unsavable:
+    def __reduce__(self):
+        raise RuntimeError("unexpected kind")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.EIO, "Input/output error"), OSError),
+        (PermissionError(errno.EACCES, "Permission denied"), PermissionError),
+        (MemoryError(), MemoryError),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), torch.OutOfMemoryError),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), RuntimeError),
+    ],
+)
+def test_an_error_that_says_nothing_about_the_file_refuses_none(tmp_path, monkeypatch, error, expected):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, state(step), keep=2)
+    load, read = torch.load, []
+
+    def once(path, **options):
+        read.append(path)
+        if len(read) == 1:
+            raise error
+        return load(path, **options)
+
+    monkeypatch.setattr(torch, "load", once)
+    with pytest.raises(expected) as passed:
+        load_latest(tmp_path)
+    if expected in (OSError, PermissionError):
+        assert passed.value.filename == str(tmp_path / "step-00000002.pt") and passed.value.errno == error.errno
+    assert load_latest(tmp_path)[1]["step"] == 2
+
+
+def test_a_checkpoint_that_vanishes_before_it_is_read_is_passed_over(tmp_path):
+    save_checkpoint(tmp_path, 1, state(1), keep=1)
+    (tmp_path / "step-00000002.pt").symlink_to(tmp_path / "gone")
+    with pytest.warns(UserWarning, match=r"step-00000002\.pt"):
+        assert load_latest(tmp_path)[1]["step"] == 1
+
+
+def test_damaged_checkpoints_are_kept_under_another_name(tmp_path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, state(step), keep=9)
+    (tmp_path / ".step-00000004.pt.77.tmp").touch()
+    with pytest.warns(
+        UserWarning, match=r"damaged checkpoint .*step-00000003\.pt renamed to step-00000003\.pt\.damaged"
+    ):
+        set_aside_after(tmp_path, 2)
+    names = ["step-00000001.pt", "step-00000002.pt", "step-00000003.pt.damaged"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert [path.name for path in list_checkpoints(tmp_path)] == names[:2]

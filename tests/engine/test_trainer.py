@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import errno
 import json
 import os
 import signal
@@ -167,14 +168,32 @@ def test_run_without_a_checkpoint_restarts_only_under_its_own_configuration(tmp_
     assert json.loads((tmp_path / "run" / "split.json").read_text())["hash"] == again.split.hash
 
 
-def test_leftovers_of_a_crash_are_removed_on_resume(tmp_path):
+def test_leftovers_of_a_crash_are_cleared_on_resume(tmp_path):
     Trainer(tiny(tmp_path / "run")).fit()
     folder = tmp_path / "run" / "checkpoints"
     list_checkpoints(folder)[-1].write_bytes(b"damaged")
     (folder / ".step-00000016.pt.1.tmp").write_bytes(b"half")
-    with pytest.warns(UserWarning, match="refused"):
+    with pytest.warns(UserWarning, match="refused"), pytest.warns(UserWarning, match=r"00012\.pt renamed to .*damaged"):
         Trainer(tiny(tmp_path / "run", resume=True)).logger.close()
-    assert sorted(p.name for p in folder.iterdir()) == ["step-00000008.pt"]
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000008.pt", "step-00000012.pt.damaged"]
+    assert (folder / "step-00000012.pt.damaged").read_bytes() == b"damaged"
+
+
+def test_a_passing_read_error_ends_the_resumption_and_costs_no_checkpoint(tmp_path, monkeypatch):
+    Trainer(tiny(tmp_path / "run")).fit()
+    folder = tmp_path / "run" / "checkpoints"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*arguments, **options):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken, pytest.raises(OSError, match=r"Input/output error: .*step-00000012\.pt"):
+        broken.setattr(torch, "load", fail)
+        Trainer(tiny(tmp_path / "run", resume=True))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    resumed = Trainer(tiny(tmp_path / "run", resume=True))
+    resumed.logger.close()
+    assert resumed.step == 12
 
 
 def test_overrides_of_a_protocol_change_its_name_and_do_not_fit_a_split_file(tmp_path):
