@@ -11,7 +11,9 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".avif"}
+)
 _MAX_NAMED = 100
 _UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError)
 _TURN = {
@@ -35,8 +37,7 @@ class UnreadableImagesError(ValueError):
 
     def __init__(self, failed: Sequence[str]) -> None:
         self.failed = failed
-        more = f"\n  and {len(failed) - _MAX_NAMED} more" if len(failed) > _MAX_NAMED else ""
-        super().__init__(f"{len(failed)} image files cannot be read:\n  " + "\n  ".join(failed[:_MAX_NAMED]) + more)
+        super().__init__(f"{len(failed)} image files cannot be read:{_listed(failed)}")
 
 
 def as_rgb(name: str, images: np.ndarray) -> np.ndarray:
@@ -66,10 +67,34 @@ def resize(images: np.ndarray, size: int | None) -> Tensor:
     return torch.from_numpy(resized)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Image files anywhere below `folder`, by suffix, sorted; hidden files and other files are not images."""
-    files = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    return sorted(p for p in files if p.is_file())
+def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Image files anywhere below `folder`, by suffix, and the other files; both sorted, none if there is no folder.
+
+    Links to folders are followed, and a folder that several lead to is read once. Hidden files and folders are passed
+    over.
+
+    Raises:
+        ValueError: links that lead nowhere. OSError: a folder that cannot be read.
+    """
+    images, others, seen = [], [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_raise) if os.path.lexists(folder) else ():
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(parent, name) for name in names if not name.startswith(".")):
+            (images if path.suffix.lower() in SUFFIXES and path.is_file() else others).append(path)
+    others.sort()
+    require_targets(others)
+    return sorted(images), others
+
+
+def require_targets(paths: Iterable[Path]) -> None:
+    """Raises ValueError for links among `paths` that lead nowhere."""
+    if broken := [str(path) for path in paths if not path.exists()]:
+        raise ValueError(f"{len(broken)} links lead nowhere:{_listed(broken)}")
 
 
 def read_files(files: Sequence[Path], size: int | tuple[int, int] | None) -> Tensor:
@@ -118,6 +143,15 @@ def _as_viewed(image: Image.Image) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     rgb = image.convert("RGB")
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _listed(lines: Sequence[str]) -> str:
+    more = [f"and {len(lines) - _MAX_NAMED} more"] if len(lines) > _MAX_NAMED else []
+    return "".join(f"\n  {line}" for line in [*lines[:_MAX_NAMED], *more])
 
 
 def _size(image: np.ndarray) -> str:

@@ -1,6 +1,7 @@
 """Readers of the supported datasets. Each returns the fields of an `ImageDataset` except its name."""
 
 import os
+import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torchvision
 from torch import Tensor
 
 from bacon_fast.data.image_cache import mapped_files
-from bacon_fast.data.images import as_rgb, image_files, read_files, resize
+from bacon_fast.data.images import as_rgb, image_files, read_files, require_targets, resize
 from bacon_fast.data.philox import Stream, philox
 
 # Normalization of USB (semilearn/datasets/cv_datasets), which the official BaCon code keeps; CIFAR-10 has ImageNet's.
@@ -125,14 +126,18 @@ def folder(root: Path, image_size: int | None, classes: Sequence[str] | None, ma
                 f"data_dir: expected an image folder with train/<class>/ and test/<class>/ in {root.resolve()}, "
                 f"found no directory {part.name}/"
             )
-    found = _subfolders(root / "train")
-    class_names = _class_order(root, found, classes)
-    if unknown := sorted(set(_subfolders(root / "test")) - set(class_names)):
+    found, beside = {}, {}
+    for part in ("train", "test"):
+        found[part], beside[part] = _subfolders(root / part)
+    class_names = _class_order(root, found["train"], classes)
+    if unknown := sorted(set(found["test"]) - set(class_names)):
         raise ValueError(f"{root / 'test'}: expected only the classes of train/, found also {', '.join(unknown)}")
 
     files, labels = {}, {}
     for part in ("train", "test"):
-        per_class = [image_files(root / part / name) for name in class_names]
+        listed = [image_files(root / part / name) for name in class_names]
+        _warn_of_ignored(root / part, beside[part] + [path for _, others in listed for path in others])
+        per_class = [images for images, _ in listed]
         if part == "train" and (empty := [name for name, paths in zip(class_names, per_class) if not paths]):
             raise ValueError(f"{root / part}: expected images of every class, found none of {', '.join(empty)}")
         files[part] = [path for paths in per_class for path in paths]
@@ -140,8 +145,10 @@ def folder(root: Path, image_size: int | None, classes: Sequence[str] | None, ma
             torch.arange(len(class_names)), torch.tensor([len(p) for p in per_class])
         )
     if not files["test"]:
-        raise ValueError(f"{root / 'test'}: expected image files, found none")
-    parts = [files["train"], image_files(root / "unlabeled"), files["test"]]
+        raise ValueError(f"{root / 'test'}: expected image files in the class folders, found none")
+    files["unlabeled"], others = image_files(root / "unlabeled")
+    _warn_of_ignored(root / "unlabeled", others)
+    parts = [files[part] for part in ("train", "unlabeled", "test")]
     paths, file = [path for part in parts for path in part], None
     if mapped:
         images, file = mapped_files(root, paths, image_size)
@@ -224,8 +231,22 @@ def _statistics(images: Tensor) -> dict[str, tuple[float, ...]]:
     return {"mean": tuple(mean), "std": tuple(max(v**0.5, 1 / 255) for v in variance)}
 
 
-def _subfolders(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+def _subfolders(path: Path) -> tuple[list[str], list[Path]]:
+    """Names of the folders in `path`, and what else is there; hidden ones are passed over."""
+    entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+    others = [p for p in entries if not p.is_dir()]
+    require_targets(others)
+    return [p.name for p in entries if p.is_dir()], others
+
+
+def _warn_of_ignored(part: Path, files: list[Path]) -> None:
+    if files:
+        examples = ", ".join(str(path.relative_to(part)) for path in files[:3])
+        warnings.warn(
+            f"{part}: {len(files)} ignored, without an image's suffix or beside the class folders: {examples}"
+            + (", ..." if len(files) > 3 else ""),
+            stacklevel=2,
+        )
 
 
 def _class_order(root: Path, found: list[str], classes: Sequence[str] | None) -> tuple[str, ...]:

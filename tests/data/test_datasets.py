@@ -158,7 +158,10 @@ def test_folder_keeps_images_and_sorts_classes(tmp_path):
     written = write_folder(tmp_path)
     (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
     (tmp_path / "train" / ".cache").mkdir()
-    dataset = load_dataset("folder", data_dir=tmp_path)
+    (tmp_path / "train" / "stray.png").write_bytes(b"in no class folder")
+    with pytest.warns(UserWarning, match=rf"{tmp_path}/train: 2 ignored, .*: stray\.png, cat/notes\.txt$") as warned:
+        dataset = load_dataset("folder", data_dir=tmp_path)
+    assert len(warned) == 1
     assert dataset.class_names == ("ant", "cat") and dataset.unlabeled_images is None
     assert dataset.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert np.array_equal(dataset.train_images[4].numpy(), written["train/cat/1"])
@@ -224,8 +227,32 @@ def test_folder_errors(tmp_path):
 def test_folder_without_test_images(tmp_path):
     write_folder(tmp_path, test_classes=())
     (tmp_path / "test").mkdir()
-    with pytest.raises(ValueError, match="test: expected image files, found none"):
+    (tmp_path / "test" / "0.png").write_bytes(b"no class folder")
+    with (
+        pytest.warns(UserWarning, match=r"test: 1 ignored, .*: 0\.png$"),
+        pytest.raises(ValueError, match="test: expected image files in the class folders, found none"),
+    ):
         load_dataset("folder", data_dir=tmp_path)
+
+
+def test_folder_follows_links_and_names_broken_ones(tmp_path):
+    write_folder(tmp_path / "real")
+    root = tmp_path / "linked"
+    root.mkdir()
+    (root / "train").mkdir()
+    for name in ("ant", "cat"):
+        (root / "train" / name).symlink_to(tmp_path / "real" / "train" / name)
+    (root / "test").symlink_to(tmp_path / "real" / "test")
+    (root / "unlabeled").mkdir()
+    (root / "unlabeled" / "part1").symlink_to(tmp_path / "real" / "test")
+    (root / "unlabeled" / "notes").touch()
+    with pytest.warns(UserWarning, match=r"unlabeled: 1 ignored, .*: notes$"):
+        dataset = load_dataset("folder", data_dir=root)
+    plain = load_dataset("folder", data_dir=tmp_path / "real")
+    assert dataset.train_images.equal(plain.train_images) and dataset.unlabeled_images.equal(plain.test_images)
+    (root / "train" / "dog").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"1 links lead nowhere:\n  .*train/dog"):
+        load_dataset("folder", data_dir=root)
 
 
 # --- arrays ----------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Which files of a folder are images, and what is read from them."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
-from bacon_fast.data.images import UnreadableImagesError, read_files
+from bacon_fast.data.images import UnreadableImagesError, image_files, read_files
 
 rng = np.random.default_rng(0)
 
@@ -16,6 +18,70 @@ def pixels(*shape: int) -> np.ndarray:
 def read(path) -> np.ndarray:
     (image,) = read_files([path], None).numpy()
     return image
+
+
+# --- which files -----------------------------------------------------------------------------------------------------
+
+
+def touch(root, *names: str) -> list:
+    paths = [root / name for name in names]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return paths
+
+
+def test_images_are_told_by_suffix(tmp_path):
+    images = touch(tmp_path, "a/b/c.PNG", "a/x.jfif", "b.avif", "z.jpeg")
+    others = touch(tmp_path, "a/x", "notes.txt")
+    (tmp_path / "folder.png").mkdir()
+    assert image_files(tmp_path) == (images, others)
+    assert image_files(tmp_path / "nothing") == ([], [])
+
+
+def test_hidden_files_and_folders_are_passed_over(tmp_path):
+    images = touch(tmp_path / ".cache" / "data", "a/0.png")
+    touch(tmp_path / ".cache" / "data", "a/.ipynb_checkpoints/0-checkpoint.png", "a/._0.png", ".DS_Store")
+    (tmp_path / ".cache" / "data" / ".broken.png").symlink_to("nowhere")
+    assert image_files(tmp_path / ".cache" / "data") == (images, [])
+
+
+def test_links_are_followed_once(tmp_path):
+    touch(tmp_path, "elsewhere/deep/1.png", "elsewhere/0.png", "file.png")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "0.png").symlink_to(tmp_path / "file.png")
+    (root / "part1").symlink_to(tmp_path / "elsewhere")
+    (root / "part2").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(root)
+    (tmp_path / "elsewhere" / "deep" / "here").symlink_to(".")
+    assert image_files(root) == ([root / "0.png", root / "part1/0.png", root / "part1/deep/1.png"], [])
+    (tmp_path / "unlabeled").symlink_to(root)
+    assert len(image_files(tmp_path / "unlabeled")[0]) == 3
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path):
+    touch(tmp_path, "0.png")
+    for name in ("1.png", "part1", "round"):
+        (tmp_path / name).symlink_to("round" if name == "round" else "nowhere")
+    with pytest.raises(ValueError, match=r"(?s)3 links lead nowhere:.*1\.png.*part1.*round"):
+        image_files(tmp_path)
+    with pytest.raises(FileNotFoundError, match="part1"):
+        image_files(tmp_path / "part1")
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    touch(tmp_path, "a/0.png", "b/0.png")
+    scandir = os.scandir
+
+    def refuse(path):  # permissions do not stop the superuser, as whom tests may run
+        if os.fspath(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="b'"):
+        image_files(tmp_path)
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------
@@ -105,6 +171,7 @@ def test_many_unreadable_files_are_counted_and_the_first_named(tmp_path):
     files = [tmp_path / f"{i:03}.png" for i in range(103)]
     for path in files:
         path.write_bytes(b"")
-    with pytest.raises(UnreadableImagesError, match=r"(?s)103 image files.*/000\.png.*/099\.png.*and 3 more$") as raised:
+    message = r"(?s)103 image files.*/000\.png.*/099\.png.*and 3 more$"
+    with pytest.raises(UnreadableImagesError, match=message) as raised:
         read_files(files, 8)
     assert len(raised.value.failed) == 103 and "100.png" not in str(raised.value)
