@@ -1,10 +1,12 @@
 """Image files too many for memory: decoded once into one file, which is mapped instead of read."""
 
+import fcntl
 import hashlib
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,8 @@ def mapped_files(root: Path, files: Sequence[Path], size: int) -> tuple[Tensor, 
     """Files below `root`, decoded as RGB at size x size, as a memory-mapped tensor.
 
     The first call writes root/.bacon_fast/<key>.images, N * size * size * 3 bytes, which calls with the same files,
-    sizes and times of change find again.
+    sizes and times of change find again. Files of earlier calls stay; they may be deleted when no run reads them. One
+    process at a time writes, the others wait, and removes what writers that were killed have left.
 
     Returns:
         uint8 [N, size, size, 3] on the CPU, read-only, of which only what is read lies in memory; and the file.
@@ -38,11 +41,14 @@ def mapped_files(root: Path, files: Sequence[Path], size: int) -> tuple[Tensor, 
     for path in files:
         status = path.stat()
         lines.append(f"{path.relative_to(root)} {status.st_size} {status.st_mtime_ns}")
-    key = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
     path = root / FOLDER / f"{key}.images"
     shape = (len(files), size, size, 3)
-    if not path.is_file() or path.stat().st_size != math.prod(shape):
-        _decode(files, size, path)
+    if not _is_whole(path, shape):
+        path.parent.mkdir(exist_ok=True)
+        with _only_writer(path.parent):
+            if not _is_whole(path, shape):  # else another process wrote it while this one waited
+                _decode(files, size, path)
     return _mapped(path, shape), path
 
 
@@ -53,11 +59,32 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
         return torch.from_numpy(np.memmap(path, np.uint8, "r", shape=shape))
 
 
+def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
+    return path.is_file() and path.stat().st_size == math.prod(shape)
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Waits until no other process writes into `folder`, and removes what killed ones have left there."""
+    with open(folder / ".lock", "ab") as lock:
+        locked = True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            warnings.warn(f"{folder}: waiting for another process, which decodes images into it", stacklevel=4)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: two writers do the work twice, each into a file of its own
+            locked = False
+        if locked:
+            for left in folder.glob(".*.images.*.tmp"):
+                left.unlink()
+        yield
+
+
 def _decode(files: Sequence[Path], size: int, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     failed = []
     try:
-        path.parent.mkdir(exist_ok=True)
         with open(temporary, "wb") as output:
             for start in tqdm(range(0, len(files), CHUNK), f"decoding {len(files)} images", leave=False):
                 try:

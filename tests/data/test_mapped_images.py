@@ -1,6 +1,8 @@
 """Images in a mapped file: the same dataset, the same batches, decoded once."""
 
 import dataclasses
+import errno
+import fcntl
 import math
 import os
 import warnings
@@ -90,7 +92,15 @@ def test_the_fingerprint_is_computed_once(tmp_path, monkeypatch):
     expected = load(tmp_path).fingerprint
     monkeypatch.setattr("bacon_fast.data.datasets.ImageDataset._fingerprint", lambda self: pytest.fail("read again"))
     assert load(tmp_path).fingerprint == expected
-    assert [p.suffix for p in sorted((tmp_path / ".bacon_fast").iterdir())] == [".fingerprint", ".images"]
+    names = {p.suffix or p.name for p in (tmp_path / ".bacon_fast").iterdir()}
+    assert names == {".lock", ".fingerprint", ".images"}
+
+
+def test_any_file_name_will_do(tmp_path):
+    write_folder(tmp_path)
+    image = tmp_path / "train" / "ant" / "0.bmp"
+    image.rename(os.fsdecode(os.fsencode(image.parent) + b"/\xff\xfe.bmp"))  # no UTF-8
+    assert torch.equal(load(tmp_path).train_images, load(tmp_path, mapped=False).train_images)
 
 
 def test_unreadable_files_of_all_chunks_are_named_and_leave_nothing(tmp_path, monkeypatch):
@@ -100,7 +110,51 @@ def test_unreadable_files_of_all_chunks_are_named_and_leave_nothing(tmp_path, mo
         (tmp_path / name).write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"(?s)3 image files cannot be read.*ant/3\.bmp.*bee/4\.bmp.*unlabeled/0\.bmp"):
         load(tmp_path)
-    assert list((tmp_path / ".bacon_fast").iterdir()) == []
+    assert [p.name for p in (tmp_path / ".bacon_fast").iterdir()] == [".lock"]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    write_folder(tmp_path)
+    kept, left = (tmp_path / ".bacon_fast" / name for name in ("0123.images", ".0123.images.4567.tmp"))
+    kept.parent.mkdir()
+    kept.touch()
+    left.touch()
+    load(tmp_path)
+    assert kept.exists() and not left.exists()
+
+
+def test_a_second_writer_waits_for_the_first(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    expected = load(tmp_path).train_images.clone()
+    (file,) = (tmp_path / ".bacon_fast").glob("*.images")
+    unfinished = file.rename(file.with_name(f".{file.name}.1.tmp"))
+    monkeypatch.setattr(image_cache, "_decode", lambda *_: pytest.fail("decoded again"))
+    flock = fcntl.flock
+
+    def finish_and_lock(lock, operation):
+        if operation == fcntl.LOCK_EX:  # waits
+            unfinished.rename(file)
+            flock(first, fcntl.LOCK_UN)
+        flock(lock, operation)
+
+    with open(tmp_path / ".bacon_fast" / ".lock", "ab") as first:
+        flock(first, fcntl.LOCK_EX)
+        monkeypatch.setattr(fcntl, "flock", finish_and_lock)
+        with pytest.warns(UserWarning, match=rf"{tmp_path}/\.bacon_fast: waiting for another process"):
+            assert torch.equal(load(tmp_path).train_images, expected)
+
+
+def test_without_locks_everyone_writes_and_removes_nothing(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+
+    def unsupported(lock, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    other = tmp_path / ".bacon_fast" / ".0123.images.1.tmp"
+    other.parent.mkdir()
+    other.touch()
+    assert torch.equal(load(tmp_path).train_images, load(tmp_path, mapped=False).train_images) and other.exists()
 
 
 def test_a_file_larger_than_memory_is_mapped(tmp_path, monkeypatch):
