@@ -164,7 +164,6 @@ def test_a_file_larger_than_memory_is_mapped(tmp_path, monkeypatch):
     size = math.isqrt(2 * memory // 3)
 
     def write(files, size, path):
-        path.parent.mkdir()
         with open(path, "wb") as sparse:
             sparse.truncate(len(files) * size * size * 3)
             sparse.seek(-1, os.SEEK_END)
