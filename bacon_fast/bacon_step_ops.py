@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_devices, check_kind, check_number, check_shape
+from .checks import check_devices, check_kind, check_progress, check_shape
 from .contrastive_ops import _input_precision
 
 MAX_ROWS, MAX_DIM, MAX_CLASSES, MAX_TOP_K = 1024, 128, 1000, 8
@@ -197,10 +197,7 @@ def bacon_step_(
     check_kind("logits", logits, "float")
     for name, tensor in (("labels", labels), ("labeled_slots", labeled_slots), ("unlabeled_slots", unlabeled_slots)):
         check_kind(name, tensor, "int64")
-    if isinstance(progress, Tensor):
-        check_shape("progress", progress)
-    else:
-        check_number("progress", progress, low=0, low_allowed=True)
+    check_progress(progress)
     check_devices(
         "features",
         features,

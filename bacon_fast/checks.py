@@ -31,11 +31,37 @@ def check_kind(name: str, tensor: Tensor, kind: str) -> None:
         raise TypeError(f"{name}: expected dtype {kind}, found {tensor.dtype}")
 
 
-def check_number(name: str, value: float, *, low: float, low_allowed: bool = False) -> None:
+def check_number(name: str, value: float, *, low: float, low_allowed: bool = False, high: float | None = None) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, found {type(value).__name__}")
-    if not math.isfinite(value) or value < low or (value == low and not low_allowed):
-        raise ValueError(f"{name}: expected a number {'>=' if low_allowed else '>'} {low}, found {value}")
+    too_low = value < low or (value == low and not low_allowed)
+    if not math.isfinite(value) or too_low or (high is not None and value > high):
+        wanted = f"{'>=' if low_allowed else '>'} {low}" + ("" if high is None else f" and <= {high}")
+        raise ValueError(f"{name}: expected a number {wanted}, found {value}")
+
+
+def check_integer(name: str, value: int, *, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        wanted = "a positive integer" if low == 1 else f"an integer >= {low}"
+        raise ValueError(f"{name}: expected {wanted}, found {value!r}")
+
+
+def check_progress(progress: float | Tensor) -> None:
+    """Raises unless it is a 0-d tensor or a number in 0..1; what the tensor holds is checked where it is read."""
+    if isinstance(progress, Tensor):
+        check_shape("progress", progress)
+        check_kind("progress", progress, "number")
+    else:
+        check_number("progress", progress, low=0, low_allowed=True, high=1)
+
+
+def check_temperatures(temperature: float, bta: float, min_temperature: float) -> None:
+    """Raises unless BaCon's balanced temperatures, of which the smallest may be temperature·(1 - bta), are positive."""
+    check_number("temperature", temperature, low=0)
+    check_number("bta", bta, low=0, low_allowed=True)
+    check_number("min_temperature", min_temperature, low=0, low_allowed=True)
+    if bta >= 1 and min_temperature == 0:
+        raise ValueError(f"bta: expected a number below 1 where min_temperature is 0, found {bta}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

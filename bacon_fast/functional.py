@@ -3,6 +3,9 @@
 Every function validates its arguments, then hands them to a backend: "reference" is plain PyTorch, "cpp" the native CPU
 code, "triton" and "cuda" the GPU code. ``backend=None`` takes the best one usable for the tensors at hand; asking by
 name for one that is not usable raises RuntimeError with the reason.
+
+On a CPU the values in tensors are checked too: a class, slot or count out of range raises ValueError. On a GPU, where
+the host would have to wait for them, they are not.
 """
 
 from typing import NamedTuple
@@ -12,8 +15,17 @@ from torch import Tensor
 
 from . import ops, reference
 from .batch_norm import batch_norm_act
-from .checks import check_devices, check_kind, check_number, check_shape
+from .checks import (
+    check_devices,
+    check_integer,
+    check_kind,
+    check_number,
+    check_progress,
+    check_shape,
+    check_temperatures,
+)
 from .contrastive_losses import info_nce, sscl_loss, sup_con_loss
+from .reference.values import check_values
 from .sgd_ema import sgd_ema_
 
 __all__ = [
@@ -48,6 +60,10 @@ def balanced_temperatures(
     """
     check_shape("class_counts", class_counts, "K")
     check_kind("class_counts", class_counts, "number")
+    if class_counts.shape[0] < 1:
+        raise ValueError("class_counts: expected at least one class, found shape [0]")
+    check_progress(progress)
+    check_temperatures(temperature, bta, min_temperature)
     return reference.balanced_temperatures(class_counts, progress, temperature, bta, min_temperature)
 
 
@@ -83,10 +99,11 @@ def bacon_loss(
             ``top_k`` largest the classes that it is no negative of.
         centers: [K,D] float, class centers.
         selected: [R] bool, the reliable rows; the others have no term of their own but still serve as negatives.
-        class_counts: [K] number, how many samples are selected as each class; sets the temperatures.
+        class_counts: [K] number, >= 0, how many samples are selected as each class; sets the temperatures.
         progress: t/T in 0..1, a number or a 0-d tensor.
         temperature: tau, of the negatives, and of the positives up to the adjustment.
-        bta: strength of the temperature adjustment, 0 turns it off.
+        bta: strength of the temperature adjustment, 0 turns it off; below 1 unless ``min_temperature`` is above 0, so
+            that all temperatures are positive.
         negative_weight: the mean over the negatives counts as this many negatives; None takes the plain sum instead.
         top_k: of how many classes, its likeliest, an unlabeled row is no negative. With top_k >= K unlabeled rows are
             nobody's negatives; `losses.BaConLoss` therefore lowers it to K-1.
@@ -135,17 +152,11 @@ def bacon_loss(
     ):
         if tensor is not None and tensor.device != features.device:
             raise ValueError(f"{name}: expected device {features.device}, that of features, found {tensor.device}")
-    if isinstance(progress, Tensor):
-        check_shape("progress", progress)
-    else:
-        check_number("progress", progress, low=0, low_allowed=True)
-    check_number("temperature", temperature, low=0)
-    check_number("bta", bta, low=0, low_allowed=True)
+    check_progress(progress)
+    check_temperatures(temperature, bta, min_temperature)
     if negative_weight is not None:
         check_number("negative_weight", negative_weight, low=0)
-    check_number("min_temperature", min_temperature, low=0, low_allowed=True)
-    if not isinstance(top_k, int) or top_k < 1:
-        raise ValueError(f"top_k: expected a positive integer, found {top_k!r}")
+    check_integer("top_k", top_k, low=1)
     if neg_mode not in NEG_MODES:
         raise ValueError(f"neg_mode: expected one of {', '.join(NEG_MODES)}, found {neg_mode!r}")
     run = ops.choose_backend("bacon_loss", backend, features)
@@ -286,13 +297,13 @@ def class_centers(
     check_kind("bank", bank, "float")
     check_shape("labels", labels, bank.shape[0])
     check_kind("labels", labels, "int64")
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes: expected a positive integer, found {num_classes!r}")
+    check_integer("num_classes", num_classes, low=1)
     if written is None:
         written = torch.ones_like(labels, dtype=torch.bool)
     check_shape("written", written, bank.shape[0])
     check_kind("written", written, "bool")
     check_devices("bank", bank, labels=labels, written=written)
+    check_values("labels", labels, f"classes in 0..{num_classes - 1}, or -1", -1, num_classes - 1)
     return reference.bank.class_centers(
         *reference.bank.class_sums_and_sizes(bank.detach(), written, labels, num_classes)
     )
@@ -400,8 +411,7 @@ def fixmatch_abc_loss(
     num_classes = logits.shape[1]
     if num_classes < 1:
         raise ValueError("logits: expected at least one class, found shape [N, 0]")
-    if not isinstance(num_views, int) or num_views < 1:
-        raise ValueError(f"num_views: expected a positive integer, found {num_views!r}")
+    check_integer("num_views", num_views, low=1)
     rows = labels.shape[0] + (1 + num_views) * true_labels.shape[0]
     if logits.shape[0] != rows:
         raise ValueError(
@@ -421,6 +431,7 @@ def fixmatch_abc_loss(
     if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**64):
         raise ValueError(f"seed: expected None or an integer in 0..2^64-1, found {seed!r}")
     if not isinstance(step, Tensor):
+        check_integer("step", step, low=0)
         step = torch.full((), step, dtype=torch.int64, device=logits.device)
     check_shape("step", step)
     check_kind("step", step, "int64")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, ops
+from ..checks import check_integer, check_number, check_temperatures
 from ..models.heads import projection_head
 from .bank import MemoryBank
 
@@ -99,8 +100,7 @@ class BaConLoss(nn.Module):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, found {variant!r}")
-        if top_k < 1:
-            raise ValueError(f"top_k: expected a positive integer, found {top_k}")
+        check_integer("top_k", top_k, low=1)
         given = {
             "temperature": temperature,
             "bta": bta,
@@ -116,6 +116,9 @@ class BaConLoss(nn.Module):
         for name, allowed in CHOICES.items():
             if options[name] not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, found {options[name]!r}")
+        check_temperatures(options["temperature"], options["bta"], options["min_temperature"])
+        if options["negative_weight"] is not None:
+            check_number("negative_weight", options["negative_weight"], low=0)
         self.variant, self.backend = variant, backend
         self.temperature, self.bta = options["temperature"], options["bta"]
         self.min_temperature = options["min_temperature"]

@@ -8,9 +8,12 @@ Differentiable with respect to the features, float64-capable, free of host synch
 """
 
 import math
+import sys
 
 import torch
 from torch import Tensor
+
+from .values import check_values
 
 EPS_COSINE = 1e-8  # smallest norm a vector is divided by
 EPS_LOG = 1e-8  # added to the denominator of the softmax, as in the authors' code
@@ -24,6 +27,9 @@ def balanced_temperatures(
 
     tau_c = tau · (1 - bta · (1 - t/T)² · sqrt(count_c / max count)), never below ``min_temperature``.
     """
+    check_values("class_counts", class_counts, "finite numbers >= 0", 0, sys.float_info.max)
+    if isinstance(progress, Tensor):
+        check_values("progress", progress, "a number >= 0 and <= 1", 0, 1)
     counts = class_counts.to(torch.promote_types(class_counts.dtype, torch.float32))
     share = counts / counts.max().clamp_min(1)
     return (temperature * (1 - bta * (1 - progress) ** 2 * share.sqrt())).clamp_min(min_temperature)
@@ -38,6 +44,7 @@ def row_codes(labels: Tensor, logits: Tensor, num_classes: int, top_k: int) -> t
     Returns:
         classes [R] and codes [R,k] (int64), labeled rows padded with -1.
     """
+    check_values("labels", labels, f"classes in 0..{num_classes - 1}", 0, num_classes - 1)
     k = min(top_k, num_classes)
     top = logits.topk(k, dim=1).indices
     labeled = torch.cat([labels[:, None], labels.new_full((labels.shape[0], k - 1), -1)], dim=1)

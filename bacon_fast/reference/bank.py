@@ -11,6 +11,8 @@ nor on how many there were: 30 bits behind the point, values within ±4096, and 
 import torch
 from torch import Tensor
 
+from .values import check_values
+
 LIMIT = 4096.0  # features are clamped to ±LIMIT when they are written
 SCALE = 2.0**30  # steps of the fixed-point grid per unit; float32 values of 2^-6 and more lie on the grid
 
@@ -40,6 +42,7 @@ def class_centers(class_sums: Tensor, class_sizes: Tensor) -> tuple[Tensor, Tens
 
 def last_row_of_slots(slots: Tensor, gate: Tensor, num_slots: int) -> Tensor:
     """For every slot [n] the last gated row of the batch that names it, or -1."""
+    check_values("slots", slots, f"values in 0..{num_slots - 1}", 0, num_slots - 1)
     row = torch.arange(slots.shape[0], device=slots.device)
     last = torch.full((num_slots,), -1, device=slots.device)
     return last.scatter_reduce(0, slots, torch.where(gate, row, -1), "amax")
@@ -65,6 +68,8 @@ def bank_select_(
 ) -> None:
     """Select the gated rows as their labels; see `bacon_fast.functional.bank_select_`."""
     num_classes = class_counts.shape[0]
+    gated = torch.where(gate, labels, 0)
+    check_values("labels", gated, f"classes in 0..{num_classes - 1}", 0, num_classes - 1)
     last = last_row_of_slots(slots, gate, selected_label.shape[0])
     new_label = torch.where(last >= 0, _pick_rows(labels, last), selected_label)
     is_selected = new_label >= 0

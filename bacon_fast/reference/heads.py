@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .philox import philox_uniform
+from .values import check_values
 
 # The streams of `bacon_fast.data.philox.Stream` that the two masks are drawn from.
 STREAM_LABELED = 7
@@ -82,6 +83,7 @@ def fixmatch_abc_loss(
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     batch, num_unlabeled, num_classes = labels.shape[0], true_labels.shape[0], logits.shape[1]
+    check_values("labels", labels, f"classes in 0..{num_classes - 1}", 0, num_classes - 1)
     sizes = [batch, num_unlabeled, num_views * num_unlabeled]
     labeled, weak, strong = logits.to(dtype).split(sizes)
     labeled_balanced, weak_balanced, strong_balanced = balanced.to(dtype).split(sizes)

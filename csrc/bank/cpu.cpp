@@ -11,7 +11,7 @@ namespace {
 
 void check_slots(const int64_t* slots, int64_t rows, int64_t num_slots) {
   for (int64_t r = 0; r < rows; ++r) {
-    TORCH_CHECK_INDEX(slots[r] >= 0 && slots[r] < num_slots, "slots: expected values in 0..", num_slots - 1,
+    TORCH_CHECK_VALUE(slots[r] >= 0 && slots[r] < num_slots, "slots: expected values in 0..", num_slots - 1,
                       ", found ", slots[r], " in row ", r);
   }
 }
@@ -34,7 +34,7 @@ void bank_select(at::Tensor& selected_label, at::Tensor& class_counts, at::Tenso
   const bool* is_gated = gate_c.const_data_ptr<bool>();
   check_slots(slot, rows, bank.size(0));
   for (int64_t r = 0; r < rows; ++r) {
-    TORCH_CHECK_INDEX(!is_gated[r] || (label[r] >= 0 && label[r] < num_classes), "labels: expected classes in 0..",
+    TORCH_CHECK_VALUE(!is_gated[r] || (label[r] >= 0 && label[r] < num_classes), "labels: expected classes in 0..",
                       num_classes - 1, ", found ", label[r], " in row ", r);
   }
 

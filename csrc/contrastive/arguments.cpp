@@ -54,7 +54,7 @@ Arguments prepare(
     const int* of_row = a.group.const_data_ptr<int>();
     TORCH_CHECK_VALUE(a.group.numel() == num_rows, "group: expected shape [", num_rows, "], found ", group->sizes());
     for (int64_t r = 0; r < num_rows; ++r) {
-      TORCH_CHECK_INDEX(of_row[r] >= 0 && of_row[r] < num_groups, "group: expected values in 0..", num_groups - 1,
+      TORCH_CHECK_VALUE(of_row[r] >= 0 && of_row[r] < num_groups, "group: expected values in 0..", num_groups - 1,
                         ", found ", of_row[r], " in row ", r);
     }
   }

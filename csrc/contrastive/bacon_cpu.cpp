@@ -198,7 +198,12 @@ class BaconStep {
   // The positives' inverse temperatures, balanced temperature adjusting.
   std::vector<double> positive_scales() const {
     double largest = 1;
-    for (int64_t c = 0; c < num_classes_; ++c) largest = std::max(largest, read(class_counts_, c));
+    for (int64_t c = 0; c < num_classes_; ++c) {
+      const double count = read(class_counts_, c);
+      TORCH_CHECK_VALUE(count >= 0 && std::isfinite(count), "class_counts: expected finite numbers >= 0, found ",
+                        count);
+      largest = std::max(largest, count);
+    }
     const double remaining = 1 - options_.progress;
     std::vector<double> scales(num_classes_);
     for (int64_t c = 0; c < num_classes_; ++c) {
@@ -323,11 +328,12 @@ std::tuple<at::Tensor, at::Tensor> bacon_step(
   TORCH_CHECK_VALUE(neg_mode == "authors" || neg_mode == "paper",
                     "neg_mode: expected \"authors\" or \"paper\", found \"", neg_mode, "\"");
   TORCH_CHECK_VALUE(top_k > 0, "top_k: expected a positive integer, found ", top_k);
+  const double elapsed = read(readable(progress), 0);
+  TORCH_CHECK_VALUE(elapsed >= 0 && elapsed <= 1, "progress: expected a number >= 0 and <= 1, found ", elapsed);
   const at::ScalarType type = features.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor loss = at::empty({}, features.options().dtype(type));
   at::Tensor grad = at::empty(features.sizes(), features.options().dtype(type));
-  const Options options = {
-      read(readable(progress), 0), temperature, bta, min_temperature, negative_weight, top_k, neg_mode == "authors"};
+  const Options options = {elapsed, temperature, bta, min_temperature, negative_weight, top_k, neg_mode == "authors"};
   AT_DISPATCH_FLOATING_TYPES(type, "bacon_step_cpu", [&] {
     BaconStep<scalar_t> step(features, labels, logits, centers, has_center, selected, class_counts, options);
     *loss.mutable_data_ptr<scalar_t>() = scalar_t(step.run(grad.mutable_data_ptr<scalar_t>()));

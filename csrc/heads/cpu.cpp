@@ -148,7 +148,7 @@ Outputs fixmatch_abc(
   const int64_t batch = labels.size(0), num_unlabeled = true_labels.size(0), num_classes = logits.size(1);
   const int64_t* label = labels_c.const_data_ptr<int64_t>();
   for (int64_t r = 0; r < batch; ++r) {
-    TORCH_CHECK_INDEX(label[r] >= 0 && label[r] < num_classes, "labels: expected classes in 0..", num_classes - 1,
+    TORCH_CHECK_VALUE(label[r] >= 0 && label[r] < num_classes, "labels: expected classes in 0..", num_classes - 1,
                       ", found ", label[r], " in row ", r);
   }
 

@@ -272,3 +272,5 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises((ValueError, TypeError), match=error):
             take(found, step | {name: value})
+    with pytest.raises(ValueError, match="progress: expected a number >= 0 and <= 1, found 7"):
+        take(found, step, progress=7.0)

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from bacon_oracle import random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bacon_fast import functional, ops
 from bacon_fast.functional import bacon_loss
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("bacon_*.npz"))
 MODES = ["authors", "paper"]
+BACKENDS = [name for name, b in ops.BACKENDS["bacon_loss"].items() if b.why_not(torch.empty(1, 1)) is None]
 
 
 def loss_and_gradient(arguments, **options):
@@ -371,14 +373,18 @@ def valid():
         ({"has_center": torch.ones(5)}, TypeError, "has_center: expected dtype bool"),
         ({"has_center": torch.ones(4, dtype=torch.bool)}, ValueError, r"has_center: expected shape \[5\]"),
         ({"logits": torch.zeros(14, 5, device="meta")}, ValueError, "logits: expected device cpu, that of features"),
-        ({"progress": -0.1}, ValueError, "progress: expected a number >= 0, found -0.1"),
+        ({"progress": -0.1}, ValueError, "progress: expected a number >= 0 and <= 1, found -0.1"),
+        ({"progress": 7.0}, ValueError, "progress: expected a number >= 0 and <= 1, found 7.0"),
+        ({"progress": torch.zeros((), dtype=torch.bool)}, TypeError, "progress: expected dtype number"),
         ({"progress": "half"}, TypeError, "progress: expected a number, found str"),
         ({"progress": torch.zeros(2)}, ValueError, r"progress: expected shape \[\], found \[2\]"),
         ({"temperature": 0.0}, ValueError, "temperature: expected a number > 0"),
         ({"bta": float("nan")}, ValueError, "bta: expected a number >= 0, found nan"),
+        ({"bta": 1.0}, ValueError, "bta: expected a number below 1 where min_temperature is 0, found 1.0"),
         ({"negative_weight": 0}, ValueError, "negative_weight: expected a number > 0"),
         ({"min_temperature": -1}, ValueError, "min_temperature: expected a number >= 0"),
         ({"top_k": 0}, ValueError, "top_k: expected a positive integer, found 0"),
+        ({"top_k": True}, ValueError, "top_k: expected a positive integer, found True"),
         ({"top_k": 2.5}, ValueError, "top_k: expected a positive integer, found 2.5"),
         ({"neg_mode": "mean"}, ValueError, "neg_mode: expected one of authors, paper, found 'mean'"),
         (
@@ -392,6 +398,59 @@ def valid():
 def test_bad_arguments_are_named(change, error, message):
     with pytest.raises(error, match=message):
         bacon_loss(**(valid() | change))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"labels": torch.tensor([0] * 6 + [5])}, r"labels: expected classes in 0\.\.4, found 5"),
+        ({"labels": torch.tensor([0] * 6 + [-1])}, r"labels: expected classes in 0\.\.4, found -1"),
+        ({"class_counts": torch.tensor([3, 2, -1, 0, 0])}, "class_counts: expected finite numbers >= 0, found -1"),
+        ({"class_counts": torch.tensor([1.0, 2, 3, 4, float("nan")])}, "class_counts: expected .*, found nan"),
+        ({"class_counts": torch.tensor([1.0, 2, 3, 4, float("inf")])}, "class_counts: expected .*, found inf"),
+        ({"progress": torch.tensor(1.5)}, r"progress: expected a number >= 0 and <= 1, found 1\.5"),
+        ({"progress": torch.tensor(float("nan"))}, "progress: expected a number >= 0 and <= 1, found nan"),
+    ],
+    ids=["class-5", "class--1", "count--1", "count-nan", "count-inf", "progress-1.5", "progress-nan"],
+)
+def test_values_out_of_range_are_named_on_a_cpu(backend, change, message):
+    with pytest.raises(ValueError, match=message):
+        bacon_loss(**(valid() | change), backend=backend)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"class_counts": torch.zeros(0)}, ValueError, r"class_counts: expected at least one class, found shape \[0\]"),
+        ({"class_counts": torch.tensor([-1.0])}, ValueError, "class_counts: expected finite numbers >= 0, found -1"),
+        ({"progress": 2}, ValueError, "progress: expected a number >= 0 and <= 1, found 2"),
+        ({"progress": "a"}, TypeError, "progress: expected a number, found str"),
+        ({"temperature": -1}, ValueError, "temperature: expected a number > 0, found -1"),
+        ({"bta": 1}, ValueError, "bta: expected a number below 1 where min_temperature is 0, found 1"),
+        ({"min_temperature": -1}, ValueError, "min_temperature: expected a number >= 0, found -1"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_bad_arguments_of_the_temperatures_are_named(change, error, message):
+    with pytest.raises(error, match=message):
+        functional.balanced_temperatures(**({"class_counts": torch.ones(3), "progress": 0.0} | change))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_fake_tensors_have_no_values_to_check(backend):
+    if backend not in BACKENDS:
+        pytest.skip(str(ops.native_error))
+    with FakeTensorMode() as fake:
+        faked = {name: fake.from_tensor(v) if isinstance(v, torch.Tensor) else v for name, v in valid().items()}
+        loss = bacon_loss(**(faked | {"progress": torch.tensor(0.5)}), backend=backend)
+    assert loss.shape == () and loss.dtype == torch.float64
+
+
+def test_the_strongest_adjustment_has_a_finite_loss():
+    for options in ({"bta": 0.999}, {"bta": 50.0, "min_temperature": 0.01}):
+        for backend in BACKENDS:
+            assert bacon_loss(**(valid() | {"progress": 0.0}), **options, backend=backend).isfinite()
 
 
 def test_an_interpreted_kernel_is_no_default(monkeypatch):

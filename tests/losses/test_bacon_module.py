@@ -359,6 +359,10 @@ def test_temperatures():
         ({"centers": "queue"}, "centers: expected one of bank, batch, found 'queue'"),
         ({"proj_layers": 5}, "num_layers: expected 0, 1 or 2, found 5"),
         ({"top_k": 0}, "top_k: expected a positive integer, found 0"),
+        ({"temperature": 0.0}, "temperature: expected a number > 0, found 0"),
+        ({"bta": 1.0}, "bta: expected a number below 1 where min_temperature is 0, found 1"),
+        ({"bta": 50.0, "variant": "official"}, "bta: expected a number below 1 where min_temperature is 0, found 50"),
+        ({"negative_weight": 0.0}, "negative_weight: expected a number > 0, found 0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )

@@ -420,6 +420,8 @@ def test_class_centers(generator):
         (lambda x, y: sscl_loss(x, x[:, None], x, key_mask=x[:, :1]), TypeError, "key_mask: expected dtype bool"),
         (lambda x, y: sscl_loss(x, x[:, None], x, gamma=math.nan), ValueError, "gamma: expected a number > 0"),
         (lambda x, y: class_centers(x, y, 0), ValueError, "num_classes: expected a positive integer, found 0"),
+        (lambda x, y: class_centers(x, y + 9, 2), ValueError, r"labels: expected classes in 0\.\.1, or -1, found"),
+        (lambda x, y: class_centers(x, y - 9, 2), ValueError, r"labels: expected classes in 0\.\.1, or -1, found"),
         (lambda x, y: class_centers(x, y, 2, written=y), TypeError, "written: expected dtype bool"),
     ],
 )  # fmt: skip
