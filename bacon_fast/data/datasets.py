@@ -132,11 +132,12 @@ def load_dataset(
     - digits: scikit-learn's 1,797 handwritten digits, which come with that package; resized from 8x8 to 16x16 (Pillow,
       bilinear) and divided once and for all into 60 % train and 40 % test of each class. A writer may be in both parts.
     - cifar10, cifar100, svhn, stl10: torchvision's, at 32x32 (STL-10 is resized from 96x96, as USB and BaCon do).
-    - folder: image files in train/<class>/, test/<class>/ and, if present, unlabeled/. The class order is that of
-      `classes`, else of the lines of classes.txt, else sorted. Normalized with ImageNet's mean and deviation.
+    - folder: image files in train/<class>/, test/<class>/ and, if present, unlabeled/, at any depth, links followed; a
+      warning counts files that are ignored. Images are what a viewer shows (`images.read_files`). The class order is
+      that of `classes`, else of the lines of classes.txt, else sorted. Normalized with ImageNet's mean and deviation.
     - arrays: an .npz file with train_images and test_images (uint8 [N, H, W, 3], [N, H, W, 1] or [N, H, W]),
-      train_labels and test_labels (integers [N]), and optionally unlabeled_images and class_names. Normalized, like
-      digits, with mean and deviation of the train images.
+      train_labels and test_labels (integers [N]), and optionally unlabeled_images and class_names (strings). Normalized,
+      like digits, with mean and deviation of the train images.
 
     Args:
         data_dir: folder of the torchvision files, root of the image folder, or the .npz file; digits needs none.

@@ -203,10 +203,19 @@ def arrays(path: Path, image_size: int | None) -> dict:
             raise ValueError(f"{name}: expected integers [N], found {content[name].dtype} {list(content[name].shape)}")
     train_images = resize(as_rgb("train_images", content["train_images"]), image_size)
     unlabeled = content.get("unlabeled_images")
-    if "class_names" in content:
-        class_names = tuple(str(name) for name in content["class_names"])
+    highest, names = int(content["train_labels"].max(initial=0)), content.get("class_names")
+    if names is not None:
+        if names.dtype.kind not in "Uiu" or names.ndim != 1:
+            raise ValueError(f"class_names: expected strings [K], found {names.dtype} {list(names.shape)}")
+        class_names = tuple(str(name) for name in names)
+        _require_names("class_names", class_names)
+    elif highest >= max(len(train_images), 1):
+        raise ValueError(
+            f"train_labels: expected values below the number of train images, {len(train_images)}, found {highest}; "
+            "with class_names, classes may lack images"
+        )
     else:
-        class_names = tuple(str(c) for c in range(int(content["train_labels"].max(initial=0)) + 1))
+        class_names = tuple(str(c) for c in range(highest + 1))
     return {
         "train_images": train_images,
         "train_labels": torch.from_numpy(content["train_labels"].astype(np.int64)),
@@ -252,14 +261,22 @@ def _warn_of_ignored(part: Path, files: list[Path]) -> None:
 def _class_order(root: Path, found: list[str], classes: Sequence[str] | None) -> tuple[str, ...]:
     listing, source = root / "classes.txt", "classes"
     if classes is None and listing.is_file():
-        classes, source = [line.strip() for line in listing.read_text().splitlines() if line.strip()], str(listing)
+        try:
+            text = listing.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{listing}: expected UTF-8 text, found other bytes ({error})") from error
+        classes, source = [line.strip() for line in text.splitlines() if line.strip()], str(listing)
     if classes is None:
         classes = found
-    if len(set(classes)) != len(classes):
-        raise ValueError(f"{source}: expected different names, found {', '.join(classes)}")
+    _require_names(source, classes)
     if set(classes) != set(found):
         raise ValueError(
             f"{source}: expected the class folders of {root / 'train'}, which are {', '.join(found) or 'none'}; "
             f"found {', '.join(classes) or 'none'}"
         )
     return tuple(classes)
+
+
+def _require_names(source: str, names: Sequence[str]) -> None:
+    if len(set(names)) != len(names) or not all(name.strip() for name in names):
+        raise ValueError(f"{source}: expected different names, none of them empty, found {', '.join(map(repr, names))}")

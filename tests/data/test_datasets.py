@@ -179,6 +179,15 @@ def test_folder_class_order_from_file_and_argument(tmp_path):
     assert dataset.fingerprint != plain.fingerprint
 
 
+def test_folder_class_list_in_other_encodings(tmp_path):
+    write_folder(tmp_path, classes=("é", "b"))
+    (tmp_path / "classes.txt").write_bytes("é\r\nb\r\n".encode("utf-8-sig"))
+    assert load_dataset("folder", data_dir=tmp_path).class_names == ("é", "b")
+    (tmp_path / "classes.txt").write_bytes("é\nb\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{tmp_path}/classes\.txt: expected UTF-8 text"):
+        load_dataset("folder", data_dir=tmp_path)
+
+
 def test_folder_resizes_any_size_and_reads_unlabeled_and_gray(tmp_path):
     written = write_folder(tmp_path, sizes=((8, 8), (5, 9)))
     (tmp_path / "unlabeled" / "deep").mkdir(parents=True)
@@ -280,6 +289,12 @@ def test_arrays(tmp_path):
     assert np.allclose(dataset.mean, mean) and np.allclose(dataset.std, deviation)
 
 
+def test_arrays_with_names_may_lack_images_of_a_class(tmp_path):
+    np.savez(tmp_path / "d.npz", **arrays(train_labels=np.full(6, 7), class_names=np.arange(1, 9)))
+    dataset = load_dataset("arrays", data_dir=tmp_path / "d.npz")
+    assert dataset.class_names == tuple("12345678") and dataset.train_labels.tolist() == [7] * 6
+
+
 def test_arrays_gray_resized_and_constant(tmp_path):
     np.savez(tmp_path / "d.npz", **arrays(train_images=np.full((6, 5, 4), 7, np.uint8), test_images=pixels(2, 5, 4, 1)))
     dataset = load_dataset("arrays", data_dir=tmp_path / "d.npz", image_size=3)
@@ -301,6 +316,15 @@ def test_arrays_gray_resized_and_constant(tmp_path):
         ({"test_images": pixels(0, 5, 4, 3), "test_labels": np.zeros(0, np.int64)}, "expected at least one image"),
         ({"train_labels": np.zeros(6, np.int64), "test_labels": np.zeros(2, np.int64)}, "at least 2 classes"),
         ({"class_names": np.array(["only"])}, "train_labels: expected values"),
+        ({"class_names": np.array("abc")}, r"class_names: expected strings \[K\], found <U3 \[\]"),
+        ({"class_names": np.array([["a", "b", "c"]])}, r"class_names: expected strings \[K\], found <U1 \[1, 3\]"),
+        ({"class_names": np.array([b"a", b"b", b"c"])}, r"class_names: expected strings \[K\], found \|S1 \[3\]"),
+        ({"class_names": np.array(["a", "b", "a"])}, "class_names: expected different names, .* found 'a', 'b', 'a'"),
+        ({"class_names": np.array(["a", "b", ""])}, "class_names: expected .* none of them empty, found 'a', 'b', ''"),
+        (
+            {"train_labels": np.array([0, 1, 2, 0, 1, 10**9])},
+            "train_labels: .* number of train images, 6, found 10{9};",
+        ),
     ],
 )
 def test_wrong_arrays(tmp_path, changes, message):
