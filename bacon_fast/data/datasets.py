@@ -136,8 +136,8 @@ def load_dataset(
       warning counts files that are ignored. Images are what a viewer shows (`images.read_files`). The class order is
       that of `classes`, else of the lines of classes.txt, else sorted. Normalized with ImageNet's mean and deviation.
     - arrays: an .npz file with train_images and test_images (uint8 [N, H, W, 3], [N, H, W, 1] or [N, H, W]),
-      train_labels and test_labels (integers [N]), and optionally unlabeled_images and class_names (strings). Normalized,
-      like digits, with mean and deviation of the train images.
+      train_labels and test_labels (integers [N]), and optionally unlabeled_images and class_names (strings).
+      Normalized, like digits, with mean and deviation of the train images.
 
     Args:
         data_dir: folder of the torchvision files, root of the image folder, or the .npz file; digits needs none.

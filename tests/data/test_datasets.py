@@ -323,7 +323,7 @@ def test_arrays_gray_resized_and_constant(tmp_path):
         ({"class_names": np.array(["a", "b", ""])}, "class_names: expected .* none of them empty, found 'a', 'b', ''"),
         (
             {"train_labels": np.array([0, 1, 2, 0, 1, 10**9])},
-            "train_labels: .* number of train images, 6, found 10{9};",
+            "train_labels: .* number of train images, 6, found 10{9}",
         ),
     ],
 )
