@@ -5,8 +5,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -56,7 +58,7 @@ def parse(args: Sequence[str]) -> Config:
 
 
 def parse_runs(args: Sequence[str]) -> list[Config]:
-    """As `parse`; under --seeds, one configuration for each."""
+    """As `parse`; under --seeds, one configuration for each. Without --run-dir, `run_directories` names theirs."""
     args = list(args)
     name = args.pop(0) if args and not args[0].startswith("-") else "digits"
     if name not in PRESETS:
@@ -75,15 +77,12 @@ def parse_runs(args: Sequence[str]) -> list[Config]:
         config = dataclasses.replace(config, data_dir=config.data_dir.resolve())
     if config.run_dir is None and config.resume:
         raise ValueError("resume: expected --run-dir to name the run to continue, found none")
-    stamp = time.strftime("%Y%m%d-%H%M%S")
     if options.seeds is not None and config.seed != PRESETS[name].config.seed:
         raise ValueError(f"seeds: expected no --seed beside --seeds, found {config.seed}")
     configs = []
     for seed in [config.seed] if options.seeds is None else _seeds(options.seeds):
         run_dir = config.run_dir
-        if run_dir is None:
-            run_dir = Path("runs") / f"{name}-{config.method}-seed{seed}-{stamp}"
-        elif options.seeds is not None:
+        if run_dir is not None and options.seeds is not None:
             run_dir = Path(f"{run_dir}-seed{seed}")
         configs.append(dataclasses.replace(config, seed=seed, run_dir=run_dir))
     return configs
@@ -97,6 +96,39 @@ def _seeds(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
+@contextmanager
+def run_directories(configs: Sequence[Config]) -> Iterator[list[Config]]:
+    """The configurations with a directory each: runs/PRESET-METHOD-seedSEED-TIME where they name none.
+
+    Such a directory is made at once, so that no command that starts in the same second takes the same one. It goes
+    again when it is empty at the end, as no run began.
+    """
+    folder, stamp = Path("runs"), time.strftime("%Y%m%d-%H%M%S")
+    made = [] if folder.exists() else [folder]
+    named = []
+    try:
+        for config in configs:
+            if config.run_dir is None:
+                run_dir = _make_directory(folder / f"{config.preset}-{config.method}-seed{config.seed}-{stamp}")
+                made.insert(0, run_dir)
+                config = dataclasses.replace(config, run_dir=run_dir)
+            named.append(config)
+        yield named
+    finally:
+        for path in made:
+            with suppress(OSError):  # not empty
+                path.rmdir()
+
+
+def _make_directory(path: Path) -> Path:
+    """Makes and returns `path`, or the first of path-2, path-3, ... that does not exist."""
+    for number in count(1):
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with suppress(FileExistsError):
+            candidate.mkdir(parents=True)
+            return candidate
+
+
 def train(args: Sequence[str] | None = None) -> None:
     """Entry point of train.py, under plain python or, for several GPUs or machines, under torchrun."""
     with_clear_errors(lambda: _train(sys.argv[1:] if args is None else args))
@@ -108,9 +140,12 @@ def _train(args: Sequence[str]) -> None:
         _train_together(configs)
         return
     config = configs[0]
-    with distributed.process_group(resolve_device(config.device), config.rank_timeout) as store:
+    with (
+        distributed.process_group(resolve_device(config.device), config.rank_timeout) as store,
+        _same_run_everywhere(config, store) as config,
+    ):
         main = distributed.is_main()
-        trainer = Trainer(_same_run_everywhere(config, store))
+        trainer = Trainer(config)
         distributed.mark_started(store, trainer.run_dir)
         if main:
             print(f"run directory: {trainer.run_dir}", flush=True)
@@ -122,9 +157,10 @@ def _train(args: Sequence[str]) -> None:
 def _train_together(configs: Sequence[Config]) -> None:
     if distributed.Launch.from_environment() is not None:
         raise ValueError("seeds: expected plain python, found torchrun, whose processes train one run together")
-    for config in configs:
-        print(f"run directory: {config.run_dir}", flush=True)
-    outcomes = fit_together(configs)
+    with run_directories(configs) as configs:
+        for config in configs:
+            print(f"run directory: {config.run_dir}", flush=True)
+        outcomes = fit_together(configs)
     for trainer, summary, _ in outcomes:
         if summary is not None:
             _conclude(trainer, summary)
@@ -143,12 +179,16 @@ def _conclude(trainer: Trainer, summary: dict) -> None:
         print(f"report: {write_run_report(trainer, summary)}", flush=True)
 
 
-def _same_run_everywhere(config: Config, store: Store | None) -> Config:
+@contextmanager
+def _same_run_everywhere(config: Config, store: Store | None) -> Iterator[Config]:
     """With rank 0's run directory on all ranks; after a restart by torchrun, with the one to continue in."""
     earlier = distributed.started_before(store)
     if earlier is not None:
-        return dataclasses.replace(config, run_dir=earlier, resume=True)
-    return dataclasses.replace(config, run_dir=distributed.share(config.run_dir))
+        yield dataclasses.replace(config, run_dir=earlier, resume=True)
+        return
+    with ExitStack() as reserved:
+        run_dir = distributed.from_main(lambda: reserved.enter_context(run_directories([config]))[0].run_dir)
+        yield dataclasses.replace(config, run_dir=run_dir)
 
 
 def with_clear_errors(main: Callable[[], None]) -> None:

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from bacon_fast.cli import parse, train
+from bacon_fast.cli import parse, parse_runs, run_directories, train
 from bacon_fast.engine.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +25,46 @@ def call(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 def test_no_argument_means_the_digits_preset():
     config = parse([])
     assert config.dataset == "digits" and config.method == "fixmatch+abc+bacon"
-    assert config.run_dir.parent == Path("runs")
+    assert config.run_dir is None, "made when the run begins"
+
+
+def test_runs_that_start_in_the_same_second_get_directories_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: "20260102-030405")
+    name = "digits-supervised-seed{}-20260102-030405"
+    first, second = (parse_runs(["--method", "supervised", "--lr", lr, "--seeds", "0,1"]) for lr in ("0.1", "0.01"))
+    with run_directories(first) as one, run_directories(second) as two:
+        assert [config.run_dir for config in one] == [Path("runs") / name.format(seed) for seed in (0, 1)]
+        assert [config.run_dir for config in two] == [Path("runs") / f"{name.format(seed)}-2" for seed in (0, 1)]
+        assert all(config.run_dir.is_dir() for config in (*one, *two))
+        assert [config.lr for config in two] == [0.01, 0.01]
+        (two[1].run_dir / "config.json").touch()
+    # What holds a run stays, the rest goes.
+    assert list(Path("runs").iterdir()) == [two[1].run_dir]
+    (named,) = parse_runs(["--run-dir", "mine"])
+    with run_directories([named]) as same:
+        assert same == [named]
+    assert not Path("mine").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--lr", "-1"], ["--labeled-head", "500"], ["--seeds", "0,1", "--labeled-head", "500"]]
+)
+def test_what_trains_nothing_leaves_no_directory(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        train(["digits", *words])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_a_named_directory_is_found_under_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["digits", "--method", "supervised", "--steps", "1", "--batch-size", "8", "--threads", "1", "--no-report"]
+    train(words)
+    train([*words, "--seeds", "3,4"])
+    folders = {line.removeprefix("run directory: ") for line in capsys.readouterr().out.splitlines() if "run d" in line}
+    assert len(folders) == 3 and all((tmp_path / folder / "summary.json").exists() for folder in folders)
+    assert {Path(folder).name[:23] for folder in folders} == {f"digits-supervised-seed{seed}" for seed in (0, 3, 4)}
 
 
 def test_a_preset_is_overridden_field_by_field():

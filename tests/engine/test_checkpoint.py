@@ -35,7 +35,7 @@ def test_newest_checkpoint_is_loaded_and_old_ones_are_removed(tmp_path):
     torch.testing.assert_close(loaded["weights"], state(1_000_000_000)["weights"])
 
 
-@pytest.mark.parametrize("keep_bytes", [0, 10, 300, 2000])  # torch raises another error for each
+@pytest.mark.parametrize("keep_bytes", [0, 10, 2000, 5000])  # torch raises another error for each
 def test_truncated_checkpoint_is_refused_by_name_and_the_previous_one_used(tmp_path, keep_bytes):
     save_checkpoint(tmp_path, 1, state(1), keep=2)
     newest = save_checkpoint(tmp_path, 2, state(2), keep=2)
