@@ -111,7 +111,8 @@ class Config:
     """Class order of an image folder (class 0 is the head); default: classes.txt in the folder, else sorted names."""
     images: Literal["memory", "mapped"] = "memory"
     """memory: all images decoded in memory, resident on the device. mapped (dataset folder with an image size): decoded
-    once into a file in --data-dir/.bacon_fast, 3 bytes a pixel, from which each step's images are sent."""
+    once into a file in --data-dir/.bacon_fast, 3 bytes a pixel, from which each step's images are sent. Files there of
+    another size or of images that have changed since may be deleted."""
     protocol: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(PROTOCOLS) + "}")] = "digits"
     """Long-tailed split by name; the five fields below override single values of it."""
     labeled_head: int | None = None
