@@ -50,7 +50,7 @@ FAMILY_DEFAULTS = {
 }
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 
-BACKBONE_FORMS = "wrn-DEPTH-WIDTH, resnet18 or resnet50"
+BACKBONE_FORMS = "wrn-DEPTH-WIDTH, wrn-DEPTH-WIDTH-usb, resnet18 or resnet50"
 
 # Fields that say where a run happens and how it talks, not what it computes: a resumed run may change them.
 RESUME_MAY_CHANGE = frozenset(
@@ -130,7 +130,9 @@ class Config:
 
     # --- model -----------------------------------------------------------------------------------------------------
     backbone: str = "wrn-28-2"
-    """wrn-DEPTH-WIDTH (depth 6n+4, or 8n+5 for 96x96 pixels), resnet18 or resnet50."""
+    """wrn-DEPTH-WIDTH (depth 6n+4, or 8n+5 for 96x96 pixels), resnet18 or resnet50. wrn-DEPTH-WIDTH-usb: as in the code
+    of USB and BaCon, where the first block of each group but the first reads its input without BatchNorm and LeakyReLU.
+    """
     bn_momentum: float = 0.001
     """Weight of the newest batch in BatchNorm's running statistics (methods.md 0.3)."""
 
@@ -347,7 +349,7 @@ class Config:
         _require(self.proj_layers in (None, 0, 1, 2), "proj_layers", "0, 1 or 2", self.proj_layers)
         _require(0 <= self.sscl_momentum <= 1, "sscl_momentum", "a number between 0 and 1", self.sscl_momentum)
         _require(0 <= self.seed < 2**64, "seed", "an integer in 0..2^64-1", self.seed)
-        backbones = r"wrn-\d+-\d+|resnet18|resnet50"
+        backbones = r"wrn-\d+-\d+(-usb)?|resnet18|resnet50"
         _require(bool(re.fullmatch(backbones, self.backbone)), "backbone", BACKBONE_FORMS, self.backbone)
         if self.backbone.startswith("wrn"):
             depth = int(self.backbone.split("-")[1])

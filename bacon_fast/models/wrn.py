@@ -21,12 +21,13 @@ class BasicBlock(nn.Module):
     """Pre-activation block: BN, LeakyReLU, 3x3 convolution, twice, added to the input.
 
     Where the width changes, the 1x1 shortcut convolution reads the activated input, elsewhere the raw input passes.
-    The sum at the end of a block is left to the BN that reads it: between blocks travel its two terms.
+    The sum at the end of a block is left to the BN that reads it: between blocks travel its two terms. Without
+    ``activated``, the block has no first BN and LeakyReLU: convolution and shortcut read the raw input.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int):
+    def __init__(self, in_channels: int, out_channels: int, stride: int, activated: bool = True):
         super().__init__()
-        self.bn1 = _norm(in_channels, BN_EPS_BLOCK)
+        self.bn1 = _norm(in_channels, BN_EPS_BLOCK) if activated else None
         self.conv1 = Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
         self.bn2 = _norm(out_channels, BN_EPS_BLOCK)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
@@ -36,7 +37,11 @@ class BasicBlock(nn.Module):
 
     def forward(self, terms: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
         """(x, residual) with the input x + residual, or x -> (y, residual) with the output y + residual."""
-        activated, x = self.bn1(*terms)
+        if self.bn1 is None:
+            x, residual = terms
+            activated = x = x if residual is None else x + residual
+        else:
+            activated, x = self.bn1(*terms)
         hidden, _ = self.bn2(self.conv1(activated))
         return self.conv2(hidden), x if self.shortcut is None else self.shortcut(activated)
 
@@ -48,9 +53,12 @@ class WideResNet(nn.Module):
     64·width channels with strides 1, 2, 2. A depth of 8n+5 is the literature's variant for 96x96 (STL-10): a fourth
     group at 128·width channels, and stride 2 in all four. num_features is the last number of channels. Any input size
     works. There is no classifier: heads live outside (models.heads).
+
+    ``usb``: as USB 0.3.2 has it, and with it BaCon's code and most of the field's published numbers. In the first block
+    of every group but the first, convolution and shortcut read the raw input; its BN and LeakyReLU have no effect.
     """
 
-    def __init__(self, depth: int, width: int, in_channels: int = 3):
+    def __init__(self, depth: int, width: int, in_channels: int = 3, *, usb: bool = False):
         super().__init__()
         if depth < 10 or (depth % 6 != 4 and depth % 8 != 5):
             raise ValueError(
@@ -65,7 +73,7 @@ class WideResNet(nn.Module):
         groups, channels = [], 16
         for group, stride in enumerate(strides):
             out_channels = 2 ** (4 + group) * width
-            layers = [BasicBlock(channels, out_channels, stride)]
+            layers = [BasicBlock(channels, out_channels, stride, activated=group == 0 or not usb)]
             layers += [BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)]
             groups.append(nn.Sequential(*layers))
             channels = out_channels
@@ -81,6 +89,6 @@ class WideResNet(nn.Module):
         return torch.mean(features, dim=(2, 3))
 
 
-def wrn(depth: int, width: int, in_channels: int = 3) -> WideResNet:
+def wrn(depth: int, width: int, in_channels: int = 3, *, usb: bool = False) -> WideResNet:
     """Wide residual network backbone; ``wrn(28, 2)`` is WRN-28-2. See `WideResNet` for the contract."""
-    return WideResNet(depth, width, in_channels)
+    return WideResNet(depth, width, in_channels, usb=usb)

@@ -145,8 +145,9 @@ def describe_run(result: Result) -> str:
     parts = [result.cell.protocol or f"{config.protocol}, changed", steps, f"{config.lr_schedule} rate"]
     if config.method != "supervised":
         parts.append(f"mu {config.unlabeled_ratio}")
-    changes = result.cell.row.changes(result.cell.column)
-    shown = {name: getattr(config, name) for name in changes if name not in ("lr_schedule", "unlabeled_ratio")}
+    changes = {**result.cell.column.overrides, **result.cell.row.changes(result.cell.column)}
+    told = ("protocol", "lr_schedule", "unlabeled_ratio")
+    shown = {name: getattr(config, name) for name in changes if name not in told}
     parts += [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()]
     return "; ".join(parts)
 

@@ -28,10 +28,32 @@ from semilearn.lighting import get_config
 
 from bacon_fast.integrations import usb
 from bacon_fast.integrations.usb.__main__ import main
+from bacon_fast.models import build_backbone
 
 K, LABELED, UNLABELED = 10, 60, 90
 # A run in which no step of a test is one of evaluation or logging.
 LONG = {"num_train_iter": 1000, "num_eval_iter": 1000, "num_log_iter": 1000}
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("wrn-28-2-usb", "wrn_28_2"), ("wrn-37-2-usb", "wrn_var_37_2")])
+def test_backbone_is_usbs(name, theirs):
+    torch.manual_seed(0)
+    ours, original = build_backbone(name).double(), getattr(semilearn.nets, theirs)(num_classes=K).double()
+    # Both list their layers in order of depth; USB's has norms without effect, which we leave out.
+    layers = [[m for m in net.modules() if isinstance(m, nn.Conv2d)] for net in (ours, original)]
+    idle = {m.bn1 for m in original.modules() if hasattr(m, "equalInOut") and not m.equalInOut}
+    first = next(m for m in original.modules() if hasattr(m, "equalInOut")).bn1
+    norms = [
+        [m for m in ours.modules() if isinstance(m, nn.BatchNorm2d)],
+        [m for m in original.modules() if isinstance(m, nn.BatchNorm2d) and (m is first or m not in idle)],
+    ]
+    for mine, other in (layers, norms):
+        assert len(mine) == len(other)
+        for a, b in zip(mine, other):
+            assert getattr(a, "eps", None) == getattr(b, "eps", None)
+            a.load_state_dict(b.state_dict())
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(ours(images), original(images, only_feat=True), rtol=1e-10, atol=1e-12)
 
 
 class TinyNet(nn.Module):

@@ -70,8 +70,9 @@ def test_wrn_convolutions_are_kaiming_normal_over_the_outputs():
             assert abs(module.weight.mean().item()) < 4 * expected / math.sqrt(module.weight.numel())
 
 
-def wrn_from_its_definition(state, images, blocks, strides, training):
-    """Pre-activation wide residual network, straight from a state dict; batch statistics when ``training``."""
+def wrn_from_its_definition(state, images, blocks, strides, training, usb=False):
+    """Pre-activation wide residual network, straight from a state dict; batch statistics when ``training``. ``usb``:
+    the input of the first block of every group but the first is not activated."""
 
     def norm(x, name, eps):
         mean, var = state[f"{name}.running_mean"].clone(), state[f"{name}.running_var"].clone()
@@ -84,7 +85,7 @@ def wrn_from_its_definition(state, images, blocks, strides, training):
     for group, stride in enumerate(strides):
         for block in range(blocks):
             name, step = f"groups.{group}.{block}", stride if block == 0 else 1
-            pre = act(norm(x, f"{name}.bn1", 1e-5))
+            pre = x if usb and group > 0 and block == 0 else act(norm(x, f"{name}.bn1", 1e-5))
             out = F.conv2d(pre, state[f"{name}.conv1.weight"], stride=step, padding=1)
             out = F.conv2d(act(norm(out, f"{name}.bn2", 1e-5)), state[f"{name}.conv2.weight"], padding=1)
             shortcut = state.get(f"{name}.shortcut.weight")
@@ -94,10 +95,11 @@ def wrn_from_its_definition(state, images, blocks, strides, training):
 
 @pytest.mark.parametrize("size", [16, 17, 32, 96])
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("usb", [False, True])
 @pytest.mark.parametrize("depth, blocks, strides", [(16, 2, (1, 2, 2)), (21, 2, (2, 2, 2, 2))])
-def test_wrn_forward(depth, blocks, strides, size, training):
+def test_wrn_forward(depth, blocks, strides, usb, size, training):
     torch.manual_seed(size)
-    backbone = wrn(depth, 1).double().train(training)
+    backbone = build_backbone(f"wrn-{depth}-1" + "-usb" * usb).double().train(training)
     for name, buffer in backbone.named_buffers():
         if buffer.is_floating_point():
             buffer.copy_(torch.rand_like(buffer) + (0.5 if "var" in name else -0.5))
@@ -106,7 +108,7 @@ def test_wrn_forward(depth, blocks, strides, size, training):
             nn.init.normal_(module.weight, 1, 0.2), nn.init.normal_(module.bias)
     images = torch.randn(3, 3, size, size, dtype=torch.float64)
     state = {k: v.clone() for k, v in backbone.state_dict().items()}
-    expected = wrn_from_its_definition(state, images, blocks, strides, training)
+    expected = wrn_from_its_definition(state, images, blocks, strides, training, usb)
     assert expected.shape == (3, 16 * 2 ** (len(strides) - 1))
     torch.testing.assert_close(backbone(images), expected, rtol=1e-12, atol=1e-12)
 

@@ -101,6 +101,7 @@ def test_recipes_of_the_published_tables():
         configs = {(c.column.name, c.row.name): c.runs[0].config for c in cells_of(table) if c.runs}
         assert {config.steps for config in configs.values()} == {steps}
         for (column, row), config in configs.items():
+            assert config.backbone == "wrn-28-2-usb"
             mu = 7 if column in wide_rows.get(row, ()) else 1 if row.startswith("remixmatch") else 2
             assert config.unlabeled_ratio == mu, (table, column, row)
             assert config.lr_schedule == ("cosine" if row in ("fixmatch", "remixmatch") else "constant")

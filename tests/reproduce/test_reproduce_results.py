@@ -122,8 +122,10 @@ def test_every_row_says_how_it_came_about(filled):
     text = markdown(table, collect(cells, []), options, "the command")
     rows = sections(text)
     first = {row["method"]: row for row in rows["bacon-cifar10"]}
-    assert first["fixmatch"]["run"] == "bacon-cifar10-100; 300,000 steps; cosine rate; mu 2"
-    assert first["fixmatch+abc"]["run"] == "bacon-cifar10-100; 300,000 steps; constant rate; mu 2"
+    assert first["fixmatch"]["run"] == "bacon-cifar10-100; 300,000 steps; cosine rate; mu 2; backbone wrn-28-2-usb"
+    assert (
+        first["fixmatch+abc"]["run"] == "bacon-cifar10-100; 300,000 steps; constant rate; mu 2; backbone wrn-28-2-usb"
+    )
     assert first["fixmatch"]["seeds"] == "3" and first["fixmatch+abc"]["seeds"] == "2 of 3"
     assert first["fixmatch"]["published bACC"] == "75.66"
     wanted = "300,000 steps; cosine rate; best, chosen on the test set; seeds and ± not stated"
