@@ -19,6 +19,7 @@ from bacon_fast.engine import distributed
 from bacon_fast.engine.build import resolve_device
 from bacon_fast.engine.checkpoint import CheckpointError
 from bacon_fast.engine.config import Config
+from bacon_fast.engine.memory import is_out_of_memory
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.engine.run_report import write_run_report
 from bacon_fast.engine.several import fit_together
@@ -26,6 +27,11 @@ from bacon_fast.engine.trainer import DivergedError, StoppedError, Trainer
 
 # What a user can cause. Anything else is a defect of ours and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, CheckpointError, DivergedError, distributed.LostProcessError)
+
+SAVING_MEMORY = (
+    "Training needs less with a smaller --batch-size, --image-size, --backbone or --proj-dim; a folder of images needs "
+    "less with --images mapped"
+)
 
 # The ways papers read a run's accuracy off its evaluations.
 READINGS = {
@@ -202,10 +208,12 @@ def with_clear_errors(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say to it
         sys.exit(141)
-    except USER_ERRORS as error:
-        if os.environ.get("BACON_FAST_TRACEBACK"):
+    except Exception as error:
+        out_of_memory = is_out_of_memory(error)
+        if os.environ.get("BACON_FAST_TRACEBACK") or not (out_of_memory or isinstance(error, USER_ERRORS)):
             raise
-        _exit(f"error: {error}", 2)
+        message = f"out of memory: {(str(error).splitlines() or ['no detail'])[0]}\n{SAVING_MEMORY}"
+        _exit(f"error: {message if out_of_memory else error}", 2)
 
 
 def _exit(message: str, status: int) -> NoReturn:

@@ -30,7 +30,10 @@ class Arguments:
 
 
 def evaluate(arguments: Arguments) -> dict:
-    """Metrics of `compute_metrics`, calibration and spread, "step" and the confusion matrix (rows = truth)."""
+    """Metrics of `compute_metrics`, calibration and spread, "step" and the confusion matrix (rows = truth).
+
+    Raises ValueError when `data_dir` holds other classes, or images of another size, than the run was trained on.
+    """
     use_threads(0)
     run = open_run(arguments.run, arguments.device)
     config = run.config
@@ -39,6 +42,9 @@ def evaluate(arguments: Arguments) -> dict:
     dataset = build_dataset(config)
     if tuple(dataset.class_names) != run.class_names:
         raise ValueError(f"data_dir: expected the classes {run.class_names}, found {tuple(dataset.class_names)}")
+    if (size := tuple(dataset.test_images.shape[1:3])) != run.image_size:
+        expected, found = (f"{height} x {width}" for height, width in (run.image_size, size))
+        raise ValueError(f"data_dir: expected images of {expected} pixels, as the run was trained on, found {found}")
     evaluation = evaluate_network(run.network, run.normalize, dataset, run.device)
     counts = Split.load(run.directory / "split.json").labeled_counts
     return {

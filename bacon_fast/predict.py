@@ -30,7 +30,12 @@ class Arguments:
 
 
 def predictions(arguments: Arguments) -> Iterator[dict]:
-    """One dict a file, in order: {"file", "class", "probability"}, or {"file", "error"} for one that cannot be read."""
+    """One dict a file, in order: {"file", "class", "probability"}, or {"file", "error"} for one that cannot be read.
+
+    Raises ValueError when there is no file.
+    """
+    if not arguments.files:
+        raise ValueError("files: expected at least one image file, found none")
     use_threads(0)
     run = open_run(arguments.run, arguments.device)
     for start in range(0, len(arguments.files), EVALUATION_BATCH):

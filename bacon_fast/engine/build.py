@@ -75,8 +75,18 @@ def check_backend(config: Config, device: torch.device) -> None:
             raise ValueError(f"loss_backend: {error}") from error
 
 
+# More only wait for each other, and where the system refuses to start so many, OpenMP ends the process.
+MAX_THREADS_PER_CORE = 4
+
+
 def use_threads(threads: int) -> None:
-    """Sets torch's CPU threads; 0 means the cores this process may run on, shared by torchrun's processes."""
+    """Sets torch's CPU threads; 0 means the cores this process may run on, shared by torchrun's processes.
+
+    Raises ValueError above MAX_THREADS_PER_CORE for each core of the machine.
+    """
+    most = MAX_THREADS_PER_CORE * (os.cpu_count() or 1)
+    if threads > most:
+        raise ValueError(f"threads: expected at most {most} on this machine of {os.cpu_count()} cores, found {threads}")
     launch = Launch.from_environment()
     processes = 1 if launch is None else launch.local_world_size
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // processes))
@@ -101,7 +111,10 @@ def build_dataset(config: Config) -> ImageDataset:
 
 
 def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Split:
-    """The split in the file `saved`, else the one of --split, else one drawn by protocol, overrides and seed."""
+    """The split in the file `saved`, else the one of --split, else one drawn by protocol, overrides and seed.
+
+    Raises ValueError when `saved` and --split are not the same split.
+    """
     file = saved or config.split
     if file is not None:
         overrides = split_overrides(config)
@@ -109,6 +122,8 @@ def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Sp
             raise ValueError(f"split: expected no {', '.join(overrides)} beside --split, which fixes the split already")
         split = Split.load(file)
         split.verify(dataset)
+        if config.split is not None and (other := Split.load(config.split)).hash != split.hash:
+            raise ValueError(f"split: expected the run's own, {file} of hash {split.hash}, found hash {other.hash}")
         return split
     protocol, overrides = PROTOCOLS[config.protocol], split_overrides(config)
     if overrides:

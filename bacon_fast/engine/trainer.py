@@ -115,8 +115,9 @@ class Trainer:
 
     def _open(self, dataset: ImageDataset | None, progress: Progress | None, name: str) -> None:
         """Builds or restores the run, and its files on rank 0."""
-        config, saved = self.config, self._saved_state()
+        config = self.config
         build.use_threads(config.threads)
+        saved = self._saved_state()
         torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
         torch.set_float32_matmul_precision("highest")  # the losses' similarities are products of matrices
         torch.backends.cudnn.benchmark = self.device.type == "cuda"  # shapes never change: time each convolution once
@@ -398,10 +399,12 @@ class Trainer:
         parameters_finite = bool(torch.stack(largest).isfinite().all())
         (diverged,) = distributed.maxima(int(not math.isfinite(means["loss/total"]) or not parameters_finite))
         if diverged:
+            saved = list_checkpoints(self.run_dir / "checkpoints")
             raise DivergedError(
                 f"at step {self.step} the losses are {means}, and the parameters are "
                 f"{'finite' if parameters_finite else 'not finite'}. "
-                "The last checkpoint is from before; try a smaller --lr, or --precision fp32"
+                f"{f'{saved[-1]} is from before' if saved else 'No checkpoint was saved before'}; "
+                "try a smaller --lr, or --precision fp32, in a new run directory"
             )
         known, right = means.pop("stats/pseudo_known", 0.0), means.pop("stats/pseudo_correct", 0.0)
         if known:

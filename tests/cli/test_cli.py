@@ -7,12 +7,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from bacon_fast.cli import parse, parse_runs, run_directories, train
+from bacon_fast import predict
+from bacon_fast.cli import parse, parse_runs, run_directories, train, with_clear_errors
 from bacon_fast.engine.presets import PRESETS
+from bacon_fast.evaluate import Arguments, evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -109,6 +113,9 @@ def test_every_preset_parses_and_survives_json(name):
         (["digits", "--precision", "tf32", "--device", "cpu"], "tf32"),
         (["bacon-cifar10"], "data_dir"),
         (["bacon-cifar10", "--data-dir", "missing"], "--download"),
+        (["digits", "--threads", "100000"], "threads: expected at most"),
+        (["digits", "--backbone", f"wrn-10-{10**11}"], "error: out of memory: "),
+        (["digits", "--proj-dim", str(10**15)], "--batch-size, --image-size"),
         (["digits", "--split", "missing.json"], "missing.json"),
         (["digits", "--split", "/tmp"], "/tmp"),
     ],
@@ -199,3 +206,51 @@ def test_evaluate_and_predict_say_what_is_missing(tmp_path):
         words = ["-m", f"bacon_fast.{module}", str(tmp_path / "none"), *(["x.png"] if module == "predict" else [])]
         result = call(*words)
         assert result.returncode == 2 and "Traceback" not in result.stderr and "none" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (MemoryError(), 2),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), 2),
+        (torch.AcceleratorError("CUDA error: out of memory"), 2),
+        (RuntimeError("shapes do not fit"), None),
+    ],
+)
+def test_exhausted_memory_comes_with_advice_and_no_traceback(error, status, capsys):
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(RuntimeError if status is None else SystemExit) as stop:
+        with_clear_errors(fail)
+    if status is not None:
+        assert stop.value.code == status
+        message = capsys.readouterr().err
+        assert message.startswith("error: out of memory: ") and "smaller --batch-size" in message
+        assert (str(error) or "no detail") in message
+
+
+def test_predict_needs_a_file(tmp_path):
+    with pytest.raises(ValueError, match="files: expected at least one"):
+        next(predict.predictions(predict.Arguments(tmp_path, ())))
+
+
+def test_evaluate_refuses_images_of_another_size(tmp_path):
+    generator = np.random.default_rng(0)
+
+    def write(side: int) -> Path:
+        def images(n: int) -> np.ndarray:
+            return generator.integers(0, 255, (n, side, side, 3), dtype=np.uint8)
+
+        labels = {"train_labels": np.arange(12) % 3, "test_labels": np.arange(6) % 3}
+        file = tmp_path / f"{side}.npz"
+        np.savez(file, train_images=images(12), test_images=images(6), class_names=list("abc"), **labels)
+        return file
+
+    small, large = write(8), write(16)
+    words = ["digits", "--dataset", "arrays", "--protocol", "as-is", "--data-dir", str(small), "--method", "supervised"]
+    words += ["--steps", "1", "--batch-size", "4", "--threads", "1", "--no-report", "--run-dir", str(tmp_path / "run")]
+    train(words)
+    assert evaluate(Arguments(tmp_path / "run"))["num_images"] == 6
+    with pytest.raises(ValueError, match=r"data_dir: expected images of 8 x 8 pixels, .*, found 16 x 16"):
+        evaluate(Arguments(tmp_path / "run", data_dir=large))

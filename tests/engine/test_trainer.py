@@ -252,13 +252,39 @@ def test_split_can_be_given_back(tmp_path):
     assert other.split.hash != first.split.hash
 
 
+def test_a_resumed_run_refuses_another_split(tmp_path):
+    for seed in (0, 5):
+        Trainer(tiny(tmp_path / str(seed), steps=1, seed=seed)).fit()
+    own, other = (tmp_path / str(seed) / "split.json" for seed in (0, 5))
+    with pytest.raises(ValueError, match=r"split: expected the run's own, .*, found hash "):
+        Trainer(tiny(tmp_path / "0", steps=1, resume=True, split=other))
+    (tmp_path / "moved.json").write_text(own.read_text())
+    Trainer(tiny(tmp_path / "0", steps=1, resume=True, split=tmp_path / "moved.json")).fit()
+
+
+def test_more_threads_than_the_machine_can_use_are_refused(tmp_path):
+    most = 4 * os.cpu_count()
+    with pytest.raises(ValueError, match=f"threads: expected at most {most} .*, found {most + 1}"):
+        Trainer(tiny(tmp_path / "run", threads=most + 1))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_diverging_run_stops_with_advice_and_leaves_only_finite_checkpoints(tmp_path):
     trainer = Trainer(tiny(tmp_path / "run", lr=1e25, method="supervised", checkpoint_every=1))
-    with pytest.raises(DivergedError, match="smaller --lr"):
+    with pytest.raises(DivergedError, match=r"try a smaller --lr.* in a new run directory") as stop:
         trainer.fit()
+    newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert f"{newest} is from before" in str(stop.value)
     for path in list_checkpoints(tmp_path / "run" / "checkpoints"):
         weights = torch.load(path, weights_only=True)["method"]
         assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_a_run_that_diverges_at_once_promises_no_checkpoint(tmp_path):
+    trainer = Trainer(tiny(tmp_path / "run", lr=1e30, steps=4, method="supervised"))
+    with pytest.raises(DivergedError, match="No checkpoint was saved before; try a smaller --lr"):
+        trainer.fit()
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
