@@ -128,7 +128,8 @@ class Trainer:
             dataset = distributed.leader_first(load_dataset) if writes_files else load_dataset()
         self.dataset = dataset
         split_file = self.run_dir / "split.json"
-        self.split = build.build_split(config, self.dataset, split_file if saved and split_file.exists() else None)
+        own_split = config.resume and split_file.exists()  # also of a run that has no checkpoint yet
+        self.split = build.build_split(config, self.dataset, split_file if own_split else None)
         distributed.require_equal({"split": self.split.hash})
         self._build()
         self.step, self.generation, self.train_seconds = 0, 0, 0.0

@@ -168,6 +168,15 @@ def test_run_without_a_checkpoint_restarts_only_under_its_own_configuration(tmp_
     assert json.loads((tmp_path / "run" / "split.json").read_text())["hash"] == again.split.hash
 
 
+def test_run_without_a_checkpoint_restarts_on_the_split_it_was_given(tmp_path):
+    Trainer(tiny(tmp_path / "other", seed=5)).logger.close()
+    first = Trainer(tiny(tmp_path / "run", split=tmp_path / "other" / "split.json"))
+    first.logger.close()
+    again = Trainer(tiny(tmp_path / "run", resume=True))
+    again.logger.close()
+    assert again.split.hash == first.split.hash
+
+
 def test_leftovers_of_a_crash_are_cleared_on_resume(tmp_path):
     Trainer(tiny(tmp_path / "run")).fit()
     folder = tmp_path / "run" / "checkpoints"
