@@ -60,6 +60,7 @@ def philox(seed: int, step: int | Tensor, view: int, slot: Tensor, words: int) -
         TypeError, ValueError: an argument that is not as described.
     """
     check_seed(seed)
+    view = int(view)  # torch.compile does not compare members of an enumeration
     if not 0 <= view <= MASK:
         raise ValueError(f"view: expected an integer in [0, 2^32), found {view}")
     if slot.dtype != torch.int64 or slot.dim() != 1:
@@ -68,7 +69,7 @@ def philox(seed: int, step: int | Tensor, view: int, slot: Tensor, words: int) -
         raise ValueError(f"words: expected at least 1, found {words}")
     step = as_step_tensor(step, slot.device)
     blocks = torch.arange((words + 3) // 4, device=slot.device)
-    counter = (slot[:, None] & MASK, step & MASK, torch.full_like(blocks, int(view)), blocks)
+    counter = (slot[:, None] & MASK, step & MASK, torch.full_like(blocks, view), blocks)
     return philox4x32(counter, (seed & MASK, seed >> 32)).flatten(1)[:, :words]
 
 

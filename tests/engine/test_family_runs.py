@@ -67,7 +67,7 @@ def test_prototypes_and_projector_are_averaged_and_evaluated(tmp_path):
     assert average.predict(images)[1].argmax(1).tolist() == nearest.tolist()
 
 
-@pytest.mark.parametrize("method", ["remixmatch+abc+bacon", "ssc"])
+@pytest.mark.parametrize("method", ["remixmatch+abc+bacon", "ssc", "sscl"])
 def test_half_precision_steps_follow_full_precision(tmp_path, method):
     losses = {}
     for precision in ("fp32", "bf16"):

@@ -104,6 +104,25 @@ def test_ssc_s_presets(dataset, classes, per_class):
     assert len(split.unlabeled) == images.pool_size
 
 
+@pytest.mark.parametrize(
+    ("preset", "lambdas", "queue", "threshold", "gamma", "recipe"),
+    [
+        ("sscl-cifar10", (1, 1), 4096, 0.95, 5, ("wrn-28-2", 64, 0.03, 5e-4, "cosine", 64)),
+        ("sscl-imagenet-1pct", (10, 5), 65_536, 0.6, 10, ("resnet50", 128, 0.4, 1e-4, "cosine_to_zero", 256)),
+        ("sscl-imagenet-10pct", (5, 10), 65_536, 0.6, 10, ("resnet50", 128, 0.4, 1e-4, "cosine_to_zero", 256)),
+    ],
+)
+def test_sscl_s_presets(preset, lambdas, queue, threshold, gamma, recipe):
+    """methods.md F.5; D=128 on ImageNet is MoCo v2's."""
+    config = PRESETS[preset].config.resolved()
+    assert (config.lambda_con, config.lambda_u) == lambdas
+    assert (config.sscl_queue, config.threshold, config.sscl_gamma) == (queue, threshold, gamma)
+    found = config.backbone, config.proj_dim, config.lr, config.weight_decay, config.lr_schedule, config.batch_size
+    assert found == recipe
+    assert (config.method, config.unlabeled_ratio, config.sscl_margin, config.sscl_form) == ("sscl", 4, -0.25, "prod")
+    assert (config.epochs, config.sscl_refresh_epochs, config.optimizer) == (200, 5, "sgd")
+
+
 @pytest.mark.parametrize("preset", [*TABLE, "bacon-cifar100"])
 def test_every_row_takes_every_method_by_its_name(preset):
     steps = 300_000 if preset.startswith("bacon") else 262_144

@@ -227,11 +227,13 @@ def test_the_step_is_static():
 
 
 @pytest.mark.slow
-def test_compiled_gradients_and_state_are_those_of_the_eager_step():
-    """Backward must see the queue and the labeled keys of before the step, whatever the compiler recomputes."""
+@pytest.mark.parametrize("soft", [False, True])
+def test_compiled_gradients_and_state_are_those_of_the_eager_step(soft):
+    """Backward must see the queue and the labeled keys of before the step, and with soft targets the calibration's
+    history of after its update, whatever the compiler recomputes."""
     runs = []
     for compiled in (False, True):
-        method = build(mask_queue=True)
+        method = build(mask_queue=True, soft=soft)
         known_state(method)
         call = torch.compile(method, backend="aot_eager_decomp_partition") if compiled else method
         records = []
@@ -246,6 +248,27 @@ def test_compiled_gradients_and_state_are_those_of_the_eager_step():
             records.append((output.total.detach(), gradients))
         runs.append((records, method.state_dict()))
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-3, atol=1e-5)
+
+
+def test_under_several_ranks_keys_are_encoded_in_a_drawn_order_and_come_back(monkeypatch):
+    """MoCo's shuffled BatchNorm; here the rows of all ranks stay in one process."""
+    method, seen = build(), []
+    images = torch.randn(B + U, 3, SIDE, SIDE).to(memory_format=torch.channels_last)
+    expected = method.key_encoder(images)
+    encode = method.key_encoder.forward
+    monkeypatch.setattr(method.key_encoder, "forward", lambda rows: seen.append(rows) or encode(rows))
+    monkeypatch.setattr("bacon_fast.methods.sscl.num_ranks", lambda: 2)
+    monkeypatch.setattr("bacon_fast.methods.sscl.gather_views", lambda rows, *sizes: rows.contiguous())
+    monkeypatch.setattr("bacon_fast.methods.sscl.own_views", lambda rows, *sizes: rows)
+    orders = set()
+    for step in range(3):
+        found = method._encode(images, (B, U), torch.tensor(step))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # of one batch, in whatever order
+        rows = seen.pop()
+        assert rows.is_contiguous(memory_format=torch.channels_last)
+        orders.add(tuple(next(i for i in range(B + U) if torch.equal(row, images[i])) for row in rows))
+    assert all(sorted(order) == list(range(B + U)) for order in orders)
+    assert len(orders) == 3 and tuple(range(B + U)) not in orders
 
 
 def test_only_queries_and_classifier_are_trained():
