@@ -11,9 +11,11 @@ from torch import Tensor
 
 from . import ops
 from .checks import check_choice, check_devices, check_kind, check_number, check_shape
+from .reference.values import check_values
 
 REDUCTIONS = ("mean", "none")
 SUP_CON_REDUCTIONS = ("wmean", "pml", "none")
+LARGEST_LABEL = 2**31 - 1  # the kernels compare 32-bit integers
 
 
 def _per_row(rows: Tensor, value: float) -> Tensor:
@@ -88,6 +90,7 @@ def sup_con_loss(
     check_kind("features", features, "float")
     check_shape("labels", labels, features.shape[0])
     check_kind("labels", labels, "int64")
+    check_values("labels", labels, "values in 0..2^31-1", 0, LARGEST_LABEL)
     if prototypes is not None:
         check_shape("prototypes", prototypes, "K", features.shape[1])
         check_kind("prototypes", prototypes, "float")
@@ -242,7 +245,7 @@ def sscl_loss(
         margin: added to the negatives' similarities; negative relaxes.
         form: "prod" or "sum".
         query_classes, queue_classes: [R] and [C] int64 in 0..2^31-1: a queue entry of the query's class is no
-            negative. None, as in the paper: all entries are.
+            negative; -1 is nobody's class. None, as in the paper: all entries are.
         reduction: "mean" or "none".
         backend: None for the best one, "reference", "cpp" or "triton".
 
@@ -272,6 +275,8 @@ def sscl_loss(
         check_shape("queue_classes", queue_classes, queue.shape[0])
         check_kind("query_classes", query_classes, "int64")
         check_kind("queue_classes", queue_classes, "int64")
+        check_values("query_classes", query_classes, "values in 0..2^31-1", 0, LARGEST_LABEL)
+        check_values("queue_classes", queue_classes, "values in -1..2^31-1", -1, LARGEST_LABEL)
     check_devices(
         "queries",
         queries,

@@ -416,7 +416,17 @@ def test_class_centers(generator):
         (lambda x, y: info_nce(x, x, reduction="sum"), ValueError, "reduction: expected one of mean, none"),
         (lambda x, y: sscl_loss(x, x, x), ValueError, r"keys: expected shape \[4, P, 6\], found \[4, 6\]"),
         (lambda x, y: sscl_loss(x, x[:, None], x, form="mean"), ValueError, "form: expected one of prod, sum"),
+        (lambda x, y: sup_con_loss(x, y - 9), ValueError, r"labels: expected values in 0\.\.2\^31-1, found -"),
+        (lambda x, y: sup_con_loss(x, y + 2**31), ValueError, r"labels: expected values in 0\.\.2\^31-1, found 214"),
         (lambda x, y: sscl_loss(x, x[:, None], x, query_classes=y), ValueError, "expected both or neither"),
+        (
+            lambda x, y: sscl_loss(x, x[:, None], x, query_classes=y - 9, queue_classes=y),
+            ValueError, r"query_classes: expected values in 0\.\.2\^31-1, found -",
+        ),
+        (
+            lambda x, y: sscl_loss(x, x[:, None], x, query_classes=y, queue_classes=y - 9),
+            ValueError, r"queue_classes: expected values in -1\.\.2\^31-1, found -",
+        ),
         (lambda x, y: sscl_loss(x, x[:, None], x, key_mask=x[:, :1]), TypeError, "key_mask: expected dtype bool"),
         (lambda x, y: sscl_loss(x, x[:, None], x, gamma=math.nan), ValueError, "gamma: expected a number > 0"),
         (lambda x, y: class_centers(x, y, 0), ValueError, "num_classes: expected a positive integer, found 0"),
