@@ -84,10 +84,12 @@ def _watch(warmup: int, steps: int, measure: AbstractContextManager):
 
 def build(problem: Problem, scratch: Path):
     """USB's FixMatch with ABC, as its builders compose it from a configuration."""
-    from semilearn.core.utils import ALGORITHMS, IMB_ALGORITHMS, get_net_builder
+    from semilearn.algorithms.fixmatch import FixMatch
+    from semilearn.core.utils import get_net_builder
     from semilearn.core.utils.misc import send_model_cuda
     from semilearn.datasets.augmentation import RandAugment
     from semilearn.datasets.cv_datasets.datasetbase import BasicDataset
+    from semilearn.imb_algorithms.abc.abc import ABC
     from semilearn.lighting import get_config
 
     recipe, size = problem.config, problem.config.image_size
@@ -139,9 +141,9 @@ def build(problem: Problem, scratch: Path):
 
     random.seed(args.seed)
     np.random.seed(args.seed)
-    bases = (IMB_ALGORITHMS["abc"], ALGORITHMS["fixmatch"])
+    # Its own classes, whatever is registered under their names by now (bacon_fast.integrations.usb).
     with redirect_stdout(StringIO()):
-        algorithm = type("FixMatchABC", bases, {"set_dataset": set_dataset})(
+        algorithm = type("FixMatchABC", (ABC, FixMatch), {"set_dataset": set_dataset})(
             args, get_net_builder(args.net, False), None, None
         )
     algorithm.model = send_model_cuda(args, algorithm.model)
