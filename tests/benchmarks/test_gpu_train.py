@@ -44,7 +44,7 @@ def train(tmp_path):
     python.write_text(PYTHON)
     python.chmod(0o755)
 
-    def call(seconds=60, images="-", size=1000, endless="", code=0, reserve=1):
+    def call(seconds=60, images="-", size=1000, endless="", code=0, reserve=5):
         environment = {"PYTHON": str(python), "CALL": str(tmp_path / "call"), "SIZE": str(size), "ENDLESS": endless}
         environment |= {"CODE": str(code), "TRAIN_RESERVE": str(reserve)}
         arguments = [str(tmp_path / "out"), str(seconds), str(images), str(tmp_path / "state"), "digits", "--jobs", "3"]
@@ -68,7 +68,7 @@ def found(tmp_path: Path) -> list[str]:
 
 
 def test_runs_stop_in_time_and_the_next_call_goes_on(train, tmp_path):
-    done = train(seconds=4, endless="yes")
+    done = train(seconds=9, endless="yes")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "call.ready").exists() and "stopped after" in done.stdout and found(tmp_path) == []
     assert "--jobs 3 --no-calibrate --out" in (tmp_path / "call").read_text()
