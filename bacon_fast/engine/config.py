@@ -130,8 +130,8 @@ class Config:
 
     # --- model -----------------------------------------------------------------------------------------------------
     backbone: str = "wrn-28-2"
-    """wrn-DEPTH-WIDTH (depth 6n+4, or 8n+5 for 96x96 pixels), resnet18 or resnet50. wrn-DEPTH-WIDTH-usb: as in the code
-    of USB and BaCon, where the first block of each group but the first reads its input without BatchNorm and LeakyReLU.
+    """wrn-DEPTH-WIDTH (depth 6n+4, or 8n+5 for 96x96 pixels), resnet18 or resnet50. wrn-DEPTH-WIDTH-usb: as in USB's
+    code, where the first block of each group but the first reads its input without BatchNorm and LeakyReLU.
     """
     bn_momentum: float = 0.001
     """Weight of the newest batch in BatchNorm's running statistics (methods.md 0.3)."""

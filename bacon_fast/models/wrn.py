@@ -54,8 +54,8 @@ class WideResNet(nn.Module):
     group at 128·width channels, and stride 2 in all four. num_features is the last number of channels. Any input size
     works. There is no classifier: heads live outside (models.heads).
 
-    ``usb``: as USB 0.3.2 has it, and with it BaCon's code and most of the field's published numbers. In the first block
-    of every group but the first, convolution and shortcut read the raw input; its BN and LeakyReLU have no effect.
+    ``usb``: as USB 0.3.2 has it, on whose code BaCon's is built. In the first block of every group but the first,
+    convolution and shortcut read the raw input; its BN and LeakyReLU have no effect.
     """
 
     def __init__(self, depth: int, width: int, in_channels: int = 3, *, usb: bool = False):

@@ -147,7 +147,7 @@ def _columns(*presets: str, **overrides) -> tuple[Column, ...]:
     return tuple(Column(preset, overrides) for preset in presets)
 
 
-# The published numbers are of USB's network (models/wrn.py).
+# The published numbers are of USB's code, or of BaCon's, which is built on it: of its network (models/wrn.py).
 _USB_NETWORK = {"backbone": "wrn-28-2-usb"}
 
 
