@@ -1,6 +1,6 @@
 """One step of BaCon for a training batch in two launches: selection, loss with gradient, memory bank, centers.
 
-Formulas: bacon_fast/reference/bacon.py and bank.py (methods E.2 to E.6, J.2). A launch has no barrier across its
+Formulas: bacon_fast/reference/bacon.py and bank.py (methods.md E.2 to E.6, J.2). A launch has no barrier across its
 programs, so the step is cut where every row has to know something about every other one:
 
 1. `_compare_kernel` changes no state. It ranks the logits, compares rows with columns, and leaves what each row has

@@ -1,4 +1,4 @@
-"""Class-balanced accuracies from a confusion matrix, and their history over a run (specification A.3)."""
+"""Class-balanced accuracies from a confusion matrix, and their history over a run (methods.md A.3)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

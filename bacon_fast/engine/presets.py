@@ -95,7 +95,7 @@ def _ssc(dataset: str, labels: int, **changes) -> Config:
 
 
 def _ssc_rows() -> list[tuple[Config, str]]:
-    """4 and 25 labels a class; weight decay 1e-3 on CIFAR-100, WRN-37-2 for STL-10's 96x96 pixels (G.5)."""
+    """4 and 25 labels a class; weight decay 1e-3 on CIFAR-100, WRN-37-2 for STL-10's 96x96 pixels (methods.md G.5)."""
     datasets = {
         "cifar10": (10, {}),
         "cifar100": (100, {"weight_decay": 1e-3}),

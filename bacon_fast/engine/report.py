@@ -60,7 +60,7 @@ class ReportData:
     train_history: Sequence[Mapping[str, Any]] = ()
     """Log rows: "step", "loss/<name>", "stats/<name>" (fractions), "lr", "steps_per_second". Rows may lack keys."""
     temperatures: Sequence[float] | None = None
-    """BaCon's temperature of the positive logit per class [K] (E.3)."""
+    """BaCon's temperature of the positive logit per class [K] (methods.md E.3)."""
     temperature_history: Sequence[Mapping[str, Any]] | None = None
     """Rows {"step": int, "temperatures": [K floats]}."""
     features: np.ndarray | None = None

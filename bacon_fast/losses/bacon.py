@@ -41,7 +41,7 @@ class BaConLoss(nn.Module):
     """Balanced feature-level contrastive loss (BaCon, AAAI 2024, arXiv 2403.12986) on top of backbone features.
 
     One call is one step: it selects samples as classes and counts them, computes the loss with the centers of the step
-    before, then writes the reliable projections into the memory bank and moves the centers (methods E.2).
+    before, then writes the reliable projections into the memory bank and moves the centers (methods.md E.2).
 
     Args:
         in_features: F, width of the backbone's features.
@@ -52,7 +52,8 @@ class BaConLoss(nn.Module):
         temperature, bta, negative_weight, neg_mode, min_temperature: see `functional.bacon_loss`; None takes the
             variant's value.
         top_k: an unlabeled row is no negative of its ``top_k`` likeliest classes; lowered to K-1 where K is small. 1 is
-            the loss without reliable negative selection (E.4): every row predicted as another class is a negative.
+            the loss without reliable negative selection (methods.md E.4): every row predicted as another class is a
+            negative.
         reliable_threshold: rows whose confidence is at least this are reliable: they are the anchors of the loss and
             are written to the bank.
         count_threshold: unlabeled rows whose confidence is at least this are selected as their pseudo-label.

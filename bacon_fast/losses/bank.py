@@ -8,7 +8,7 @@ from ..ops import snapshot
 
 
 class MemoryBank(nn.Module):
-    """Latest reliable feature and selected class of every training sample, with class counts and centers (methods E.1).
+    """Latest reliable feature and selected class of every training sample, class counts and centers (methods.md E.1).
 
     A step calls `select_` before the loss and `write_` after it, so the loss sees the new counts and the old centers.
 

@@ -1,8 +1,8 @@
 """Memory bank and class centers in plain PyTorch, recomputed in full at every call (the native code is incremental).
 
 One slot a training sample. A slot holds the sample's latest reliable feature and the class it was last selected as; the
-center of a class is the mean over its slots that hold a feature (methods E.1, E.6). A batch names slots; where one slot
-comes more than once, its last row wins.
+center of a class is the mean over its slots that hold a feature (methods.md E.1, E.6). A batch names slots; the last
+row wins where one is named twice.
 
 Sums are exact. A feature enters them as a 64-bit fixed-point number, so they depend neither on the order of the writes
 nor on how many there were: 30 bits behind the point, values within ±4096, and room for 2^21 slots in one class.

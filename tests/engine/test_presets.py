@@ -29,7 +29,7 @@ U4000_150 = [4000, 2292, 1313, 752, 431, 247, 141, 81, 46, 26]
 L1500 = [1500, 899, 539, 323, 193, 116, 69, 41, 25, 15]
 U3000 = [3000, 1798, 1078, 646, 387, 232, 139, 83, 50, 30]
 STL10 = 105_000  # the official unlabeled images and all train images
-# The rows of table A.1: labeled list and sum; unlabeled list and sum, or the sum alone where the list is unknown.
+# The table of methods.md A.1: labeled list and sum; unlabeled list and sum, or the sum alone where the list is unknown.
 TABLE = {
     "bacon-cifar10": (L1000, 2478, U4000, 9922),
     "bacon-cifar10-150": (L1000_150, 2329, U4000_150, 9329),

@@ -1,4 +1,4 @@
-"""`functional.bacon_loss` against golden vectors, a loop oracle and gradcheck; every failure mode of methods E.6."""
+"""`functional.bacon_loss` against golden vectors, a loop oracle and gradcheck; every failure mode of methods.md E.6."""
 
 from pathlib import Path
 
@@ -135,7 +135,7 @@ def test_only_the_features_receive_a_gradient():
     assert leaves[1].grad is None and leaves[2].grad is None
 
 
-# ---- methods E.6: what must not break the loss ----
+# ---- methods.md E.6: what must not break the loss ----
 
 
 @pytest.mark.parametrize("neg_mode", MODES)
@@ -306,7 +306,7 @@ def test_upstream_gradient_scales_the_gradient():
 
 
 def test_blog_parameters_are_a_cross_entropy_over_positive_and_negatives():
-    """Methods E.9: sum of the negatives, temperature 0.5, that of a positive never below 0.1."""
+    """The blog variant (methods.md E.9): sum of the negatives, temperature 0.5, that of a positive never below 0.1."""
     features, labels, logits, centers, selected, counts = random_batch(batch=10, unlabeled=30, num_classes=6)
     unit, unit_centers = F.normalize(features), F.normalize(centers)
     tau = (0.5 * (1 - 0.9**2 * (counts / counts.max()).sqrt())).clamp_min(0.1)

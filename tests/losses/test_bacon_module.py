@@ -1,4 +1,4 @@
-"""`losses.BaConLoss`: whole steps against a simulation of methods E.2 to E.6 in plain Python, float64."""
+"""`losses.BaConLoss`: whole steps against a simulation of methods.md E.2 to E.6 in plain Python, float64."""
 
 import bacon_oracle
 import pytest
@@ -30,7 +30,7 @@ def random_steps(num_steps=STEPS, seed=0, dtype=torch.float32):
 
 
 class Simulation:
-    """Methods E.2, step by step, with lists and dictionaries; ``official`` turns the oddities of E.6 on."""
+    """methods.md E.2, step by step, with lists and dictionaries; ``official`` turns the oddities of its E.6 on."""
 
     def __init__(self, module, variant):
         self.module, self.official, self.blog = module, variant == "official", variant == "blog"
@@ -178,7 +178,7 @@ def test_batch_centers_are_not_left_out_where_the_whole_step_is_fused():
 
 
 def test_top_k_of_one_turns_reliable_negative_selection_off():
-    """E.4 without it: an unlabeled row is a negative of every class but its predicted one."""
+    """methods.md E.4 without it: an unlabeled row is a negative of every class but its predicted one."""
     torch.manual_seed(0)
     module = BaConLoss(FEATURES, CLASSES, LABELED, UNLABELED, top_k=1)
     for step in random_steps(5):

@@ -225,7 +225,7 @@ def test_native_and_reference_agree_bit_for_bit():
 
 
 def test_starting_with_ones_pulls_centers_toward_them():
-    """Oddity 3 of methods E.6: a selected slot counts with a vector of ones until it is reliable."""
+    """Oddity 3 of methods.md E.6: a selected slot counts with a vector of ones until it is reliable."""
     bank = MemoryBank(4, 2, 3, start_with_ones=True)
     true = torch.ones(3, dtype=torch.bool)
     bank.select_(torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), true)
