@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bacon_fast.data import sources
+from bacon_fast.files import write_atomically
 
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder", "arrays")
 """Names that `load_dataset` knows."""
@@ -95,9 +95,7 @@ class ImageDataset:
         if file is None:
             return self._fingerprint()
         if not file.is_file():
-            temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-            temporary.write_text(self._fingerprint())
-            os.replace(temporary, file)
+            write_atomically(file, lambda temporary: temporary.write_text(self._fingerprint()))
         return file.read_text()
 
     def _fingerprint(self) -> str:

@@ -24,7 +24,6 @@ from bacon_fast.engine.checkpoint import (
     load_latest,
     save_checkpoint,
     set_aside_after,
-    write_atomically,
 )
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.diagnostics import Diagnostics
@@ -37,9 +36,10 @@ from bacon_fast.engine.logger import Progress, Rows, RunLogger
 from bacon_fast.engine.meter import Meter
 from bacon_fast.engine.metrics import History, compute_metrics
 from bacon_fast.engine.parallel import PhaseParallel
-from bacon_fast.engine.run_report import summarize
 from bacon_fast.engine.schedule import learning_rate
 from bacon_fast.engine.step import TrainStep, autocast
+from bacon_fast.engine.summary import summarize
+from bacon_fast.files import write_atomically
 from bacon_fast.methods.method import NewGeneration, RefreshContext
 from bacon_fast.models.batchnorm import synchronize
 
@@ -439,7 +439,7 @@ class Trainer:
 
     def finish(self) -> dict:
         """Writes and returns the summary of the whole run."""
-        summary = summarize(self)
+        summary = summarize(self.config, self.dataset, self.split, self.history, self.device, self.train_seconds)
         if distributed.is_main():
             text = json.dumps(summary, indent=2) + "\n"
             write_atomically(self.run_dir / "summary.json", lambda path: path.write_text(text))
