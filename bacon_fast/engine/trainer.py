@@ -204,7 +204,7 @@ class Trainer:
         self._start()
 
     def _start(self) -> None:
-        """Optimizer, average and step for the method's present parameters."""
+        """Optimizer, average and step for the method's current parameters."""
         config = self.config
         distributed.copy_from_main(self.method)  # initialized from the same seed; this makes sure
         self.optimizer = build.build_optimizer(config, self.method)
@@ -286,7 +286,7 @@ class Trainer:
         return state["rows"]
 
     def save(self) -> Path:
-        """Writes a checkpoint of the present state."""
+        """Writes a checkpoint of the current state."""
         self._share_statistics()
         folder, keep = self.run_dir / "checkpoints", self.config.keep_checkpoints
         return distributed.from_main(lambda: save_checkpoint(folder, self.step, self.state(), keep))
@@ -398,7 +398,7 @@ class Trainer:
         # The loss is of the parameters before this step's update: a checkpoint must not hold what the update broke.
         largest = torch._foreach_norm([p.detach() for p in self.method.parameters()], math.inf)
         parameters_finite = bool(torch.stack(largest).isfinite().all())
-        (diverged,) = distributed.maxima(int(not math.isfinite(means["loss/total"]) or not parameters_finite))
+        (diverged,) = distributed.all_reduce_max(int(not math.isfinite(means["loss/total"]) or not parameters_finite))
         if diverged:
             saved = list_checkpoints(self.run_dir / "checkpoints")
             raise DivergedError(
