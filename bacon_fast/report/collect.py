@@ -18,8 +18,8 @@ def collect(trainer: Trainer, summary: dict) -> ReportData:
     config, dataset, split = trainer.config.to_dict(), trainer.dataset, trainer.split
     regularizer = trainer.method.regularizer
     base_temperature = temperatures = temperature_history = projections = None
-    images, labels = dataset.test_images[:: max(1, len(dataset.test_images) // MAX_POINTS)], dataset.test_labels
-    labels = labels[:: max(1, len(labels) // MAX_POINTS)]
+    every = slice(None, None, max(1, len(dataset.test_labels) // MAX_POINTS))
+    images, labels = dataset.test_images[every], dataset.test_labels[every]
     features, _ = predict(trainer.ema.network, trainer.batches.augment, images, trainer.device)
     if regularizer is not None:
         config["temperature"] = base_temperature = regularizer.temperature
