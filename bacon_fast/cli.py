@@ -20,10 +20,11 @@ from bacon_fast.engine.build import resolve_device
 from bacon_fast.engine.checkpoint import CheckpointError
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.memory import is_out_of_memory
+from bacon_fast.engine.metrics import READINGS
 from bacon_fast.engine.presets import PRESETS
-from bacon_fast.engine.run_report import write_run_report
 from bacon_fast.engine.several import fit_together
 from bacon_fast.engine.trainer import DivergedError, StoppedError, Trainer
+from bacon_fast.report.collect import collect
 
 # What a user can cause. Anything else is a defect of ours and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, CheckpointError, DivergedError, distributed.LostProcessError)
@@ -32,13 +33,6 @@ SAVING_MEMORY = (
     "Training needs less with a smaller --batch-size, --image-size, --backbone or --proj-dim; a folder of images needs "
     "less with --images mapped"
 )
-
-# The ways papers read a run's accuracy off its evaluations.
-READINGS = {
-    "last": "last evaluation",
-    "mean_last_20": "mean of last 20 evaluations",
-    "best_on_test": "best (chosen on the test set)",
-}
 
 DESCRIPTION = """Train a class-imbalanced semi-supervised classifier: train.py [PRESET] [--option value ...]
 
@@ -86,7 +80,7 @@ def parse_runs(args: Sequence[str]) -> list[Config]:
     if options.seeds is not None and config.seed != PRESETS[name].config.seed:
         raise ValueError(f"seeds: expected no --seed beside --seeds, found {config.seed}")
     configs = []
-    for seed in [config.seed] if options.seeds is None else _seeds(options.seeds):
+    for seed in [config.seed] if options.seeds is None else parse_seeds(options.seeds):
         run_dir = config.run_dir
         if run_dir is not None and options.seeds is not None:
             run_dir = Path(f"{run_dir}-seed{seed}")
@@ -94,9 +88,10 @@ def parse_runs(args: Sequence[str]) -> list[Config]:
     return configs
 
 
-def _seeds(text: str) -> list[int]:
-    """'0,1,2' -> [0, 1, 2]."""
+def parse_seeds(text: str) -> list[int]:
+    """'0,1,2' -> [0, 1, 2]. Raises ValueError for anything but different integers of at least 0."""
     words = text.split(",")
+    # 0 and 00 are one run.
     if not all(word.strip().isdecimal() for word in words) or len({int(word) for word in words}) < len(words):
         raise ValueError(f"seeds: expected different integers of at least 0 between commas, found {text!r}")
     return [int(word) for word in words]
@@ -182,7 +177,10 @@ def _conclude(trainer: Trainer, summary: dict) -> None:
     """Prints a run's summary and writes its report."""
     print(format_summary(summary, trainer.split.labeled_counts, trainer.split.unlabeled_counts), flush=True)
     if trainer.config.report:
-        print(f"report: {write_run_report(trainer, summary)}", flush=True)
+        # Imported here: matplotlib and scikit-learn take seconds, which a command that fails at once need not wait for.
+        from bacon_fast.report.page import write_report
+
+        print(f"report: {write_report(trainer.run_dir, collect(trainer, summary))}", flush=True)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from bacon_fast.engine.checkpoint import write_atomically
+from bacon_fast.files import write_atomically
 
 
 def draw(rows: list[dict], path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bacon_fast.data import sources
+from bacon_fast.files import write_atomically
 
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder", "arrays")
 """Names that `load_dataset` knows."""
@@ -95,9 +95,7 @@ class ImageDataset:
         if file is None:
             return self._fingerprint()
         if not file.is_file():
-            temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-            temporary.write_text(self._fingerprint())
-            os.replace(temporary, file)
+            write_atomically(file, lambda temporary: temporary.write_text(self._fingerprint()))
         return file.read_text()
 
     def _fingerprint(self) -> str:
@@ -124,14 +122,14 @@ def load_dataset(
     download: bool = False,
     image_size: int | None = None,
     classes: Sequence[str] | None = None,
-    svhn_extra: bool = True,
     mapped: bool = False,
 ) -> ImageDataset:
     """Loads a dataset by name.
 
     - digits: scikit-learn's 1,797 handwritten digits, which come with that package; resized from 8x8 to 16x16 (Pillow,
       bilinear) and divided once and for all into 60 % train and 40 % test of each class. A writer may be in both parts.
-    - cifar10, cifar100, svhn, stl10: torchvision's, at 32x32 (STL-10 is resized from 96x96, as USB and BaCon do).
+    - cifar10, cifar100, svhn, stl10: torchvision's, at 32x32 (STL-10 is resized from 96x96, and SVHN's train images
+      include its extra part, as in USB and BaCon).
     - folder: image files in train/<class>/, test/<class>/ and, if present, unlabeled/, at any depth, links followed; a
       warning counts files that are ignored. Images are what a viewer shows (`images.read_files`). The class order is
       that of `classes`, else of the lines of classes.txt, else sorted. Normalized with ImageNet's mean and deviation.
@@ -145,7 +143,6 @@ def load_dataset(
         image_size: side in pixels that images are resized to (Pillow, bilinear). Default: 16 for digits, 32 for STL-10,
             else the images' own size, which must then be the same for all.
         classes: class names in order (folder only).
-        svhn_extra: add SVHN's extra part to its train images, as USB and BaCon do.
         mapped: decode an image folder once, into a file in it that is then read as needed (`image_cache`), for images
             that do not fit into memory; needs `image_size`.
 
@@ -174,7 +171,7 @@ def load_dataset(
     elif name == "arrays":
         fields = sources.arrays(root, image_size)
     else:
-        fields = sources.torchvision_dataset(name, root, download, image_size, svhn_extra)
+        fields = sources.torchvision_dataset(name, root, download, image_size)
     dataset = ImageDataset(name, **fields)
     if mapped:
         _ = dataset.fingerprint  # now, where under torchrun the other processes of the machine wait for its file

@@ -6,7 +6,6 @@ Counts and protocols follow methods.md A.1. Source tags: [BC] official BaCon cod
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 
 from bacon_fast.data.datasets import ImageDataset
 from bacon_fast.data.philox import Stream, check_seed, philox
+from bacon_fast.files import write_atomically
 
 
 def class_counts(head: int, gamma: float, num_classes: int) -> list[int]:
@@ -182,13 +182,8 @@ class Split:
 
     def save(self, path: str | Path) -> None:
         """Writes the split and its hash as JSON, atomically."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps({"hash": self.hash} | self._content()) + "\n")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        text = json.dumps({"hash": self.hash} | self._content()) + "\n"
+        write_atomically(Path(path), lambda temporary: temporary.write_text(text))
 
     @classmethod
     def load(cls, path: str | Path) -> "Split":

@@ -64,7 +64,7 @@ def digits(image_size: int | None) -> dict:
     }
 
 
-def torchvision_dataset(name: str, root: Path, download: bool, image_size: int | None, svhn_extra: bool) -> dict:
+def torchvision_dataset(name: str, root: Path, download: bool, image_size: int | None) -> dict:
     """CIFAR-10, CIFAR-100, SVHN or STL-10 (by default resized to 32x32) through torchvision.
 
     Raises FileNotFoundError when the files are not under `root` and `download` is off.
@@ -88,7 +88,7 @@ def torchvision_dataset(name: str, root: Path, download: bool, image_size: int |
         (train_images, train_labels), (test_images, test_labels) = ((p.data, p.targets) for p in (train, test))
     else:
         cls = datasets.SVHN if name == "svhn" else datasets.STL10
-        splits = ["train", "extra"] if name == "svhn" and svhn_extra else ["train"]
+        splits = ["train", "extra"] if name == "svhn" else ["train"]
         train, test = [part(cls, split=split) for split in splits], part(cls, split="test")
         class_names = tuple("0123456789") if name == "svhn" else _STL10_CLASSES
         train_images = np.concatenate([_channels_last(p.data) for p in train])

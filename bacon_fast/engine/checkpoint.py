@@ -1,8 +1,6 @@
 """Crash-safe checkpoints: written whole or not at all, refused by name when damaged, the previous one used instead."""
 
-import contextlib
 import errno
-import os
 import re
 import warnings
 from pathlib import Path
@@ -10,31 +8,13 @@ from pathlib import Path
 import torch
 
 from bacon_fast.engine.memory import is_out_of_memory
+from bacon_fast.files import write_atomically
 
 _NAME = re.compile(r"step-(\d+)\.pt")
 
 
 class CheckpointError(RuntimeError):
     """No usable checkpoint; the message says which files were tried and why each was refused."""
-
-
-def write_atomically(path: Path, write) -> None:
-    """Calls `write(temporary_path)` and moves the result to `path`: readers see the old file or the new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # some file systems cannot sync a folder; the rename is atomic all the same
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:

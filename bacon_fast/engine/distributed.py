@@ -173,7 +173,7 @@ def own_part(rows: int) -> slice:
 # --- what ranks tell each other --------------------------------------------------------------------------------------
 
 
-def share(value: T) -> T:
+def broadcast(value: T) -> T:
     """Rank 0's value, on all ranks."""
     if num_ranks() == 1:
         return value
@@ -192,13 +192,13 @@ def from_main(work: Callable[[], T]) -> T:
             value = work()
         except Exception as raised:
             error = raised
-    value, error = share((value, error))
+    value, error = broadcast((value, error))
     if error is not None:
         raise error
     return value
 
 
-def maxima(*values: int) -> list[int]:
+def all_reduce_max(*values: int) -> list[int]:
     """The largest of each value over all ranks."""
     if num_ranks() == 1:
         return list(values)
@@ -230,7 +230,7 @@ def leader_first(work: Callable[[], T]) -> T:
     if launch is None:
         return work()
     result = work() if launch.local_rank == 0 else None
-    maxima(0)  # a barrier
+    all_reduce_max(0)  # a barrier
     return work() if launch.local_rank else result
 
 
@@ -276,7 +276,7 @@ def started_before(store: dist.Store | None) -> Path | None:
     found = None
     if store is not None and is_main() and store.check([_RUN_DIR]):
         found = store.get(_RUN_DIR).decode()
-    found = share(found)
+    found = broadcast(found)
     return None if found is None else Path(found)
 
 

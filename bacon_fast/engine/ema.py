@@ -31,7 +31,7 @@ class EMA(nn.Module):
     """Averaged copy of `network`: theta_bar <- m*theta_bar + (1-m)*theta after every optimizer step (methods.md 0.3).
 
     Args:
-        network: the online network; the average starts at its present parameters.
+        network: the online network; the average starts at its current parameters.
         momentum: m in [0, 1].
         buffers: "copy" takes BatchNorm's running statistics from the online network ([US], [FX]); "average" averages
             every floating-point buffer as the parameters ([AB], [CO]). Integer buffers are copied in both.
@@ -57,5 +57,5 @@ class EMA(nn.Module):
         return AveragePairs(averages, sources, copies, copied, self.momentum)
 
     def update(self, online: nn.Module) -> None:
-        """Takes in the online network's present state."""
+        """Takes in the online network's current state."""
         self.pairs(online).apply()

@@ -58,6 +58,6 @@ class StopRequest:
         steps, seconds = max(1, step - self._asked), time.perf_counter() - self._time
         # At most twice as long as before: what a first step takes, or a burst of launches, says little.
         gap = max(1, min(2 * steps, int(steps * ASK_EVERY / max(seconds, 1e-6))))
-        signum, negative_gap = distributed.maxima(self.signum or 0, -gap)
+        signum, negative_gap = distributed.all_reduce_max(self.signum or 0, -gap)
         self._asked, self._next, self._time = step, step - negative_gap, time.perf_counter()
         return signum or None

@@ -10,8 +10,8 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from bacon_fast.engine.checkpoint import write_atomically
 from bacon_fast.engine.lock import DirectoryLock
+from bacon_fast.files import write_atomically
 
 
 class Rows:

@@ -10,6 +10,12 @@ from torch import Tensor
 HEADLINE = ("top1", "bacc", "gm")
 GROUPS = ("many", "medium", "few")
 MEAN_WINDOW = 20
+# The three ways papers read a run's accuracy off its evaluations, keys of `History.summary`: never to be mixed.
+READINGS = {
+    "last": "last evaluation",
+    "mean_last_20": "mean of last 20",
+    "best_on_test": "best (chosen on the test set)",
+}
 
 
 def confusion_matrix(targets: Tensor, predictions: Tensor, num_classes: int) -> Tensor:

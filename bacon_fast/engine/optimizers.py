@@ -33,11 +33,11 @@ class SGD(torch.optim.SGD):
         """Gives every parameter a momentum in its own memory order: zeros, or what a checkpoint brought."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                present = self.state[parameter].get("momentum_buffer")
-                if present is None or present.stride() != parameter.stride():
+                current = self.state[parameter].get("momentum_buffer")
+                if current is None or current.stride() != parameter.stride():
                     momentum = self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-                    if present is not None:
-                        momentum.copy_(present)
+                    if current is not None:
+                        momentum.copy_(current)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

@@ -24,7 +24,6 @@ from bacon_fast.engine.checkpoint import (
     load_latest,
     save_checkpoint,
     set_aside_after,
-    write_atomically,
 )
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.diagnostics import Diagnostics
@@ -37,9 +36,10 @@ from bacon_fast.engine.logger import Progress, Rows, RunLogger
 from bacon_fast.engine.meter import Meter
 from bacon_fast.engine.metrics import History, compute_metrics
 from bacon_fast.engine.parallel import PhaseParallel
-from bacon_fast.engine.run_report import summarize
 from bacon_fast.engine.schedule import learning_rate
 from bacon_fast.engine.step import TrainStep, autocast
+from bacon_fast.engine.summary import summarize
+from bacon_fast.files import write_atomically
 from bacon_fast.methods.method import NewGeneration, RefreshContext
 from bacon_fast.models.batchnorm import synchronize
 
@@ -204,7 +204,7 @@ class Trainer:
         self._start()
 
     def _start(self) -> None:
-        """Optimizer, average and step for the method's present parameters."""
+        """Optimizer, average and step for the method's current parameters."""
         config = self.config
         distributed.copy_from_main(self.method)  # initialized from the same seed; this makes sure
         self.optimizer = build.build_optimizer(config, self.method)
@@ -286,7 +286,7 @@ class Trainer:
         return state["rows"]
 
     def save(self) -> Path:
-        """Writes a checkpoint of the present state."""
+        """Writes a checkpoint of the current state."""
         self._share_statistics()
         folder, keep = self.run_dir / "checkpoints", self.config.keep_checkpoints
         return distributed.from_main(lambda: save_checkpoint(folder, self.step, self.state(), keep))
@@ -398,7 +398,7 @@ class Trainer:
         # The loss is of the parameters before this step's update: a checkpoint must not hold what the update broke.
         largest = torch._foreach_norm([p.detach() for p in self.method.parameters()], math.inf)
         parameters_finite = bool(torch.stack(largest).isfinite().all())
-        (diverged,) = distributed.maxima(int(not math.isfinite(means["loss/total"]) or not parameters_finite))
+        (diverged,) = distributed.all_reduce_max(int(not math.isfinite(means["loss/total"]) or not parameters_finite))
         if diverged:
             saved = list_checkpoints(self.run_dir / "checkpoints")
             raise DivergedError(
@@ -439,7 +439,7 @@ class Trainer:
 
     def finish(self) -> dict:
         """Writes and returns the summary of the whole run."""
-        summary = summarize(self)
+        summary = summarize(self.config, self.dataset, self.split, self.history, self.device, self.train_seconds)
         if distributed.is_main():
             text = json.dumps(summary, indent=2) + "\n"
             write_atomically(self.run_dir / "summary.json", lambda path: path.write_text(text))

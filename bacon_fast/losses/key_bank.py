@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from bacon_fast.data.philox import Stream, philox, to_range
+from bacon_fast.methods.last_rows import last_of_equal
 from bacon_fast.ops import snapshot
 
 
@@ -44,10 +45,7 @@ class LabeledKeyBank(nn.Module):
     @torch.no_grad()
     def write_(self, slots: Tensor, keys: Tensor) -> None:
         """Keys float [B, D] of slots int64 [B]; where a slot comes twice, its last key stays."""
-        rows = torch.arange(len(slots), device=slots.device)
-        # Equal slots all write the last one's key: on a GPU the order of the writes is open.
-        last = torch.where(slots[:, None] == slots, rows, -1).amax(1)
-        self.keys.index_copy_(0, slots, keys[last].to(self.keys.dtype))
+        self.keys.index_copy_(0, slots, keys[last_of_equal(slots)].to(self.keys.dtype))
 
     def present(self, slots: Tensor) -> Tensor:
         """Keys [..., D] of slots int64 [...] as they are now: a backward after the next `write_` is right."""

@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bacon_fast.cli import with_clear_errors
-from bacon_fast.engine.checkpoint import write_atomically
+from bacon_fast.cli import parse_seeds, with_clear_errors
 from bacon_fast.engine.logger import format_seconds
 from bacon_fast.engine.presets import PRESETS
+from bacon_fast.files import write_atomically
 from bacon_fast.reproduce.matrix import Cell, Options, Run, check_images, expand
 from bacon_fast.reproduce.results import Result, collect
 from bacon_fast.reproduce.runner import execute, lock
@@ -82,7 +82,7 @@ def reproduce(arguments: Arguments, command: str) -> Collection[str]:
         StoppedError: a signal asked to stop.
     """
     table, options = _table(arguments), _options(arguments)
-    seeds = table.seeds if arguments.seeds is None else _seeds(arguments.seeds)
+    seeds = table.seeds if arguments.seeds is None else parse_seeds(arguments.seeds)
     out = (arguments.out or Path("reproductions") / _folder_name(arguments, options)).resolve()
     cells = expand(table, seeds, options, out)
     check_images([run for cell in cells for run in cell.runs])
@@ -158,16 +158,6 @@ def _words(name: str, text: str) -> list[str]:
     return words
 
 
-def _seeds(text: str) -> tuple[int, ...]:
-    try:
-        seeds = tuple(map(int, _words("seeds", text)))
-    except ValueError:
-        raise ValueError(f"seeds: expected different integers between commas, found {text!r}") from None
-    if len(set(seeds)) < len(seeds):  # 0 and 00 are one run
-        raise ValueError(f"seeds: expected different integers between commas, found {text!r}")
-    return seeds
-
-
 def _folder_name(arguments: Arguments, options: Options) -> str:
     parts = [arguments.table]
     if options.budget < 1:
@@ -202,7 +192,7 @@ def _plan(cells: Sequence[Cell], runs: Sequence[Run], seconds: float | None, job
 
 def _write_pictures(table: Table, results: Sequence[Result], device: str, out: Path) -> None:
     # Imported here: matplotlib and scikit-learn take seconds, which a dry run need not wait for.
-    from bacon_fast.engine.plot_style import LIGHT, to_png
+    from bacon_fast.report.style import LIGHT, to_png
     from bacon_fast.reproduce import figures
 
     pictures = {}

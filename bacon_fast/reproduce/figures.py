@@ -7,11 +7,12 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bacon_fast.engine import plot_style
 from bacon_fast.engine.build import build_dataset
 from bacon_fast.engine.evaluation import predict
-from bacon_fast.engine.plot_style import CLASS_COLORS, NAMED_CLASSES, Theme
-from bacon_fast.engine.report import MAX_POINTS, embed
+from bacon_fast.report import style
+from bacon_fast.report.data import MAX_POINTS
+from bacon_fast.report.embedding import embed
+from bacon_fast.report.style import CLASS_COLORS, NAMED_CLASSES, Theme
 from bacon_fast.reproduce.results import Result
 from bacon_fast.reproduce.tables import Table
 from bacon_fast.run import open_run
@@ -25,9 +26,9 @@ def accuracies(table: Table, results: Sequence[Result], theme: Theme) -> Figure:
     Args:
         results: of one column of the table, all with finished runs.
     """
-    figure = plot_style.new_figure(7.6, 1.4 + 0.42 * len(results), theme)
+    figure = style.new_figure(7.6, 1.4 + 0.42 * len(results), theme)
     axes = figure.add_subplot()
-    plot_style.style_axes(axes, theme, None, None)
+    style.style_axes(axes, theme, None, None)
     axes.grid(axis="x", color=theme.grid, linewidth=0.8)
     last = [result.accuracy("last", table.metric) for result in results]
     means, deviations = [spread.mean for spread in last], [spread.deviation or 0.0 for spread in last]
@@ -55,7 +56,7 @@ def accuracies(table: Table, results: Sequence[Result], theme: Theme) -> Figure:
     axes.set_yticks(position, [result.cell.row.name for result in results])
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(8))
-    plot_style.add_legend(axes, theme)
+    style.add_legend(axes, theme)
     return figure
 
 
@@ -64,21 +65,21 @@ def recalls(results: Sequence[Result], theme: Theme) -> Figure:
     values = np.array([[np.nan if v is None else v for v in r.recalls()] for r in results], dtype=np.float64)
     names = results[0].summaries[0]["class_names"]
     named = len(names) <= NAMED_CLASSES
-    figure = plot_style.new_figure(3.2 + 0.52 * min(len(names), NAMED_CLASSES), 1.6 + 0.34 * len(results), theme)
+    figure = style.new_figure(3.2 + 0.52 * min(len(names), NAMED_CLASSES), 1.6 + 0.34 * len(results), theme)
     axes = figure.add_subplot()
-    plot_style.style_axes(axes, theme, "class" if named else "class index", None)
+    style.style_axes(axes, theme, "class" if named else "class index", None)
     scale = LinearSegmentedColormap.from_list("recall", [theme.background, theme.accent])
     image = axes.imshow(values, cmap=scale, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(results)), [result.cell.row.name for result in results])
     if named:
-        plot_style.class_ticks(axes, names, np.arange(len(names)))
+        style.class_ticks(axes, names, np.arange(len(names)))
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
                 color = theme.background if value > 0.55 else theme.ink
                 axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=8)
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"])
-    plot_style.style_colorbar(bar, theme, "recall")
+    style.style_colorbar(bar, theme, "recall")
     return figure
 
 
@@ -91,10 +92,10 @@ def embeddings(results: Sequence[Result], device: str, theme: Theme) -> Figure |
     chosen = [found[method] for method in SIDE_BY_SIDE if method in found]
     if len(chosen) < 2:
         return None
-    figure = plot_style.new_figure(4.6 * len(chosen), 4.6, theme)
+    figure = style.new_figure(4.6 * len(chosen), 4.6, theme)
     for axes, result in zip(figure.subplots(1, len(chosen), squeeze=False).flat, chosen):
         points, labels, names, technique = _embed(result, device)
-        plot_style.style_axes(axes, theme, f"{technique} 1", f"{technique} 2")
+        style.style_axes(axes, theme, f"{technique} 1", f"{technique} 2")
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set_title(f"{result.cell.row.name}, seed {result.seeds[0]}", color=theme.ink, fontsize=10.5)
@@ -107,7 +108,7 @@ def embeddings(results: Sequence[Result], device: str, theme: Theme) -> Figure |
     if len(names) <= len(CLASS_COLORS):
         handles, titles = axes.get_legend_handles_labels()
         figure.legend(
-            handles, plot_style.literal(titles), loc="outside lower center", ncols=len(names), frameon=False,
+            handles, style.literal(titles), loc="outside lower center", ncols=len(names), frameon=False,
             fontsize=9, labelcolor=theme.ink, markerscale=2.5, handletextpad=0.1, columnspacing=1.2,
         )  # fmt: skip
     return figure

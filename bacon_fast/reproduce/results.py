@@ -10,13 +10,6 @@ from bacon_fast.reproduce.matrix import Cell, Run
 from bacon_fast.reproduce.published import Source, Value
 from bacon_fast.reproduce.runner import log_file
 
-# The three readings of summary.json, never to be mixed.
-READINGS = {
-    "last": "last evaluation",
-    "mean_last_20": "mean of last 20",
-    "best_on_test": "best (chosen on the test set)",
-}
-
 
 @dataclass(frozen=True)
 class Spread:

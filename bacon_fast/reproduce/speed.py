@@ -12,9 +12,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bacon_fast.engine.checkpoint import write_atomically
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.trainer import StoppedError, Trainer
+from bacon_fast.files import write_atomically
 from bacon_fast.reproduce.matrix import Run
 from bacon_fast.reproduce.slots import Slot
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from bacon_fast.data.longtail import PROTOCOLS
 from bacon_fast.engine.config import METHODS
-from bacon_fast.engine.metrics import MEAN_WINDOW
+from bacon_fast.engine.metrics import MEAN_WINDOW, READINGS
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.reproduce.matrix import Options
 from bacon_fast.reproduce.published import OTHER_PROTOCOLS, SOURCES, Source, Value
-from bacon_fast.reproduce.results import READINGS, Result
+from bacon_fast.reproduce.results import Result
 from bacon_fast.reproduce.tables import Column, Table
 
 METRICS = {"bacc": "bACC", "top1": "top-1", "gm": "GM", "few": "recall of the rarest third", "error": "error"}

@@ -99,20 +99,18 @@ def test_cifar10_is_normalized_as_imagenet(tmp_path, any_checksum):
     assert dataset.mean == (0.485, 0.456, 0.406) and dataset.std == (0.229, 0.224, 0.225)
 
 
-@pytest.mark.parametrize(("extra", "expected"), [(True, 3 + 2), (False, 3)])
-def test_svhn_pools_train_and_extra(tmp_path, any_checksum, extra, expected):
+def test_svhn_pools_train_and_extra(tmp_path, any_checksum):
     content = {
         part: (pixels(32, 32, 3, n), np.arange(n)[:, None] + 9) for part, n in (("train", 3), ("extra", 2), ("test", 2))
     }
     for part, (x, y) in content.items():
         y[y > 10] = 1
         scipy.io.savemat(tmp_path / f"{part}_32x32.mat", {"X": x, "y": y})
-    dataset = load_dataset("svhn", data_dir=tmp_path, svhn_extra=extra)
-    assert len(dataset.train_images) == expected
+    dataset = load_dataset("svhn", data_dir=tmp_path)
+    assert len(dataset.train_images) == 3 + 2
     assert np.array_equal(dataset.train_images[1].numpy(), content["train"][0][..., 1])
     assert dataset.train_labels[:2].tolist() == [9, 0]  # SVHN writes the digit 0 as 10
-    if extra:
-        assert np.array_equal(dataset.train_images[3].numpy(), content["extra"][0][..., 0])
+    assert np.array_equal(dataset.train_images[3].numpy(), content["extra"][0][..., 0])
 
 
 def test_stl10_is_resized_and_has_unlabeled_images(tmp_path, any_checksum):

@@ -45,7 +45,7 @@ def test_permutations_are_rewritten_only_at_epoch_borders(monkeypatch):
     monkeypatch.setattr(sampler, "permutation", lambda epoch: drawn.append(epoch) or original(epoch))
     for step in range(250):
         sampler.indices(step)
-    assert drawn == [0, 1, 1, 2, 2, 3]  # the present epoch and the next, three times
+    assert drawn == [0, 1, 1, 2, 2, 3]  # the current epoch and the next, three times
     assert sampler.order.data_ptr() == address
 
 

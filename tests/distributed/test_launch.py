@@ -37,7 +37,7 @@ def test_without_rank_or_size_it_is_plain_python(torchrun, name):
     torchrun.delenv(name)
     assert Launch.from_environment() is None
     with distributed.process_group(torch.device("cpu"), 1.0) as store:
-        assert store is None and distributed.is_main() and distributed.share("mine") == "mine"
+        assert store is None and distributed.is_main() and distributed.broadcast("mine") == "mine"
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])

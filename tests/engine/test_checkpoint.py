@@ -13,7 +13,6 @@ from bacon_fast.engine.checkpoint import (
     load_latest,
     save_checkpoint,
     set_aside_after,
-    write_atomically,
 )
 
 
@@ -62,20 +61,6 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path):
     with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="step-00000001"):
         load_latest(tmp_path)
     assert not (tmp_path / "executed").exists()
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
-    target = tmp_path / "file"
-    target.write_text("old")
-
-    def fail_half_way(temporary):
-        temporary.write_text("ne")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(target, fail_half_way)
-    assert target.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("allowed", [0, 300, 3_000, 30_000])  # bytes: torch notices at different places

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import gmean
 from sklearn import metrics as sk
 
-from bacon_fast.engine.metrics import History, compute_metrics, confusion_matrix
+from bacon_fast.engine.metrics import READINGS, History, compute_metrics, confusion_matrix
 
 
 def draw(num_classes, size, seed, accuracy=0.6):
@@ -171,6 +171,7 @@ def test_the_mean_covers_no_evaluation_of_an_earlier_network():
         metrics = dict.fromkeys(("top1", "bacc", "gm"), value)
         history.append(i + 1, metrics | ({"generation": i // 12} if i >= 12 else {}))
     summary = history.summary()
+    assert list(summary) == list(READINGS)
     assert summary["mean_last_20"]["evaluations"] == 6
     assert summary["mean_last_20"]["bacc"] == pytest.approx(values[24:].mean())
     assert summary["best_on_test"]["bacc"] == 0.9

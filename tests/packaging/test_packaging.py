@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORT = (
-    "import pathlib, torch, bacon_fast, bacon_fast.kernels, bacon_fast._C, bacon_fast.engine.report; "
+    "import pathlib, torch, bacon_fast, bacon_fast.kernels, bacon_fast._C, bacon_fast.report.page; "
     "print(pathlib.Path(bacon_fast.__file__).parent)"
 )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bacon_fast.engine.plot_style import LIGHT, to_png
+from bacon_fast.report.style import LIGHT, to_png
 from bacon_fast.reproduce import figures, published
 from bacon_fast.reproduce.matrix import Options, expand
 from bacon_fast.reproduce.results import collect, spread

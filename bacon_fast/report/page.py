@@ -2,28 +2,23 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 
-from bacon_fast.engine import figures, report_page
-from bacon_fast.engine.checkpoint import write_atomically
-from bacon_fast.engine.diagnostic_report import diagnostic_pictures
-from bacon_fast.engine.figures import Line, Panel
 from bacon_fast.engine.metrics import MEAN_WINDOW, History, class_groups, compute_metrics
-from bacon_fast.engine.plot_style import DARK, LIGHT, to_png
-from bacon_fast.engine.report_page import Picture, percent
+from bacon_fast.files import write_atomically
+from bacon_fast.report import figures, html
+from bacon_fast.report.data import MAX_POINTS, MAX_VIEWS, ReportData
+from bacon_fast.report.diagnostics import diagnostic_pictures
+from bacon_fast.report.embedding import embed
+from bacon_fast.report.figures import Line, Panel
+from bacon_fast.report.html import Picture, percent
+from bacon_fast.report.style import DARK, LIGHT, to_png
 
-MAX_POINTS = 2000
-MIN_TSNE_POINTS = 30
-PCA_BEFORE_TSNE = 50
-MAX_VIEWS = 10
 # The methods' statistics under names a reader knows; others keep their own.
 STATISTICS = {
     "pseudo_rate": "pseudo-label rate",
@@ -31,79 +26,8 @@ STATISTICS = {
     "abc_rate": "pseudo-label rate of ABC",
     "reliable": "reliable rows",
     "bank_fill": "filled slots",
-    "selected": "labeled slots",
+    "selected": "selected slots",
 }
-
-
-@dataclass
-class ReportData:
-    """What a report shows: K classes, N test images, n sample images of shape [H, W, 3]. Absent parts are None.
-
-    Raises:
-        ValueError: if an array's shape does not fit the others, or the history is empty.
-    """
-
-    title: str
-    config: Mapping[str, Any]
-    """The resolved configuration."""
-    dataset: Mapping[str, Any]
-    """Facts about the data: name, protocol, sizes, hash of the split, ..."""
-    class_names: Sequence[str]
-    labeled_counts: Sequence[int]
-    """Labeled training images per class [K]."""
-    history: Sequence[Mapping[str, Any]]
-    """Evaluations in order, the rows of `metrics.History`."""
-    confusion: np.ndarray
-    """int64 [K, K] of the last evaluation, rows = true class."""
-    unlabeled_counts: Sequence[int] | None = None
-    """True counts of the unlabeled images per class [K], when they are known."""
-    train_history: Sequence[Mapping[str, Any]] = ()
-    """Log rows: "step", "loss/<name>", "stats/<name>" (fractions), "lr", "steps_per_second". Rows may lack keys."""
-    temperatures: Sequence[float] | None = None
-    """BaCon's temperature of the positive logit per class [K] (methods.md E.3)."""
-    temperature_history: Sequence[Mapping[str, Any]] | None = None
-    """Rows {"step": int, "temperatures": [K floats]}."""
-    features: np.ndarray | None = None
-    """Backbone features of the test images, float32 [N, F]."""
-    projections: np.ndarray | None = None
-    """The same images in the contrastive space, float32 [N, D]."""
-    feature_labels: np.ndarray | None = None
-    """Their true classes, int64 [N]."""
-    pseudo_confusion: np.ndarray | None = None
-    """int64 [K, K+1] pseudo-labels of the last evaluation's window, rows = true class, last column = none."""
-    class_count_estimate: Sequence[float] | None = None
-    """BaCon's count of training images per class [K]."""
-    calibration: np.ndarray | None = None
-    """float [M, 3] of the last evaluation, see `evaluation.calibration_bins`."""
-    original_samples: np.ndarray | None = None
-    """Unlabeled images before augmentation, uint8 [n, H, W, 3]."""
-    weak_samples: np.ndarray | None = None
-    strong_samples: np.ndarray | None = None
-    summary: Mapping[str, Any] = field(default_factory=dict)
-    """summary.json; its single values are shown under Run."""
-
-    def __post_init__(self) -> None:
-        self.confusion = np.asarray(self.confusion)
-        num_classes = len(self.class_names)
-        if self.confusion.shape != (num_classes, num_classes):
-            expected = [num_classes, num_classes]
-            raise ValueError(f"confusion must have shape {expected}, got {list(self.confusion.shape)}")
-        for name in ("labeled_counts", "unlabeled_counts", "temperatures"):
-            value = getattr(self, name)
-            if value is not None and len(value) != num_classes:
-                raise ValueError(f"{name} must have one value for each of the {num_classes} classes, got {len(value)}")
-        if not self.history:
-            raise ValueError("history must hold at least one evaluation")
-        for name in ("features", "projections"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if self.feature_labels is None or np.ndim(value) != 2 or len(value) != len(self.feature_labels):
-                raise ValueError(f"{name} must have shape [N, dimensions] with feature_labels of shape [N]")
-        for name in ("original_samples", "weak_samples", "strong_samples"):
-            value = getattr(self, name)
-            if value is not None and (value.ndim != 4 or value.shape[3] != 3 or value.dtype != np.uint8):
-                raise ValueError(f"{name} must be uint8 [n, H, W, 3], got {value.dtype} {list(value.shape)}")
 
 
 def write_report(run_dir: Path, data: ReportData) -> Path:
@@ -124,61 +48,32 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
     order = np.argsort(-np.asarray(data.labeled_counts), kind="stable")
     body = "\n".join(
         [
-            report_page.header(data.title, _facts(data)),
+            html.header(data.title, _facts(data)),
             _cards(data),
-            report_page.section("Training", report_page.group("stack", _training_pictures(data, picture))),
-            report_page.section(
-                "Classes", report_page.group("stack", _class_pictures(data, order, picture)), _class_table(data, order)
+            html.section("Training", html.group("stack", _training_pictures(data, picture))),
+            html.section(
+                "Classes", html.group("stack", _class_pictures(data, order, picture)), _class_table(data, order)
             ),
-            report_page.section("Diagnostics", report_page.group("stack", diagnostic_pictures(data, order, picture))),
-            report_page.section(
-                "Test images in feature space", report_page.group("pair", _embedding_pictures(data, order, picture))
-            ),
-            report_page.section("Augmentation", report_page.group("stack", _view_pictures(data, picture))),
-            report_page.section("Data", report_page.settings(data.dataset)),
-            report_page.section("Run", report_page.settings(_scalars(data.summary))),
-            report_page.section("Configuration", report_page.settings(data.config)),
+            html.section("Diagnostics", html.group("stack", diagnostic_pictures(data, order, picture))),
+            html.section("Test images in feature space", html.group("pair", _embedding_pictures(data, order, picture))),
+            html.section("Augmentation", html.group("stack", _view_pictures(data, picture))),
+            html.section("Data", html.settings(data.dataset)),
+            html.section("Run", html.settings(_scalars(data.summary))),
+            html.section("Configuration", html.settings(data.config)),
             "<footer>Accuracies are those of the averaged (EMA) model on the test set. "
             "The pictures are also in the folder figures.</footer>",
         ]
     )
     path = run_dir / "report.html"
-    text = report_page.page(data.title, body)
+    text = html.page(data.title, body)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return path
 
 
-def embed(values: np.ndarray, *, normalize: bool = False, seed: int = 0) -> tuple[np.ndarray, str]:
-    """Two coordinates for each row of [N, D]: t-SNE, or PCA when there are too few rows for neighborhoods.
-
-    Args:
-        values: float [N, D].
-        normalize: scale rows to unit length first, so that neighborhoods are those of the cosine.
-        seed: of the optimization.
-
-    Returns:
-        ([N, 2], "t-SNE" or "PCA").
-    """
-    values = np.asarray(values, dtype=np.float32)
-    if normalize:
-        values = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
-    # Fewer distinct rows than neighbors (a collapsed or tiny test set) make the neighborhoods meaningless.
-    if values.shape[1] >= 2 and len(np.unique(values, axis=0)) >= MIN_TSNE_POINTS:
-        if min(values.shape) > PCA_BEFORE_TSNE:
-            values = PCA(PCA_BEFORE_TSNE, random_state=seed).fit_transform(values)
-        perplexity = min(30.0, (len(values) - 1) / 3)
-        return TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(values), "t-SNE"
-    coordinates = np.zeros((len(values), 2), dtype=np.float32)
-    if values.size:
-        left, scale, _ = np.linalg.svd(values - values.mean(axis=0), full_matrices=False)
-        coordinates[:, : len(scale)] = (left * scale)[:, :2]
-    return coordinates, "PCA"
-
-
 def _facts(data: ReportData) -> dict[str, Any]:
     facts = {
-        "dataset": data.summary.get("dataset", data.config.get("dataset")),
-        "method": data.summary.get("method", data.config.get("method")),
+        "dataset": data.summary.get("dataset"),
+        "method": data.summary.get("method"),
         "steps": data.history[-1]["step"],
         "classes": len(data.class_names),
         "labeled": int(np.sum(data.labeled_counts)),
@@ -198,10 +93,10 @@ def _cards(data: ReportData) -> str:
     evaluations = summary["mean_last_20"]["evaluations"]
     averaged = "evaluations" if evaluations == MEAN_WINDOW else f"only {evaluations}, as this network has no more"
     cards = [
-        report_page.card("Last evaluation", f"after step {summary['last']['step']:,}", last),
-        report_page.card(f"Mean of the last {MEAN_WINDOW}", averaged, mean),
-        report_page.card("Best evaluation", "chosen on the test set: optimistic", best, optimistic=True),
-        report_page.card(
+        html.card("Last evaluation", f"after step {summary['last']['step']:,}", last),
+        html.card(f"Mean of the last {MEAN_WINDOW}", averaged, mean),
+        html.card("Best evaluation", "chosen on the test set: optimistic", best, optimistic=True),
+        html.card(
             "Classes with few labels",
             "thirds of the classes by labeled images, last evaluation",
             {"few": groups["few"], "medium": groups["medium"], "many": groups["many"]},
@@ -244,7 +139,8 @@ def _training_pictures(data: ReportData, picture: Callable[..., Picture]) -> lis
             Panel("share of the unlabeled batch", _lines(data.train_history, pseudo), True),
             Panel("share", _lines(data.train_history, memory), True),
          ], "Left: pseudo-labels, how many pass the confidence threshold and how many of those are right. Right: "
-         "rows reliable enough for the memory bank, and how many of its slots are in use."),
+         "rows reliable enough for the memory bank, and its slots that hold a feature (filled) or count as a class "
+         "(selected)."),
         ("representation", [
             Panel("intra-class variance", _lines(data.history, {"intra_class_variance": "unit features, test images"})),
             Panel("1 - cosine", _lines(data.history, {"center_drift": "center drift between evaluations"})),
@@ -291,15 +187,15 @@ def _class_pictures(data: ReportData, order: np.ndarray, picture: Callable[..., 
         ),
     ]
     if data.temperatures is not None:
-        base = data.config.get("temperature")
+        history = data.temperature_history
         pictures.append(
             picture(
                 "temperature",
-                partial(figures.temperature, data.temperatures, base, data.temperature_history, names, order),
+                partial(figures.temperature, data.temperatures, data.base_temperature, history, names, order),
                 "Temperature of each class's positive logit",
                 "BaCon's balanced temperature adjustment: classes with many selected images get a lower temperature "
                 "for their positive logit; the difference fades toward the end of training.",
-                1040 if data.temperature_history is not None and len(data.temperature_history) > 1 else 780,
+                1040 if history is not None and len(history) > 1 else 780,
             )
         )
     return pictures
@@ -319,7 +215,7 @@ def _class_table(data: ReportData, order: np.ndarray) -> str:
         precision = percent(row[c] / predicted) if predicted else "–"
         counts = [f"{int(data.labeled_counts[c]):,}", *unlabeled, f"{int(row.sum()):,}"]
         rows.append([data.class_names[c], *counts, percent(recall[c]), precision, taken_for])
-    return report_page.details("All classes as a table", report_page.table(columns, rows))
+    return html.details("All classes as a table", html.table(columns, rows))
 
 
 def _embedding_pictures(data: ReportData, order: np.ndarray, picture: Callable[..., Picture]) -> list[Picture]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from bacon_fast.engine.metrics import GROUPS
-from bacon_fast.engine.plot_style import (
+from bacon_fast.report.style import (
     CLASS_COLORS,
     NAMED_CLASSES,
     Theme,

@@ -1,18 +1,14 @@
 """The report's section on pseudo-labels, class counts, centers and calibration."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from bacon_fast.engine import diagnostic_figures, figures
-from bacon_fast.engine.report_page import Picture
-
-if TYPE_CHECKING:
-    from bacon_fast.engine.report import ReportData
+from bacon_fast.report import diagnostic_figures, figures
+from bacon_fast.report.data import ReportData
+from bacon_fast.report.html import Picture
 
 
 def diagnostic_pictures(data: ReportData, order: np.ndarray, picture: Callable[..., Picture]) -> list[Picture]:

@@ -15,11 +15,13 @@ from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
-from bacon_fast.engine import figures, report_page
-from bacon_fast.engine.figures import Line, Panel
 from bacon_fast.engine.metrics import GROUPS, class_groups, compute_metrics
-from bacon_fast.engine.plot_style import DARK, LIGHT
-from bacon_fast.engine.report import ReportData, embed, write_report
+from bacon_fast.report import figures, html
+from bacon_fast.report.data import ReportData
+from bacon_fast.report.embedding import embed
+from bacon_fast.report.figures import Line, Panel
+from bacon_fast.report.page import write_report
+from bacon_fast.report.style import DARK, LIGHT
 
 COUNTS = [100, 60, 36, 22, 13, 8, 5, 3, 2, 1]
 
@@ -29,10 +31,10 @@ class Page(HTMLParser):
 
     VOID = frozenset({"meta", "img", "source"})
 
-    def __init__(self, html):
+    def __init__(self, text):
         super().__init__()
         self.text, self.pictures, self.dark_pictures, self.attributes, self.open = [], [], [], [], []
-        self.feed(html)
+        self.feed(text)
         self.close()
         assert not self.open
 
@@ -100,6 +102,7 @@ def full_data():
         train_history=train,
         confusion=matrix,
         temperatures=temperatures[-1]["temperatures"],
+        base_temperature=0.1,
         temperature_history=temperatures,
         features=digits.data[:150].astype(np.float32),
         projections=digits.data[:150, 20:30].astype(np.float32),
@@ -126,9 +129,9 @@ def written(tmp_path_factory):
 def test_the_page_is_one_file_without_network_resources(written):
     folder, path, page, _ = written
     assert path == folder / "report.html"
-    html = path.read_text(encoding="utf-8")
-    assert "<script" not in html and "@import" not in html and "<link" not in html
-    assert not re.search(r"https?://|url\(", html)
+    text = path.read_text(encoding="utf-8")
+    assert "<script" not in text and "@import" not in text and "<link" not in text
+    assert not re.search(r"https?://|url\(", text)
     assert all(not value or value.startswith("data:") for name, value in page.attributes if name in ("src", "href"))
     assert not [name for name in os.listdir(folder) + os.listdir(folder / "figures") if name.endswith(".tmp")]
 
@@ -165,8 +168,8 @@ def test_the_page_states_the_three_accuracies_and_marks_the_best_one(written):
 
 
 def test_class_table_lists_counts_recall_precision_and_the_favored_confusion(written):
-    html = written[1].read_text(encoding="utf-8")
-    rows = re.findall(r"<tr>(.*?)</tr>", html)
+    text = written[1].read_text(encoding="utf-8")
+    rows = re.findall(r"<tr>(.*?)</tr>", text)
     cells = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in rows]
     assert cells[0] == ["class", "labeled", "unlabeled", "test", "recall %", "precision %", "most often taken for"]
     # Class 9 takes the 40 errors of class 8; its own 50 errors go to class 0.
@@ -213,7 +216,7 @@ def test_a_second_report_replaces_the_first_and_a_failing_one_leaves_it(tmp_path
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(report_page, "page", lambda *_: "third")
+    monkeypatch.setattr(html, "page", lambda *_: "third")
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report(tmp_path, ReportData("third", {}, {}, ["a", "b"], [2, 1], history, matrix))
@@ -313,6 +316,6 @@ def test_curves_leave_out_missing_values_and_smooth_long_lines():
 
 
 def test_values_are_written_for_readers():
-    shown = [report_page.show(value) for value in (None, True, 12345, 0.03, 1e-5, 123456.7, ("a", 1), "x")]
+    shown = [html.show(value) for value in (None, True, 12345, 0.03, 1e-5, 123456.7, ("a", 1), "x")]
     assert shown == ["–", "yes", "12,345", "0.03", "1e-05", "123,457", "a, 1", "x"]
-    assert report_page.percent(None) == "–" and report_page.percent(0.98765) == "98.8"
+    assert html.percent(None) == "–" and html.percent(0.98765) == "98.8"

@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from bacon_fast.engine import plot_style
-from bacon_fast.engine.plot_style import NAMED_CLASSES, Theme
+from bacon_fast.report import style
+from bacon_fast.report.style import NAMED_CLASSES, Theme
 
 
 def by_class(panels: Sequence[tuple[str, Sequence[float], np.ndarray]], order: np.ndarray, theme: Theme) -> Figure:
@@ -17,20 +17,20 @@ def by_class(panels: Sequence[tuple[str, Sequence[float], np.ndarray]], order: n
         panels: (label of the axis, steps [S], values [S, K] with NaN where there is none).
         order: [K], class indices from the most to the fewest labeled images.
     """
-    figure = plot_style.new_figure(5.2 * len(panels), 3.5, theme)
-    colors, norm = plot_style.rank_colors(len(order), theme)
+    figure = style.new_figure(5.2 * len(panels), 3.5, theme)
+    colors, norm = style.rank_colors(len(order), theme)
     for index, (ylabel, steps, table) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), index + 1)
-        plot_style.style_axes(axes, theme, "training step", ylabel)
+        style.style_axes(axes, theme, "training step", ylabel)
         axes.grid(color=theme.grid, linewidth=0.8)
         for rank, c in enumerate(order):
             keep = np.isfinite(table[:, c])
             width = 1.4 if len(order) <= NAMED_CLASSES else 0.8
             axes.plot(np.asarray(steps)[keep], table[keep, c], color=colors(norm(rank)), linewidth=width)
         axes.set_ylim(-0.03, 1.03)
-        axes.yaxis.set_major_formatter(FuncFormatter(plot_style.percent_label))
-        plot_style.step_axis(axes, steps)
-    plot_style.rank_colorbar(figure, axes, len(order), theme)
+        axes.yaxis.set_major_formatter(FuncFormatter(style.percent_label))
+        style.step_axis(axes, steps)
+    style.rank_colorbar(figure, axes, len(order), theme)
     return figure
 
 
@@ -38,9 +38,9 @@ def count_estimate(
     estimate: Sequence[float], truth: Sequence[float], class_names: Sequence[str], order: np.ndarray, theme: Theme
 ) -> Figure:
     """Estimated images per class as dots above the true ones as bars, on a logarithmic axis."""
-    figure = plot_style.new_figure(10.4, 3.2, theme)
+    figure = style.new_figure(10.4, 3.2, theme)
     axes = figure.add_subplot()
-    plot_style.style_axes(axes, theme, plot_style.class_axis_label(len(order)), "training images")
+    style.style_axes(axes, theme, style.class_axis_label(len(order)), "training images")
     axes.grid(axis="y", color=theme.grid, linewidth=0.8)
     position = np.arange(len(order))
     axes.bar(position, np.asarray(truth)[order], width=0.78, color=theme.series[6], label="true")
@@ -50,8 +50,8 @@ def count_estimate(
     axes.set_ylim(bottom=0.8)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    plot_style.class_ticks(axes, class_names, order)
-    plot_style.add_legend(axes, theme)
+    style.class_ticks(axes, class_names, order)
+    style.add_legend(axes, theme)
     return figure
 
 
@@ -61,22 +61,22 @@ def reliability(bins: np.ndarray, theme: Theme) -> Figure:
     Args:
         bins: float [M, 3], as `evaluation.calibration_bins` gives them.
     """
-    figure = plot_style.new_figure(5.2, 4.6, theme)
+    figure = style.new_figure(5.2, 4.6, theme)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     images, _, right = bins.T
     left, bar = np.linspace(0, 1, len(bins), endpoint=False), {"width": 1 / len(bins), "align": "edge"}
     accuracy = np.divide(right, images, out=np.full(len(bins), np.nan), where=images > 0)
-    plot_style.style_axes(upper, theme, None, "accuracy")
+    style.style_axes(upper, theme, None, "accuracy")
     upper.grid(axis="y", color=theme.grid, linewidth=0.8)
     upper.bar(left, accuracy, color=theme.series[0], edgecolor=theme.background, **bar)
     upper.plot([0, 1], [0, 1], color=theme.muted, linestyle="--", linewidth=1.2, label="calibrated")
     upper.set_ylim(0, 1.03)
-    upper.yaxis.set_major_formatter(FuncFormatter(plot_style.percent_label))
+    upper.yaxis.set_major_formatter(FuncFormatter(style.percent_label))
     upper.tick_params(labelbottom=False)
-    plot_style.add_legend(upper, theme)
-    plot_style.style_axes(lower, theme, "confidence", "images")
+    style.add_legend(upper, theme)
+    style.style_axes(lower, theme, "confidence", "images")
     share = images / images.sum()
     lower.bar(left, share, color=theme.series[6], edgecolor=theme.background, **bar)
     for axis in (lower.xaxis, lower.yaxis):
-        axis.set_major_formatter(FuncFormatter(plot_style.percent_label))
+        axis.set_major_formatter(FuncFormatter(style.percent_label))
     return figure

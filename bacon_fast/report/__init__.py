@@ -1,0 +1,1 @@
+"""What a run shows a person: report.html and its pictures. Only this package and reproduce/ load matplotlib."""

@@ -1,0 +1,84 @@
+"""What a report shows, as plain values: made by collect.py from a run, or by hand."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+# At most so many test images are embedded, and so many images are shown with their views.
+MAX_POINTS = 2000
+MAX_VIEWS = 10
+
+
+@dataclass
+class ReportData:
+    """What a report shows: K classes, N test images, n sample images of shape [H, W, 3]. Absent parts are None.
+
+    Raises:
+        ValueError: if an array's shape does not fit the others, or the history is empty.
+    """
+
+    title: str
+    config: Mapping[str, Any]
+    """The resolved configuration."""
+    dataset: Mapping[str, Any]
+    """Facts about the data: name, protocol, sizes, hash of the split, ..."""
+    class_names: Sequence[str]
+    labeled_counts: Sequence[int]
+    """Labeled training images per class [K]."""
+    history: Sequence[Mapping[str, Any]]
+    """Evaluations in order, the rows of `metrics.History`."""
+    confusion: np.ndarray
+    """int64 [K, K] of the last evaluation, rows = true class."""
+    unlabeled_counts: Sequence[int] | None = None
+    """True counts of the unlabeled images per class [K], when they are known."""
+    train_history: Sequence[Mapping[str, Any]] = ()
+    """Log rows: "step", "loss/<name>", "stats/<name>" (fractions), "lr", "steps_per_second". Rows may lack keys."""
+    temperatures: Sequence[float] | None = None
+    """BaCon's temperature of the positive logit per class [K] (E.3)."""
+    base_temperature: float | None = None
+    """The temperature of its negatives."""
+    temperature_history: Sequence[Mapping[str, Any]] | None = None
+    """Rows {"step": int, "temperatures": [K floats]}."""
+    features: np.ndarray | None = None
+    """Backbone features of the test images, float32 [N, F]."""
+    projections: np.ndarray | None = None
+    """The same images in the contrastive space, float32 [N, D]."""
+    feature_labels: np.ndarray | None = None
+    """Their true classes, int64 [N]."""
+    pseudo_confusion: np.ndarray | None = None
+    """int64 [K, K+1] pseudo-labels of the last evaluation's window, rows = true class, last column = none."""
+    class_count_estimate: Sequence[float] | None = None
+    """BaCon's count of training images per class [K]."""
+    calibration: np.ndarray | None = None
+    """float [M, 3] of the last evaluation, see `evaluation.calibration_bins`."""
+    original_samples: np.ndarray | None = None
+    """Unlabeled images before augmentation, uint8 [n, H, W, 3]."""
+    weak_samples: np.ndarray | None = None
+    strong_samples: np.ndarray | None = None
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    """summary.json; its single values are shown under Run."""
+
+    def __post_init__(self) -> None:
+        self.confusion = np.asarray(self.confusion)
+        num_classes = len(self.class_names)
+        if self.confusion.shape != (num_classes, num_classes):
+            expected = [num_classes, num_classes]
+            raise ValueError(f"confusion must have shape {expected}, got {list(self.confusion.shape)}")
+        for name in ("labeled_counts", "unlabeled_counts", "temperatures"):
+            value = getattr(self, name)
+            if value is not None and len(value) != num_classes:
+                raise ValueError(f"{name} must have one value for each of the {num_classes} classes, got {len(value)}")
+        if not self.history:
+            raise ValueError("history must hold at least one evaluation")
+        for name in ("features", "projections"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if self.feature_labels is None or np.ndim(value) != 2 or len(value) != len(self.feature_labels):
+                raise ValueError(f"{name} must have shape [N, dimensions] with feature_labels of shape [N]")
+        for name in ("original_samples", "weak_samples", "strong_samples"):
+            value = getattr(self, name)
+            if value is not None and (value.ndim != 4 or value.shape[3] != 3 or value.dtype != np.uint8):
+                raise ValueError(f"{name} must be uint8 [n, H, W, 3], got {value.dtype} {list(value.shape)}")
