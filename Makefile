@@ -35,7 +35,7 @@ aot: setup
 	$(BIN)/python -m bacon_fast.kernels.aot
 
 bench: setup
-	$(BIN)/python benchmarks/loss.py --device cpu $(ARGS)
+	$(BIN)/python -m benchmarks.loss --device cpu $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info bacon_fast/_C*.so

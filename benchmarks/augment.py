@@ -1,7 +1,7 @@
 """Images a second of the augmentation: Pillow as peers run it, PyTorch, and the native code. One CSV row a measurement.
 
-    python benchmarks/augment.py
-    python benchmarks/augment.py --device cuda
+    python -m benchmarks.augment
+    python -m benchmarks.augment --device cuda
 
 On a CPU: 256 weak and 256 strong views, on one thread. On a GPU: the views of a step, 64 + 128 weak and 128 strong,
 eager and as a CUDA graph. Weak views are crop, flip and normalization; strong ones add three operations
@@ -14,7 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import (
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from torchvision import transforms
+
+from bacon_fast.data.augment import CUTOUT_COLOR, Augment, ViewRequest
+from benchmarks.common import (
     RESULTS,
     append_csv,
     graphed,
@@ -25,10 +29,6 @@ from common import (
     quantile,
     time_interleaved,
 )
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps
-from torchvision import transforms
-
-from bacon_fast.data.augment import CUTOUT_COLOR, Augment, ViewRequest
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 COUNT = 256  # images of a call on a CPU

@@ -1,6 +1,6 @@
 """Speed of BatchNorm + LeakyReLU with the residual sum, forward and backward, at the 25 layers of WRN-28-2.
 
-    python benchmarks/batchnorm.py --device cuda [--quick] [--only TEXT] [--images N] [--out FILE.csv]
+    python -m benchmarks.batchnorm --device cuda [--quick] [--only TEXT] [--images N] [--out FILE.csv]
 
 Decides what `bacon_fast.batch_norm_ops.default_backend` says: the fused kernels stay where they beat torch's own (on a
 GPU cuDNN's), and torch.compile. Nothing is timed that is not right: outputs, gradients and running statistics of every
@@ -18,11 +18,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from common import RESULTS, append_csv, graphed, median_ratio, print_table, provenance, quantile, time_interleaved
-from loss_arms import our_backends
 from torch import Tensor
 
 from bacon_fast import functional, reference
+from benchmarks.common import (
+    RESULTS,
+    append_csv,
+    graphed,
+    median_ratio,
+    print_table,
+    provenance,
+    quantile,
+    time_interleaved,
+)
+from benchmarks.loss_arms import our_backends
 
 MOMENTUM, EPS, SLOPE = 0.001, 1e-5, 0.1
 # Error of a tensor relative to its own size, in the Frobenius norm: a few units in the last place.

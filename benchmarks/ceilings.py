@@ -1,7 +1,7 @@
 """What the machine gives at best: the denominators for every "share of the roof". One CSV row a measurement.
 
-    python benchmarks/ceilings.py --device cuda
-    python benchmarks/ceilings.py --device cpu
+    python -m benchmarks.ceilings --device cuda
+    python -m benchmarks.ceilings --device cpu
 
 Copies count the bytes read and written. The matrix product has random operands: on zeros the same hardware is faster.
 The gap between kernels is the time a node of a CUDA graph takes when its kernel has next to nothing to do.
@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import RESULTS, append_csv, graphed, print_table, provenance, quantile, time_interleaved
+
+from benchmarks.common import RESULTS, append_csv, graphed, print_table, provenance, quantile, time_interleaved
 
 # Bytes of one operand, side of the product, its dtype, kernels in the graph.
 SIZES = {"cuda": (4_300_000_000, 10_500_000, 8192, torch.bfloat16), "cpu": (256_000_000, 500_000, 1024, torch.float32)}

@@ -1,6 +1,6 @@
 """Training steps a second of the built-in run (`make train`) on a CPU, by what the CPU engine adds. One CSV row an arm.
 
-    python benchmarks/cpu_step.py
+    python -m benchmarks.cpu_step
 
 Arms: float32 with torch's BatchNorm, LeakyReLU and sum as single operations; the same fused (csrc/norm); bfloat16
 autocast, fused or not. All train the digits preset with the contrastive loss active; rounds are interleaved, and a
@@ -14,11 +14,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import RESULTS, append_csv, median_ratio, print_table, provenance, quantile, time_interleaved
 
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.engine.trainer import Trainer
 from bacon_fast.models.batchnorm import BatchNormAct2d
+from benchmarks.common import RESULTS, append_csv, median_ratio, print_table, provenance, quantile, time_interleaved
 
 ARMS = {
     "fp32, single operations": ("fp32", "reference"),

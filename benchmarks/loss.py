@@ -1,6 +1,6 @@
 """Speed and memory of the contrastive losses, forward and backward, against what people write without them.
 
-    python benchmarks/loss.py --device cpu [--quick] [--only TEXT] [--threads N] [--out FILE.csv]
+    python -m benchmarks.loss --device cpu [--quick] [--only TEXT] [--threads N] [--out FILE.csv]
 
 Nothing is timed that is not right: every arm's loss and gradient (and, of a whole step, class centers) are compared
 with float64 first, and an arm that is off gets no speed. Arms run in turns, in rounds; times are medians over the
@@ -20,7 +20,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import (
+from torch import Tensor
+
+from bacon_fast import functional, reference
+from benchmarks.common import (
     RESULTS,
     append_csv,
     graphed,
@@ -32,7 +35,7 @@ from common import (
     quantile,
     time_interleaved,
 )
-from loss_arms import (
+from benchmarks.loss_arms import (
     TEMPERATURE,
     BaConBatch,
     bacon_batch,
@@ -47,9 +50,6 @@ from loss_arms import (
     sup_con_vectorized,
     vectorized_step,
 )
-from torch import Tensor
-
-from bacon_fast import functional, reference
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative; the gradient's to its largest element
 Outputs = tuple[Tensor, ...]
@@ -240,7 +240,7 @@ def measure_memory(case: Case, arm: str, device: str, threads: int) -> int | Non
     """Peak memory of an arm in bytes; on a CPU in a process of its own. None where it cannot be had."""
     if device == "cuda":
         return peak_memory(case.arms[arm](), device)
-    command = [sys.executable, __file__, "--device", device, "--threads", str(threads)]
+    command = [sys.executable, "-m", "benchmarks.loss", "--device", device, "--threads", str(threads)]
     command += ["--memory-of", json.dumps([case.name, case.shape, arm])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return int(done.stdout.split()[-1]) if done.returncode == 0 else None

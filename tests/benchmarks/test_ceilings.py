@@ -1,15 +1,11 @@
 """benchmarks/ceilings.py on a CPU, with operands that take no time."""
 
 import csv
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import ceilings
+from benchmarks import ceilings
 
 
 def test_bytes_and_operations_are_counted(monkeypatch):

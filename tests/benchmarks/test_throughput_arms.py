@@ -1,26 +1,21 @@
-"""The arms of benchmarks/throughput.py: what they compute, what their gates notice, and what is counted."""
+"""The arms of benchmarks/throughput: what they compute, what their gates notice, and what is counted."""
 
 import argparse
 import csv
 import dataclasses
 import functools
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import throughput
-import throughput_arms
-import throughput_gate
-import throughput_peers
-import throughput_vectorized
-from throughput_arms import ARMS, Bench
-from throughput_counters import RANGE, DispatchCounter, count_events
-from throughput_gate import (
+from bacon_fast.models.network import Network
+from benchmarks.throughput import __main__ as throughput
+from benchmarks.throughput import arms, gate, peers, vectorized
+from benchmarks.throughput.arms import ARMS, Bench
+from benchmarks.throughput.counters import RANGE, DispatchCounter, count_events
+from benchmarks.throughput.gate import (
     RedGateError,
     check_steps,
     check_timed,
@@ -29,15 +24,13 @@ from throughput_gate import (
     check_vectorized,
     truth_of,
 )
-from throughput_loaders import Loaders
-from throughput_network import PlainNetwork
-from throughput_ours import TrainerStep
-from throughput_peers import UsbStyleStep
-from throughput_problem import Problem, State, make_config, make_trainer, prime
-from throughput_step import Flags, Stopwatch
-from throughput_vectorized import NAMES, DeviceBatches, VectorizedStep
-
-from bacon_fast.models.network import Network
+from benchmarks.throughput.loaders import Loaders
+from benchmarks.throughput.network import PlainNetwork
+from benchmarks.throughput.ours import TrainerStep
+from benchmarks.throughput.peers import UsbStyleStep
+from benchmarks.throughput.problem import Problem, State, make_config, make_trainer, prime
+from benchmarks.throughput.step import Flags, Stopwatch
+from benchmarks.throughput.vectorized import NAMES, DeviceBatches, VectorizedStep
 
 BATCH, UNLABELED = 24, 48
 
@@ -122,7 +115,7 @@ def test_our_trainer_makes_the_references_steps(bench):
 
 def test_a_timed_arm_may_draw_its_own_masks_but_not_lose_a_loss(bench):
     arm = VectorizedStep(bench.problem, bench.state, "fp32", batches=None)
-    found = dict(zip(NAMES, arm.update(throughput_gate.split(bench.truth.whole_batch)).tolist()))
+    found = dict(zip(NAMES, arm.update(gate.split(bench.truth.whole_batch)).tolist()))
     check_timed(found | {"abc_labeled": 100.0}, bench.truth, "fp32")
     with pytest.raises(RedGateError, match="contrastive is 100"):
         check_timed(found | {"contrastive": 100.0}, bench.truth, "fp32")
@@ -152,18 +145,18 @@ def _without_projection(group):
 
 
 BREAKS = {
-    "loss": (throughput_peers, "bacon_class_loop", _scaled(throughput_peers.bacon_class_loop, 1.01)),
-    "labels": (throughput_peers.LoopedBank, "count", lambda *_: None),
-    "bank": (throughput_peers.LoopedBank, "write", lambda *_: None),
-    "average": (throughput_peers.TensorwiseAverage, "update", lambda _: None),
-    "momentum": (throughput_peers, "TensorwiseAverage", lambda *a: TensorwiseAverage(*a[:-1], 0.998)),
+    "loss": (peers, "bacon_class_loop", _scaled(peers.bacon_class_loop, 1.01)),
+    "labels": (peers.LoopedBank, "count", lambda *_: None),
+    "bank": (peers.LoopedBank, "write", lambda *_: None),
+    "average": (peers.TensorwiseAverage, "update", lambda _: None),
+    "momentum": (peers, "TensorwiseAverage", lambda *a: TensorwiseAverage(*a[:-1], 0.998)),
     "nesterov": (torch.optim, "SGD", lambda *a, **k: SGD(*a, **(k | {"nesterov": False}))),
     "decay": (torch.optim, "SGD", lambda groups, **k: SGD([g | {"weight_decay": 0.5} for g in groups], **k)),
     "projection": (torch.optim, "SGD", lambda groups, **k: SGD([_without_projection(g) for g in groups], **k)),
-    "gradient": (throughput_peers, "PlainNetwork", _NoGradientThroughWeak),
+    "gradient": (peers, "PlainNetwork", _NoGradientThroughWeak),
     "annealing": (Problem, "epoch_share", lambda *_: 0.0),
 }
-SGD, TensorwiseAverage = torch.optim.SGD, throughput_peers.TensorwiseAverage
+SGD, TensorwiseAverage = torch.optim.SGD, peers.TensorwiseAverage
 
 
 @pytest.mark.parametrize("what", BREAKS)
@@ -175,7 +168,6 @@ def test_the_gate_of_the_usb_style_arm_notices(bench, monkeypatch, what):
 
 @pytest.mark.parametrize("what", ["loss", "sums", "gradient", "average"])
 def test_the_gate_of_the_vectorized_arm_notices(bench, monkeypatch, what):
-    vectorized = throughput_vectorized
     monkeypatch.setattr(
         *{
             "loss": (vectorized, "bacon_vectorized", _scaled(vectorized.bacon_vectorized, 1.01)),
@@ -306,7 +298,7 @@ def test_operations_are_counted_once_views_not_at_all():
 
 
 def test_the_usb_style_step_waits_and_ours_does_not(bench):
-    batch = throughput_gate.split(bench.truth.whole_batch)
+    batch = gate.split(bench.truth.whole_batch)
     theirs, vectorized = (
         UsbStyleStep(bench.problem, bench.state, workers=None),
         VectorizedStep(bench.problem, bench.state, "fp32", batches=DeviceBatches(bench.problem)),
@@ -388,7 +380,7 @@ def read(path):
 
 
 def test_a_run_gives_rows_ratios_and_a_picture(tmp_path, small, monkeypatch, capsys):
-    monkeypatch.setattr(throughput_peers.TensorwiseAverage, "update", lambda _: None)
+    monkeypatch.setattr(peers.TensorwiseAverage, "update", lambda _: None)
     throughput.measure(options(tmp_path, arms=["USB", "A", "D", "F", "F-tf32"], concurrent=3), tmp_path)
     rows = read(tmp_path / "throughput.csv")
     assert list(rows) == ["D", "F", "USB", "A", "F-tf32", "Fx3"]
@@ -421,7 +413,7 @@ def test_a_run_fails_when_our_step_is_wrong(tmp_path, built, monkeypatch):
     def red(*_):
         raise RedGateError("loss is off")
 
-    monkeypatch.setattr(throughput_arms, "check_trainer", red)
+    monkeypatch.setattr(arms, "check_trainer", red)
     with pytest.raises(RedGateError, match="loss is off"):
         throughput.measure(options(tmp_path, arms=["F"], rounds=1), tmp_path)
     assert read(tmp_path / "throughput.csv")["F"]["steps_per_s"] == ""
@@ -481,9 +473,9 @@ def test_every_arm_says_what_it_is():
 
 def test_several_runs_take_a_step_each(bench):
     """On a CPU, where it is no arm, but works."""
-    several = throughput_arms.with_several(2)
+    several = arms.with_several(2)
     assert several["Fx2"].why_not(bench) == "runs share a GPU, not a CPU" and list(several)[:-1] == list(ARMS)
-    assert throughput_arms.with_several(0) == ARMS
+    assert arms.with_several(0) == ARMS
     arm = several["Fx2"].build(bench)
     first = [trainer.step for trainer in arm.trainers]
     counter = DispatchCounter()

@@ -1,10 +1,9 @@
-"""USB's own loop as an arm of benchmarks/throughput.py, on a CPU, which USB itself does not have.
+"""USB's own loop as an arm of benchmarks/throughput, on a CPU, which USB itself does not have.
 
 Needs the optional extra `usb` (semilearn 0.3.2 with timm 1.0.31), which has an environment of its own.
 """
 
 import dataclasses
-import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +14,11 @@ from torch import nn
 
 pytest.importorskip("semilearn", reason="USB is not installed (optional extra 'usb')")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 from semilearn.core.utils import EMA, misc
 from semilearn.imb_algorithms.abc.abc import ABC
-from throughput_problem import Problem, make_config, make_trainer
-from throughput_usb import UsbArm, why_not
+
+from benchmarks.throughput.problem import Problem, make_config, make_trainer
+from benchmarks.throughput.usb import UsbArm, why_not
 
 
 class Wrapped(nn.Module):

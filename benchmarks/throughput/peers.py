@@ -10,12 +10,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from loss_arms import bacon_class_loop
-from throughput_loaders import HostBatch, Loaders, on_device
-from throughput_network import PlainNetwork
-from throughput_problem import MIDDLE, Problem, State
-from throughput_step import Flags, StepArm, synchronize
 from torch import Tensor, nn
+
+from benchmarks.loss_arms import bacon_class_loop
+
+from .loaders import HostBatch, Loaders, on_device
+from .network import PlainNetwork
+from .problem import MIDDLE, Problem, State
+from .step import Flags, StepArm, synchronize
 
 # The masks' two streams; a gate replaces the draws by those of our method.
 LABELED, UNLABELED = 7, 8

@@ -1,4 +1,4 @@
-"""The picture of benchmarks/throughput.py: a horizontal bar an arm, from the slowest to the fastest round."""
+"""The picture of benchmarks/throughput: a horizontal bar an arm, from the slowest to the fastest round."""
 
 from pathlib import Path
 

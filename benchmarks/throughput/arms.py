@@ -1,21 +1,21 @@
-"""The arms of benchmarks/throughput.py, from USB itself to bacon_fast, each a step further than the one before it."""
+"""The arms of benchmarks/throughput, from USB itself to bacon_fast, each a step further than the one before it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from throughput_gate import Truth, check_timed, check_trainer, check_usb_style, check_vectorized, split
-from throughput_loaders import AS_SHIPPED, Loaders, ample_workers
-from throughput_ours import SeveralTrainersStep, TrainerStep
-from throughput_peers import UsbStyleStep
-from throughput_problem import Problem, State, make_trainer
-from throughput_step import StepArm
-from throughput_usb import UsbArm
-from throughput_usb import why_not as why_not_usb
-from throughput_vectorized import NAMES, DeviceBatches, VectorizedStep
-
 from bacon_fast.engine.trainer import Trainer
 from bacon_fast.methods.outputs import Batch
+
+from .gate import Truth, check_timed, check_trainer, check_usb_style, check_vectorized, split
+from .loaders import AS_SHIPPED, Loaders, ample_workers
+from .ours import SeveralTrainersStep, TrainerStep
+from .peers import UsbStyleStep
+from .problem import Problem, State, make_trainer
+from .step import StepArm
+from .usb import UsbArm
+from .usb import why_not as why_not_usb
+from .vectorized import NAMES, DeviceBatches, VectorizedStep
 
 OURS = "F"
 

@@ -3,14 +3,15 @@
 from contextlib import ExitStack, nullcontext
 
 import torch
-from throughput_problem import State
-from throughput_step import Flags, StepArm
 
 from bacon_fast.engine.trainer import Trainer
 
+from .problem import State
+from .step import Flags, StepArm
+
 
 class TrainerStep(StepArm):
-    """The steps that `Trainer.fit` makes, without what is due between them (throughput.py --full-run has that too).
+    """The steps that `Trainer.fit` makes, without what is due between them (--full-run has that too).
 
     Args:
         trainer: just built: the flags that its constructor set are those of its steps.

@@ -12,12 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from throughput_loaders import HostBatch
-from throughput_ours import TrainerStep
-from throughput_peers import UsbStyleStep
-from throughput_problem import MIDDLE, Named, Problem, State, random_batch
-from throughput_step import Flags
-from throughput_vectorized import NAMES, VectorizedStep
 from torch import Tensor
 
 from bacon_fast.engine import build
@@ -25,6 +19,13 @@ from bacon_fast.engine.graph import WARM_UP
 from bacon_fast.engine.trainer import Trainer
 from bacon_fast.methods.outputs import Batch
 from bacon_fast.reference.heads import bernoulli
+
+from .loaders import HostBatch
+from .ours import TrainerStep
+from .peers import UsbStyleStep
+from .problem import MIDDLE, Named, Problem, State, random_batch
+from .step import Flags
+from .vectorized import NAMES, VectorizedStep
 
 STEPS = 3
 # Of float64 steps, which hold the bank's float32 features and temperatures of integer counts.

@@ -9,17 +9,18 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from loss_arms import bacon_vectorized
-from throughput_loaders import HostBatch, Loaders, on_device
-from throughput_network import PlainNetwork
-from throughput_peers import LABELED, UNLABELED
-from throughput_problem import MIDDLE, Problem, State
-from throughput_step import Flags, StepArm
 from torch import Tensor, nn
 
 from bacon_fast.data.augment import Augment, ViewRequest
 from bacon_fast.data.loader import IndexSampler
 from bacon_fast.data.philox import Stream
+from benchmarks.loss_arms import bacon_vectorized
+
+from .loaders import HostBatch, Loaders, on_device
+from .network import PlainNetwork
+from .peers import LABELED, UNLABELED
+from .problem import MIDDLE, Problem, State
+from .step import Flags, StepArm
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_MODE = {"cpu": "default", "cuda": "max-autotune"}

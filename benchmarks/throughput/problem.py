@@ -1,4 +1,4 @@
-"""What all arms of benchmarks/throughput.py train: one dataset, one split, one configuration, one state to begin from.
+"""What all arms of benchmarks/throughput train: one dataset, one split, one configuration, one state to begin from.
 
 The state is that of a training under way: half of the predictions are confident and the memory bank is filled. In the
 state of a first step a class loop, which skips what is absent, would have next to nothing to do.

@@ -1,12 +1,12 @@
 """Training steps a second: the same step from the peers' way of making it to ours, in one process, in turns.
 
-    python benchmarks/throughput.py --device cpu                                       # small network, about 3 minutes
-    python benchmarks/throughput.py --device cuda --data-dir CIFAR_FOLDER              # WRN-28-2
-    python benchmarks/throughput.py --device cuda --data-dir CIFAR_FOLDER --full-run 2000
+    python -m benchmarks.throughput --device cpu                                       # small network, about 3 minutes
+    python -m benchmarks.throughput --device cuda --data-dir CIFAR_FOLDER              # WRN-28-2
+    python -m benchmarks.throughput --device cuda --data-dir CIFAR_FOLDER --full-run 2000
 
 The step is that of FixMatch + ABC + BaCon with its contrastive loss on: 64 labeled, 128 weak and 128 strong views of
 CIFAR size, the gradient through all 320, the average after every step. An arm whose losses or updates are not those of
-our reference gets no speed (throughput_gate.py). In every round each arm runs for about --slice seconds; figures are
+our reference gets no speed (gate.py). In every round each arm runs for about --slice seconds; figures are
 medians over the rounds with the slowest and the fastest one, ratios are medians of the ratios within the rounds. The
 run fails if bacon_fast's step makes the host wait. --full-run measures a whole run of our trainer instead, with
 evaluations, log rows and checkpoints. Rows go to results/throughput_DEVICE.csv, a picture beside it.
@@ -23,17 +23,18 @@ import time
 from pathlib import Path
 
 import torch
-from common import RESULTS, append_csv, median_ratio, package_version, peak_memory, print_table, provenance
-from throughput_arms import ARMS, OURS, Arm, Bench, with_several
-from throughput_counters import Counts, counter
-from throughput_gate import RedGateError, truth_of
-from throughput_picture import draw
-from throughput_problem import STEPS, Problem, decode_folder, make_config, make_trainer, prime, repeat_digits
-from throughput_step import StepArm, Stopwatch, synchronize
 
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.graph import WARM_UP
 from bacon_fast.engine.trainer import Trainer
+from benchmarks.common import RESULTS, append_csv, median_ratio, package_version, peak_memory, print_table, provenance
+
+from .arms import ARMS, OURS, Arm, Bench, with_several
+from .counters import Counts, counter
+from .gate import RedGateError, truth_of
+from .picture import draw
+from .problem import STEPS, Problem, decode_folder, make_config, make_trainer, prime, repeat_digits
+from .step import StepArm, Stopwatch, synchronize
 
 COUNTED_STEPS = 4
 MINUTES = f"minutes_for_{STEPS}_steps"
@@ -70,7 +71,7 @@ def measured_peak(key: str, arm: StepArm, held_before: int, options: argparse.Na
         torch.cuda.reset_peak_memory_stats()
         arm.run(2, Stopwatch(arm.device))
         return (torch.cuda.max_memory_reserved() - held_before) / 1e6
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", key]
+    command = [sys.executable, "-m", "benchmarks.throughput", *sys.argv[1:], "--memory-of", key]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return int(done.stdout.split()[-1]) / 1e6 if done.returncode == 0 else None
 

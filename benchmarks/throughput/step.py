@@ -1,4 +1,4 @@
-"""What every arm of benchmarks/throughput.py is: something that makes training steps, a slice of them at a time."""
+"""What every arm of benchmarks/throughput is: something that makes training steps, a slice of them at a time."""
 
 import time
 from collections.abc import Iterator

@@ -12,10 +12,11 @@ from io import StringIO
 from pathlib import Path
 
 import numpy as np
-from throughput_loaders import AS_SHIPPED, PREFETCH
-from throughput_problem import Problem
-from throughput_step import Flags, StepArm
 from torchvision import transforms
+
+from .loaders import AS_SHIPPED, PREFETCH
+from .problem import Problem
+from .step import Flags, StepArm
 
 NETS = {"wrn-28-2": "wrn_28_2", "wrn-28-8": "wrn_28_8"}
 

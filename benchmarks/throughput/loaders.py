@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from augment import rand_augment
 from PIL import Image
-from throughput_problem import Problem
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
+
+from benchmarks.augment import rand_augment
+
+from .problem import Problem
 
 PREFETCH = 2  # batches that torch's loader keeps ready a worker
 
