@@ -20,7 +20,7 @@ FOLDER = ".bacon_fast"
 """Where the file lies, below the image folder."""
 CHUNK = 1024
 """Files decoded at once."""
-DECODING = 2
+DECODING = 3
 """Of the pixels that `read_files` makes of a file: files decoded by another one are not used."""
 
 
