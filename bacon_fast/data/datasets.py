@@ -126,15 +126,16 @@ def load_dataset(
     classes: Sequence[str] | None = None,
     svhn_extra: bool = True,
     mapped: bool = False,
+    follow_links: bool = False,
 ) -> ImageDataset:
     """Loads a dataset by name.
 
     - digits: scikit-learn's 1,797 handwritten digits, which come with that package; resized from 8x8 to 16x16 (Pillow,
       bilinear) and divided once and for all into 60 % train and 40 % test of each class. A writer may be in both parts.
     - cifar10, cifar100, svhn, stl10: torchvision's, at 32x32 (STL-10 is resized from 96x96, as USB and BaCon do).
-    - folder: image files in train/<class>/, test/<class>/ and, if present, unlabeled/, at any depth, links followed; a
-      warning counts files that are ignored. Images are what a viewer shows (`images.read_files`). The class order is
-      that of `classes`, else of the lines of classes.txt, else sorted. Normalized with ImageNet's mean and deviation.
+    - folder: image files in train/<class>/, test/<class>/ and, if present, unlabeled/, at any depth; warnings name what
+      is not read. Images are what a viewer shows (`images.read_files`). The class order is that of `classes`, else of
+      the lines of classes.txt, else sorted. Normalized with ImageNet's mean and deviation.
     - arrays: an .npz file with train_images and test_images (uint8 [N, H, W, 3], [N, H, W, 1] or [N, H, W]),
       train_labels and test_labels (integers [N]), and optionally unlabeled_images and class_names (strings).
       Normalized, like digits, with mean and deviation of the train images.
@@ -148,6 +149,8 @@ def load_dataset(
         svhn_extra: add SVHN's extra part to its train images, as USB and BaCon do.
         mapped: decode an image folder once, into a file in it that is then read as needed (`image_cache`), for images
             that do not fit into memory; needs `image_size`.
+        follow_links: follow links in a class folder that lead to folders outside it, where images of other classes may
+            lie (folder only). Links to single files, and class folders that are links, need no permission.
 
     Raises:
         ValueError: a wrong argument, or data that is not as described; unreadable files are named.
@@ -163,6 +166,8 @@ def load_dataset(
         )
     if classes is not None and name != "folder":
         raise ValueError(f"classes: the class order can be chosen for dataset folder only, not for {name!r}")
+    if follow_links and name != "folder":
+        raise ValueError(f"follow_links: there are links to follow in dataset folder only, not in {name!r}")
     if name == "digits":
         return ImageDataset(name, **sources.digits(image_size))
     if data_dir is None:
@@ -170,7 +175,7 @@ def load_dataset(
         raise ValueError(f"data_dir: expected {what} for dataset {name!r}, found None")
     root = Path(data_dir)
     if name == "folder":
-        fields = sources.folder(root, image_size, classes, mapped)
+        fields = sources.folder(root, image_size, classes, mapped, follow_links)
     elif name == "arrays":
         fields = sources.arrays(root, image_size)
     else:
