@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bacon_fast.data import sources
+from bacon_fast.data import image_cache, sources
 
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder", "arrays")
 """Names that `load_dataset` knows."""
@@ -94,11 +94,14 @@ class ImageDataset:
         file = self.fingerprint_file
         if file is None:
             return self._fingerprint()
-        if not file.is_file():
-            temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-            temporary.write_text(self._fingerprint())
-            os.replace(temporary, file)
-        return file.read_text()
+        if (known := image_cache.recall(file)) is not None:
+            return known
+        if file.exists():
+            warnings.warn(f"{file}: damaged, computing the fingerprint again", stacklevel=2)
+        computed = self._fingerprint()
+        with image_cache.only_writer(file.parent):
+            image_cache.remember(file, computed)
+        return computed
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.class_names).encode())

@@ -67,7 +67,7 @@ def resize(images: np.ndarray, size: int | None) -> Tensor:
     def one(i: int) -> None:
         resized[i] = Image.fromarray(images[i]).resize((size, size), Image.Resampling.BILINEAR)
 
-    _in_threads(one, range(len(images)))
+    in_threads(one, range(len(images)))
     return torch.from_numpy(resized)
 
 
@@ -139,7 +139,7 @@ def read_files(files: Sequence[Path], size: int | tuple[int, int] | None) -> Ten
         except Exception as error:  # decoders raise many types for a damaged file
             return error
 
-    decoded = _in_threads(decode, files)
+    decoded = in_threads(decode, files)
     failed = [
         f"{printable(str(path))} ({printable(str(image) or type(image).__name__)})"
         for path, image in zip(files, decoded)
@@ -193,6 +193,7 @@ def _size(image: np.ndarray) -> str:
     return f"{image.shape[1]}x{image.shape[0]}"
 
 
-def _in_threads(function: Callable, items: Iterable) -> list:
+def in_threads(function: Callable, items: Iterable) -> list:
+    """The function's results in order, by one thread a usable core."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(function, items))

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from bacon_fast.data.image_cache import mapped_files
+from bacon_fast.data.image_cache import FINGERPRINT, mapped_files
 from bacon_fast.data.images import as_rgb, image_files, is_inside, read_files, require_targets, resize
 from bacon_fast.data.names import distinct, printable, require_names
 from bacon_fast.data.philox import Stream, philox
@@ -176,7 +176,7 @@ def folder(
         "test_labels": labels["test"],
         "unlabeled_images": unlabeled if len(unlabeled) else None,
         "class_names": class_names,
-        "fingerprint_file": None if file is None else file.with_suffix(".fingerprint"),
+        "fingerprint_file": None if file is None else file.with_suffix(FINGERPRINT),
         **_IMAGENET,
     }
 
