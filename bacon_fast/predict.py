@@ -24,7 +24,7 @@ class Arguments:
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory."""
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files of any size and format Pillow reads."""
+    """Image files of any size: JPEG, PNG, BMP, GIF, PPM, TIFF, WebP or AVIF."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,8 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bacon_fast.data import sources
-from bacon_fast.files import write_atomically
+from bacon_fast.data import image_cache, sources
 
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder", "arrays")
 """Names that `load_dataset` knows."""
@@ -94,9 +94,14 @@ class ImageDataset:
         file = self.fingerprint_file
         if file is None:
             return self._fingerprint()
-        if not file.is_file():
-            write_atomically(file, lambda temporary: temporary.write_text(self._fingerprint()))
-        return file.read_text()
+        if (known := image_cache.recall(file)) is not None:
+            return known
+        if file.exists():
+            warnings.warn(f"{file}: damaged, computing the fingerprint again", stacklevel=2)
+        computed = self._fingerprint()
+        with image_cache.only_writer(file.parent):
+            image_cache.remember(file, computed)
+        return computed
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.class_names).encode())
@@ -123,6 +128,7 @@ def load_dataset(
     image_size: int | None = None,
     classes: Sequence[str] | None = None,
     mapped: bool = False,
+    follow_links: bool = False,
 ) -> ImageDataset:
     """Loads a dataset by name.
 
@@ -130,9 +136,9 @@ def load_dataset(
       bilinear) and divided once and for all into 60 % train and 40 % test of each class. A writer may be in both parts.
     - cifar10, cifar100, svhn, stl10: torchvision's, at 32x32 (STL-10 is resized from 96x96, and SVHN's train images
       include its extra part, as in USB and BaCon).
-    - folder: image files in train/<class>/, test/<class>/ and, if present, unlabeled/, at any depth, links followed; a
-      warning counts files that are ignored. Images are what a viewer shows (`images.read_files`). The class order is
-      that of `classes`, else of the lines of classes.txt, else sorted. Normalized with ImageNet's mean and deviation.
+    - folder: image files in train/<class>/, test/<class>/ and, if present, unlabeled/, at any depth; warnings name what
+      is not read. Images are what a viewer shows (`images.read_files`). The class order is that of `classes`, else of
+      the lines of classes.txt, else sorted. Normalized with ImageNet's mean and deviation.
     - arrays: an .npz file with train_images and test_images (uint8 [N, H, W, 3], [N, H, W, 1] or [N, H, W]),
       train_labels and test_labels (integers [N]), and optionally unlabeled_images and class_names (strings).
       Normalized, like digits, with mean and deviation of the train images.
@@ -145,6 +151,8 @@ def load_dataset(
         classes: class names in order (folder only).
         mapped: decode an image folder once, into a file in it that is then read as needed (`image_cache`), for images
             that do not fit into memory; needs `image_size`.
+        follow_links: follow links in a class folder that lead to folders outside it, where images of other classes may
+            lie (folder only). Links to single files, and class folders that are links, need no permission.
 
     Raises:
         ValueError: a wrong argument, or data that is not as described; unreadable files are named.
@@ -160,6 +168,8 @@ def load_dataset(
         )
     if classes is not None and name != "folder":
         raise ValueError(f"classes: the class order can be chosen for dataset folder only, not for {name!r}")
+    if follow_links and name != "folder":
+        raise ValueError(f"follow_links: there are links to follow in dataset folder only, not in {name!r}")
     if name == "digits":
         return ImageDataset(name, **sources.digits(image_size))
     if data_dir is None:
@@ -167,7 +177,7 @@ def load_dataset(
         raise ValueError(f"data_dir: expected {what} for dataset {name!r}, found None")
     root = Path(data_dir)
     if name == "folder":
-        fields = sources.folder(root, image_size, classes, mapped)
+        fields = sources.folder(root, image_size, classes, mapped, follow_links)
     elif name == "arrays":
         fields = sources.arrays(root, image_size)
     else:

@@ -1,11 +1,12 @@
 """Image files too many for memory: decoded once into one file, which is mapped instead of read."""
 
+import errno
 import fcntl
 import hashlib
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,22 +15,28 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bacon_fast.data.images import UnreadableImagesError, read_files
+from bacon_fast.data.images import UnreadableImagesError, in_threads, read_files
 
 FOLDER = ".bacon_fast"
 """Where the file lies, below the image folder."""
 CHUNK = 1024
 """Files decoded at once."""
-DECODING = 2
+FINGERPRINT = ".fingerprint"
+"""Suffix of the file beside it that keeps the fingerprint of the dataset which the images are of."""
+_BLOCK, _PIECE = 1 << 26, 1 << 20
+_LOCK, _TEMPORARY = ".lock", ".*.tmp"
+_NOT_NOW = (errno.EWOULDBLOCK, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS, errno.EACCES, errno.EPERM)
+DECODING = 3
 """Of the pixels that `read_files` makes of a file: files decoded by another one are not used."""
 
 
 def mapped_files(root: Path, files: Sequence[Path], size: int) -> tuple[Tensor, Path]:
     """Files below `root`, decoded as RGB at size x size, as a memory-mapped tensor.
 
-    The first call writes root/.bacon_fast/<key>.images, N * size * size * 3 bytes, which calls with the same files,
-    sizes and times of change find again. Files of earlier calls stay; they may be deleted when no run reads them. One
-    process at a time writes, the others wait, and removes what writers that were killed have left.
+    The first call writes root/.bacon_fast/<key>.images, N * size * size * 3 bytes and a digest of them. Calls with the
+    same files, sizes and times of change find it again; they read it once, to compare the digest, and decode the files
+    anew where it does not fit. Files of earlier calls stay; they may be deleted when no run reads them. One process at
+    a time writes, the others wait. Each call removes what writers that were killed have left.
 
     Returns:
         uint8 [N, size, size, 3] on the CPU, read-only, of which only what is read lies in memory; and the file.
@@ -44,12 +51,68 @@ def mapped_files(root: Path, files: Sequence[Path], size: int) -> tuple[Tensor, 
     key = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
     path = root / FOLDER / f"{key}.images"
     shape = (len(files), size, size, 3)
+    remove_left_behind(path.parent)
     if not _is_whole(path, shape):
         path.parent.mkdir(exist_ok=True)
-        with _only_writer(path.parent):
+        with only_writer(path.parent):
             if not _is_whole(path, shape):  # else another process wrote it while this one waited
+                if path.exists():
+                    warnings.warn(f"{path}: damaged, decoding the images again", stacklevel=2)
                 _decode(files, size, path)
     return _mapped(path, shape), path
+
+
+def remember(path: Path, text: str) -> None:
+    """Writes one line to `path`, with its digest; whole or not at all."""
+    _write_whole(path, lambda temporary: temporary.write_text(f"{text} {_seal(path, text)}\n"))
+
+
+def recall(path: Path) -> str | None:
+    """What `remember` wrote, None where there is no such file or it is damaged."""
+    try:
+        text, _, seal = path.read_text().removesuffix("\n").rpartition(" ")
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+    return text if seal == _seal(path, text) else None
+
+
+def _seal(path: Path, text: str) -> str:
+    return hashlib.sha256(f"{path.name} {text}".encode()).hexdigest()  # with the name: it is of no other file
+
+
+def remove_left_behind(folder: Path) -> None:
+    """Removes the temporary files that killed writers left in `folder`, unless somebody writes there now."""
+    if next(folder.glob(_TEMPORARY), None) is None:
+        return
+    try:
+        with open(folder / _LOCK, "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove_temporary(folder)
+    except OSError as error:  # a writer at work, no locks, a file system that is read-only: leave them
+        if error.errno not in _NOT_NOW:
+            raise
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Waits until no other process writes into `folder`, and removes what killed ones have left there."""
+    with open(folder / _LOCK, "ab") as lock:
+        locked = True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            warnings.warn(f"{folder}: waiting for another process, which decodes images into it", stacklevel=4)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: two writers do the work twice, each into a file of its own
+            locked = False
+        if locked:
+            _remove_temporary(folder)
+        yield
+
+
+def _remove_temporary(folder: Path) -> None:
+    for left in folder.glob(_TEMPORARY):
+        left.unlink(missing_ok=True)
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
@@ -60,31 +123,32 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 
 def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
-    return path.is_file() and path.stat().st_size == math.prod(shape)
+    pixels = math.prod(shape)
+    if not path.is_file() or path.stat().st_size != pixels + hashlib.sha256().digest_size:
+        return False
+    with open(path, "rb") as file:
+        file.seek(pixels)
+        return file.read() == _digest(path, pixels)
 
 
-@contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Waits until no other process writes into `folder`, and removes what killed ones have left there."""
-    with open(folder / ".lock", "ab") as lock:
-        locked = True
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            warnings.warn(f"{folder}: waiting for another process, which decodes images into it", stacklevel=4)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: two writers do the work twice, each into a file of its own
-            locked = False
-        if locked:
-            for left in folder.glob(".*.images.*.tmp"):
-                left.unlink()
-        yield
+def _digest(path: Path, size: int) -> bytes:
+    """sha256 of the sha256s of blocks of the file's first `size` bytes, which one thread a core reads."""
+
+    def of_block(start: int) -> bytes:
+        digest, left = hashlib.sha256(), min(_BLOCK, size - start)
+        with open(path, "rb") as file:
+            file.seek(start)
+            while left and (piece := file.read(min(left, _PIECE))):
+                digest.update(piece)
+                left -= len(piece)
+        return digest.digest()
+
+    return hashlib.sha256(b"".join(in_threads(of_block, range(0, size, _BLOCK)))).digest()
 
 
 def _decode(files: Sequence[Path], size: int, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    failed = []
-    try:
+    def write(temporary: Path) -> None:
+        failed = []
         with open(temporary, "wb") as output:
             for start in tqdm(range(0, len(files), CHUNK), f"decoding {len(files)} images", leave=False):
                 try:
@@ -94,7 +158,19 @@ def _decode(files: Sequence[Path], size: int, path: Path) -> None:
             if failed:
                 raise UnreadableImagesError(failed)
             output.flush()
-            os.fsync(output.fileno())
+            output.write(_digest(temporary, output.tell()))
+
+    path.with_suffix(FINGERPRINT).unlink(missing_ok=True)  # another version of Pillow may decode to other pixels
+    _write_whole(path, write)
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a temporary path and moves the file to `path` when it is written to the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,21 +1,25 @@
 """Decoding and resizing of images on the host, with one thread per usable core (Pillow releases the GIL)."""
 
 import os
-import struct
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
+
+from bacon_fast.data.names import printable
+from bacon_fast.data.transparency import in_front_of_white
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".avif"}
 )
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "AVIF")
+"""What the suffixes stand for, in Pillow's words. Of its other decoders one starts a program: Ghostscript."""
 _MAX_NAMED = 100
-_UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError)
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -63,21 +67,29 @@ def resize(images: np.ndarray, size: int | None) -> Tensor:
     def one(i: int) -> None:
         resized[i] = Image.fromarray(images[i]).resize((size, size), Image.Resampling.BILINEAR)
 
-    _in_threads(one, range(len(images)))
+    in_threads(one, range(len(images)))
     return torch.from_numpy(resized)
 
 
-def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
+def image_files(folder: Path, *, follow_links: bool = True) -> tuple[list[Path], list[Path]]:
     """Image files anywhere below `folder`, by suffix, and the other files; both sorted, none if there is no folder.
 
     Links to folders are followed, and a folder that several lead to is read once. Hidden files and folders are passed
     over.
 
+    Args:
+        follow_links: False: refuse links to folders outside `folder`, which may be a link itself.
+
     Raises:
-        ValueError: links that lead nowhere. OSError: a folder that cannot be read.
+        ValueError: links that lead nowhere, or outside. OSError: a folder that cannot be read.
     """
-    images, others, seen = [], [], set()
+    images, others, seen, outside = [], [], set(), []
+    whole = os.path.realpath(folder)
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=_raise) if os.path.lexists(folder) else ():
+        if not follow_links and os.path.islink(parent) and not is_inside(os.path.realpath(parent), whole):
+            outside.append(f"{printable(parent)} -> {printable(os.path.realpath(parent))}")
+            folders.clear()
+            continue
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
@@ -86,22 +98,32 @@ def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(parent, name) for name in names if not name.startswith(".")):
             (images if path.suffix.lower() in SUFFIXES and path.is_file() else others).append(path)
+    if outside:
+        raise ValueError(
+            f"{len(outside)} links lead out of {printable(str(folder))}, maybe to images of other classes; "
+            f"--follow-links follows them:{_listed(sorted(outside))}"
+        )
     others.sort()
     require_targets(others)
     return sorted(images), others
 
 
+def is_inside(path: str, folder: str) -> bool:
+    """Whether the real path `path` is the real path `folder` or below it."""
+    return os.path.commonpath([path, folder]) == folder
+
+
 def require_targets(paths: Iterable[Path]) -> None:
     """Raises ValueError for links among `paths` that lead nowhere."""
-    if broken := [str(path) for path in paths if not path.exists()]:
+    if broken := [printable(str(path)) for path in paths if not path.exists()]:
         raise ValueError(f"{len(broken)} links lead nowhere:{_listed(broken)}")
 
 
 def read_files(files: Sequence[Path], size: int | tuple[int, int] | None) -> Tensor:
     """Decodes files as RGB: uint8 [N, H, W, 3], resized to size x size or (H, W) when `size` is given.
 
-    Images are what a viewer shows: turned as their EXIF orientation says, what is transparent in front of white, and of
-    an animation the first picture.
+    A file may have any of `FORMATS`, whatever its suffix. Images are what a viewer shows: turned as their EXIF
+    orientation says, what is transparent in front of white, and of an animation the first picture.
 
     Raises:
         UnreadableImagesError: files that cannot be decoded. ValueError: without `size`, files of different sizes.
@@ -112,37 +134,50 @@ def read_files(files: Sequence[Path], size: int | tuple[int, int] | None) -> Ten
 
     def decode(path: Path) -> np.ndarray | Exception:
         try:
-            with Image.open(path) as image:
-                if image.mode.startswith(("I", "F")):  # Pillow would clip these to 0..255: a white or a black image
-                    raise ValueError(f"expected 8 bits a channel, found mode {image.mode}")
-                rgb = _as_viewed(image)
+            rgb = _read(path)
             return np.asarray(rgb if size is None else rgb.resize(size[::-1], Image.Resampling.BILINEAR))
-        except _UNREADABLE as error:
+        except Exception as error:  # decoders raise many types for a damaged file
             return error
 
-    decoded = _in_threads(decode, files)
-    failed = [f"{path} ({image})" for path, image in zip(files, decoded) if isinstance(image, Exception)]
+    decoded = in_threads(decode, files)
+    failed = [
+        f"{printable(str(path))} ({printable(str(image) or type(image).__name__)})"
+        for path, image in zip(files, decoded)
+        if isinstance(image, Exception)
+    ]
     if failed:
         raise UnreadableImagesError(failed)
     for path, image in zip(files, decoded):
         if image.shape != decoded[0].shape:
             raise ValueError(
                 "image_size: expected one, because the image files differ in size: "
-                f"{files[0]} is {_size(decoded[0])}, {path} is {_size(image)}"
+                f"{printable(str(files[0]))} is {_size(decoded[0])}, {printable(str(path))} is {_size(image)}"
             )
     return torch.from_numpy(np.stack(decoded))
 
 
-def _as_viewed(image: Image.Image) -> Image.Image:
-    image.load()  # a TIFF turns itself here, and some formats keep their EXIF behind the pixels
-    try:
-        turn = _TURN.get(image.getexif().get(ExifTags.Base.Orientation))
-    except _UNREADABLE:  # damaged EXIF beside sound pixels, which viewers show as they are
-        turn = None
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    rgb = image.convert("RGB")
+def _read(path: Path) -> Image.Image:
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("expected a file, found something else")  # to open a named pipe is to wait for its writer
+    with open(path, "rb") as file:  # given a path, Pillow maps some TIFFs with the sides of the turned image
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError(f"expected an image, one of {', '.join(FORMATS)}") from None
+        with image:
+            if image.mode.startswith(("I", "F")):  # Pillow would clip these to 0..255: a white or a black image
+                raise ValueError(f"expected 8 bits a channel, found mode {image.mode}")
+            rgb = in_front_of_white(image, file)
+            turn = _turn(image)
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes a loaded image upright. A TIFF is upright already; some formats keep their EXIF behind the pixels."""
+    try:
+        return _TURN.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged EXIF beside sound pixels, which viewers show as they are
+        return None
 
 
 def _raise(error: OSError) -> None:
@@ -158,6 +193,7 @@ def _size(image: np.ndarray) -> str:
     return f"{image.shape[1]}x{image.shape[0]}"
 
 
-def _in_threads(function: Callable, items: Iterable) -> list:
+def in_threads(function: Callable, items: Iterable) -> list:
+    """The function's results in order, by one thread a usable core."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(function, items))

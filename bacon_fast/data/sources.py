@@ -12,8 +12,9 @@ import torch
 import torchvision
 from torch import Tensor
 
-from bacon_fast.data.image_cache import mapped_files
-from bacon_fast.data.images import as_rgb, image_files, read_files, require_targets, resize
+from bacon_fast.data.image_cache import FINGERPRINT, mapped_files
+from bacon_fast.data.images import as_rgb, image_files, is_inside, read_files, require_targets, resize
+from bacon_fast.data.names import distinct, printable, require_names
 from bacon_fast.data.philox import Stream, philox
 
 # Normalization of USB (semilearn/datasets/cv_datasets), which the official BaCon code keeps; CIFAR-10 has ImageNet's.
@@ -109,45 +110,57 @@ def torchvision_dataset(name: str, root: Path, download: bool, image_size: int |
     }
 
 
-def folder(root: Path, image_size: int | None, classes: Sequence[str] | None, mapped: bool) -> dict:
+def folder(
+    root: Path, image_size: int | None, classes: Sequence[str] | None, mapped: bool, follow_links: bool = False
+) -> dict:
     """An image folder: train/<class>/, test/<class>/, optionally unlabeled/. Normalized with ImageNet's statistics.
 
     Args:
         mapped: decode into a file and map it, instead of into memory.
+        follow_links: follow links that lead out of a class folder.
 
     Raises:
         FileNotFoundError: `root`, train/ or test/ is missing.
-        ValueError: class folders that do not fit the class list, a class without train images, unreadable files, more
-            images than memory can hold.
+        ValueError: class folders that do not fit the class list or share images, a class without train images,
+            unreadable files, links that lead elsewhere, more images than memory can hold.
     """
     for part in (root / "train", root / "test"):
         if not part.is_dir():
             raise FileNotFoundError(
-                f"data_dir: expected an image folder with train/<class>/ and test/<class>/ in {root.resolve()}, "
-                f"found no directory {part.name}/"
+                "data_dir: expected an image folder with train/<class>/ and test/<class>/ in "
+                f"{printable(str(root.resolve()))}, found no directory {part.name}/"
             )
+    _warn_of_unread_folders(root)
     found, beside = {}, {}
     for part in ("train", "test"):
         found[part], beside[part] = _subfolders(root / part)
     class_names = _class_order(root, found["train"], classes)
     if unknown := sorted(set(found["test"]) - set(class_names)):
-        raise ValueError(f"{root / 'test'}: expected only the classes of train/, found also {', '.join(unknown)}")
-
+        shown = ", ".join(distinct(*class_names, *unknown)[len(class_names) :])
+        raise ValueError(f"{_shown(root / 'test')}: expected only the classes of train/, found also {shown}")
+    if not follow_links:
+        _require_apart([root / part / name for part in ("train", "test") for name in found[part]])
     files, labels = {}, {}
     for part in ("train", "test"):
-        listed = [image_files(root / part / name) for name in class_names]
+        listed = [image_files(root / part / name, follow_links=follow_links) for name in class_names]
         _warn_of_ignored(root / part, beside[part] + [path for _, others in listed for path in others])
         per_class = [images for images, _ in listed]
+        if not follow_links:
+            _require_own_images(root, [(name, path) for name, paths in zip(class_names, per_class) for path in paths])
         if part == "train" and (empty := [name for name, paths in zip(class_names, per_class) if not paths]):
-            raise ValueError(f"{root / part}: expected images of every class, found none of {', '.join(empty)}")
+            raise ValueError(
+                f"{_shown(root / part)}: expected images of every class, found none of {', '.join(distinct(*empty))}"
+            )
         files[part] = [path for paths in per_class for path in paths]
         labels[part] = torch.repeat_interleave(
             torch.arange(len(class_names)), torch.tensor([len(p) for p in per_class])
         )
     if not files["test"]:
-        raise ValueError(f"{root / 'test'}: expected image files in the class folders, found none")
+        raise ValueError(f"{_shown(root / 'test')}: expected image files in the class folders, found none")
     files["unlabeled"], others = image_files(root / "unlabeled")
     _warn_of_ignored(root / "unlabeled", others)
+    if not files["unlabeled"] and (root / "unlabeled").is_dir():
+        warnings.warn(f"{_shown(root / 'unlabeled')}: no image files in it", stacklevel=2)
     parts = [files[part] for part in ("train", "unlabeled", "test")]
     paths, file = [path for part in parts for path in part], None
     if mapped:
@@ -163,7 +176,7 @@ def folder(root: Path, image_size: int | None, classes: Sequence[str] | None, ma
         "test_labels": labels["test"],
         "unlabeled_images": unlabeled if len(unlabeled) else None,
         "class_names": class_names,
-        "fingerprint_file": None if file is None else file.with_suffix(".fingerprint"),
+        "fingerprint_file": None if file is None else file.with_suffix(FINGERPRINT),
         **_IMAGENET,
     }
 
@@ -208,7 +221,7 @@ def arrays(path: Path, image_size: int | None) -> dict:
         if names.dtype.kind not in "Uiu" or names.ndim != 1:
             raise ValueError(f"class_names: expected strings [K], found {names.dtype} {list(names.shape)}")
         class_names = tuple(str(name) for name in names)
-        _require_names("class_names", class_names)
+        require_names("class_names", class_names)
     elif highest >= max(len(train_images), 1):
         raise ValueError(
             f"train_labels: expected values below the number of train images, {len(train_images)}, found {highest}; "
@@ -248,11 +261,52 @@ def _subfolders(path: Path) -> tuple[list[str], list[Path]]:
     return [p.name for p in entries if p.is_dir()], others
 
 
+def _require_apart(folders: list[Path]) -> None:
+    """Raises ValueError where folders of different names are one folder, or one lies in another, by links."""
+    outer, first = "", Path()
+    for inner, path in sorted(((os.path.realpath(p), p) for p in folders), key=lambda pair: Path(pair[0]).parts):
+        if outer and is_inside(inner, outer):
+            if path.name != first.name:
+                raise ValueError(
+                    f"{_shown(path)}: expected a class folder of its own, found a link into the images of "
+                    f"{_shown(first)}; --follow-links allows it"
+                )
+        else:
+            outer, first = inner, path
+
+
+def _require_own_images(root: Path, images: list[tuple[str, Path]]) -> None:
+    """Raises ValueError for links to images that lie in the folder of another class than the one they are named for."""
+    parts = [os.path.realpath(root / part) for part in ("train", "test")]
+    for name, path in images:
+        if not path.is_symlink():
+            continue
+        target = os.path.realpath(path)
+        own = [os.path.realpath(root / part / name) for part in ("train", "test")]
+        if any(is_inside(target, part) for part in parts) and not any(is_inside(target, folder) for folder in own):
+            raise ValueError(
+                f"{_shown(path)}: expected an image of its class, found a link to {printable(target)}; --follow-links "
+                "allows it"
+            )
+
+
+def _warn_of_unread_folders(root: Path) -> None:
+    read = ("train", "test", "unlabeled")
+    unread = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in read)
+    if unread:
+        names = ", ".join(f"{name}/" for name in distinct(*unread))
+        warnings.warn(f"{_shown(root)}: not read: {names}; only train/, test/ and unlabeled/ are", stacklevel=3)
+
+
+def _shown(path: Path) -> str:
+    return printable(str(path))
+
+
 def _warn_of_ignored(part: Path, files: list[Path]) -> None:
     if files:
-        examples = ", ".join(str(path.relative_to(part)) for path in files[:3])
+        examples = ", ".join(_shown(path.relative_to(part)) for path in files[:3])
         warnings.warn(
-            f"{part}: {len(files)} ignored, without an image's suffix or beside the class folders: {examples}"
+            f"{_shown(part)}: {len(files)} ignored, without an image's suffix or beside the class folders: {examples}"
             + (", ..." if len(files) > 3 else ""),
             stacklevel=2,
         )
@@ -264,19 +318,16 @@ def _class_order(root: Path, found: list[str], classes: Sequence[str] | None) ->
         try:
             text = listing.read_text(encoding="utf-8-sig")  # with or without a byte order mark
         except UnicodeDecodeError as error:
-            raise ValueError(f"{listing}: expected UTF-8 text, found other bytes ({error})") from error
+            raise ValueError(f"{_shown(listing)}: expected UTF-8 text, found other bytes ({error})") from error
         classes, source = [line.strip() for line in text.splitlines() if line.strip()], str(listing)
     if classes is None:
-        classes = found
-    _require_names(source, classes)
+        classes, source = found, str(root / "train")
+    source = printable(source)
+    require_names(source, classes)
     if set(classes) != set(found):
+        shown = distinct(*found, *classes)
         raise ValueError(
-            f"{source}: expected the class folders of {root / 'train'}, which are {', '.join(found) or 'none'}; "
-            f"found {', '.join(classes) or 'none'}"
+            f"{source}: expected the class folders of {_shown(root / 'train')}, which are "
+            f"{', '.join(shown[: len(found)]) or 'none'}; found {', '.join(shown[len(found) :]) or 'none'}"
         )
     return tuple(classes)
-
-
-def _require_names(source: str, names: Sequence[str]) -> None:
-    if len(set(names)) != len(names) or not all(name.strip() for name in names):
-        raise ValueError(f"{source}: expected different names, none of them empty, found {', '.join(map(repr, names))}")

@@ -1,5 +1,6 @@
 """Every dataset source, on tiny files in its own format, and the errors for files that are missing or wrong."""
 
+import os
 import pickle
 
 import numpy as np
@@ -260,6 +261,87 @@ def test_folder_follows_links_and_names_broken_ones(tmp_path):
     (root / "train" / "dog").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"1 links lead nowhere:\n  .*train/dog"):
         load_dataset("folder", data_dir=root)
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "message"),
+    [
+        ("train/ant/round", "..", r"1 links lead out of .*train/ant, .*--follow-links .*round -> .*/train$"),
+        ("train/ant/top", "../..", r"1 links lead out of .*train/ant"),
+        ("test/cat/more", "../ant", r"1 links lead out of .*test/cat"),
+        ("train/ant/9.png", "../cat/0.png", r"ant/9\.png: expected an image of its class, found a link to .*cat/0"),
+        ("train/all", ".", r"train/.*: expected a class folder of its own, found a link into the images of .*train/"),
+        ("train/copy", "cat", r"train/(cat|copy): expected a class folder of its own"),
+    ],
+)
+def test_no_link_makes_an_image_one_of_another_class(tmp_path, link, target, message):
+    write_folder(tmp_path)
+    (tmp_path / "train" / "cat-like").mkdir()  # sorts between cat and what is below it
+    Image.fromarray(pixels(8, 8, 3)).save(tmp_path / "train" / "cat-like" / "0.png")
+    (tmp_path / link).symlink_to(target)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        load_dataset("folder", data_dir=tmp_path)
+    assert len(load_dataset("folder", data_dir=tmp_path, follow_links=True).train_images) >= 7
+
+
+def test_links_to_single_files_elsewhere_are_followed(tmp_path):
+    """As git-annex and lists of links have them."""
+    written = write_folder(tmp_path / "store")
+    for part, name, i in ((part, name, i) for part in ("train", "test") for name in ("ant", "cat") for i in range(3)):
+        link = tmp_path / "linked" / part / name / f"{i}.png"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(tmp_path / "store" / part / name / f"{i}.png")
+    dataset = load_dataset("folder", data_dir=tmp_path / "linked")
+    assert np.array_equal(dataset.train_images[5].numpy(), written["train/cat/2"])
+
+
+def test_only_folders_have_links_to_follow():
+    with pytest.raises(ValueError, match=r"follow_links: .* dataset folder only, not in 'digits'"):
+        load_dataset("digits", follow_links=True)
+
+
+def test_folders_that_nobody_reads_are_named(tmp_path):
+    write_folder(tmp_path)
+    for name in ("unlabelled", "val", ".git", "unlabeled"):
+        (tmp_path / name).mkdir()
+    with pytest.warns(UserWarning) as warned:
+        load_dataset("folder", data_dir=tmp_path)
+    assert [str(w.message) for w in warned] == [
+        f"{tmp_path}: not read: unlabelled/, val/; only train/, test/ and unlabeled/ are",
+        f"{tmp_path}/unlabeled: no image files in it",
+    ]
+
+
+def test_class_names_that_are_not_utf8_are_refused_before_decoding(tmp_path, monkeypatch):
+    write_folder(tmp_path, classes=("ant", os.fsdecode(b"caf\xe9")))
+    monkeypatch.setattr("bacon_fast.data.sources.read_files", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match=r"/train: expected names in UTF-8, found 'caf\\udce9'"):
+        load_dataset("folder", data_dir=tmp_path)
+
+
+def test_spellings_that_look_the_same_are_told_apart(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    write_folder(tmp_path, classes=("ant", composed))
+    with pytest.raises(ValueError, match=r"which are ant, caf\\xe9; found ant, cafe\\u0301$"):
+        load_dataset("folder", data_dir=tmp_path, classes=("ant", decomposed))
+    (tmp_path / "test" / decomposed).mkdir()
+    with pytest.raises(ValueError, match=r"found also cafe\\u0301$"):
+        load_dataset("folder", data_dir=tmp_path)
+    (tmp_path / "train" / decomposed).mkdir()
+    with pytest.raises(ValueError, match=r"names that look different, found 'ant', 'cafe\\u0301', 'caf\\xe9'$"):
+        load_dataset("folder", data_dir=tmp_path)
+
+
+def test_control_characters_of_class_names_are_escaped(tmp_path):
+    write_folder(tmp_path, classes=("ant", "\x1b[2J"))
+    assert load_dataset("folder", data_dir=tmp_path).class_names == ("\x1b[2J", "ant")
+    for image in (tmp_path / "train" / "\x1b[2J").iterdir():
+        image.rename(f"{image}\x1b]0;x\x07")
+    with (
+        pytest.warns(UserWarning, match=r"3 ignored, .*: \\x1b\[2J/0\.png\\x1b\]0;x\\x07, "),
+        pytest.raises(ValueError, match=r"none of \\x1b\[2J$"),
+    ):
+        load_dataset("folder", data_dir=tmp_path)
 
 
 # --- arrays ----------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Which files of a folder are images, and what is read from them."""
 
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin
+from PIL import AvifImagePlugin, ExifTags, Image, ImageOps, PngImagePlugin
 
 from bacon_fast.data.images import UnreadableImagesError, image_files, read_files
 
@@ -58,6 +60,20 @@ def test_links_are_followed_once(tmp_path):
     assert image_files(root) == ([root / "0.png", root / "part1/0.png", root / "part1/deep/1.png"], [])
     (tmp_path / "unlabeled").symlink_to(root)
     assert len(image_files(tmp_path / "unlabeled")[0]) == 3
+
+
+def test_links_out_of_the_folder_can_be_refused(tmp_path):
+    touch(tmp_path, "file.png", "root/a/0.png", "rootlike/0.png")
+    root = tmp_path / "root"
+    (root / "1.png").symlink_to(tmp_path / "file.png")  # a single file
+    (root / "b").symlink_to("a")
+    (root / "a" / "round").symlink_to("..")
+    (tmp_path / "link").symlink_to(root)
+    assert len(image_files(tmp_path / "link", follow_links=False)[0]) == 2
+    (root / "up").symlink_to("..")
+    (root / "a" / "side").symlink_to(tmp_path / "rootlike")
+    with pytest.raises(ValueError, match=r"(?s)2 links lead out of .*/root, .*--follow-links .*a/side -> .*up -> "):
+        image_files(root, follow_links=False)
 
 
 def test_links_that_lead_nowhere_are_named(tmp_path):
@@ -119,6 +135,23 @@ def test_images_are_turned_upright(tmp_path, suffix, orientation):
     assert np.array_equal(read(path), expected)
 
 
+TURNS = (np.asarray, np.fliplr, lambda a: np.rot90(a, 2), np.flipud)
+TURNED = [*TURNS, *(lambda a, turn=turn: turn(a.swapaxes(0, 1)) for turn in TURNS)]
+"""What makes an image of EXIF orientation 1 to 8 upright (TIFF 6.0, tag 274)."""
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "1"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_tiffs_are_turned_upright(tmp_path, mode, compression, orientation):
+    """Pillow maps a file of one raw strip that it knows by name, with the sides of the turned image."""
+    image, exif = Image.fromarray(pixels(24, 16, 3)).convert(mode), Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image.save(tmp_path / "plain.tif", compression=compression)
+    image.save(tmp_path / "turned.tif", compression=compression, exif=exif)
+    assert np.array_equal(read(tmp_path / "turned.tif"), TURNED[orientation - 1](read(tmp_path / "plain.tif")))
+
+
 def test_the_orientation_of_phones(tmp_path):
     """6: the camera was held upright, its sensor's top is the right-hand side of the picture."""
     image, exif = np.zeros((16, 16, 3), np.uint8), Image.Exif()
@@ -165,6 +198,123 @@ def test_a_transparent_color_becomes_white(tmp_path, mode, suffix):
     image.save(tmp_path / f"a.{suffix}", transparency=color)
     expected = np.where(stored == 102, 102, 255)
     assert np.array_equal(read(tmp_path / f"a.{suffix}"), expected)
+
+
+def write_png(path, samples: np.ndarray, bits: int, color_key: tuple[int, ...], interlaced: bool = False) -> None:
+    """A PNG of gray [H, W] or RGB [H, W, 3] samples of `bits` bits with a transparent color, as the standard has it."""
+    color_type, height, width = (0 if samples.ndim == 2 else 2), *samples.shape[:2]
+    starts = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    rows = b""
+    for x, y, dx, dy in starts if interlaced else [(0, 0, 1, 1)]:
+        for row in samples[y::dy, x::dx].reshape(len(samples[y::dy]), -1):
+            packed = "".join(f"{value:0{bits}b}" for value in row)
+            if packed:
+                packed += "0" * (-len(packed) % 8)
+                rows += b"\0" + int(packed, 2).to_bytes(len(packed) // 8, "big")
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, interlaced)
+    key = struct.pack(f">{len(color_key)}H", *color_key)
+    chunks = chunk(b"IHDR", header) + chunk(b"tRNS", key) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_transparent_gray_of_any_depth_becomes_white(tmp_path, bits, interlaced):
+    samples = rng.integers(0, 2**bits, (9, 11))
+    key = int(samples[3, 4])
+    write_png(tmp_path / "a.png", samples, bits, (key,), interlaced)
+    expected = np.where(samples == key, 255, samples * 255 // (2**bits - 1))
+    assert (read(tmp_path / "a.png") == expected[..., None]).all()
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_transparent_rgb_of_any_depth_becomes_white(tmp_path, bits, interlaced):
+    samples = rng.integers(0, 2**bits, (9, 11, 3))
+    key = samples[3, 4].copy()
+    samples[5, 6] = key
+    samples[0, 0], samples[0, 1] = key ^ [0, 1, 0], key ^ [2 ** (bits - 1), 0, 0]  # near the key, and opaque
+    write_png(tmp_path / "a.png", samples, bits, tuple(key), interlaced)
+    transparent = (samples == key).all(axis=2, keepdims=True)
+    assert transparent.sum() == 2
+    assert np.array_equal(read(tmp_path / "a.png"), np.where(transparent, 255, samples >> (bits - 8)))
+
+
+# --- what is not read ------------------------------------------------------------------------------------------------
+
+
+def test_no_program_is_started(tmp_path, monkeypatch):
+    """PostScript in a .png: Pillow would start Ghostscript, which is found by the path."""
+    marker, program = tmp_path / "started", tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {marker}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    text = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "cat.png").write_bytes(text)
+    with pytest.raises(UnreadableImagesError, match=r"cat\.png \(expected an image, one of JPEG, PNG, .*AVIF\)"):
+        read(tmp_path / "cat.png")
+    assert not marker.exists()
+
+
+def test_a_suffix_may_stand_for_another_of_the_formats(tmp_path):
+    image = Image.fromarray(pixels(9, 7, 3))
+    image.save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / "a.jpg")
+    assert np.array_equal(read(tmp_path / "a.jpg"), np.asarray(image))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, KeyError, AssertionError, IndexError])
+def test_whatever_a_decoder_raises_is_an_unreadable_file(tmp_path, monkeypatch, error):
+    def fail(self):
+        raise error("in the decoder")
+
+    for name in ("a.avif", "b.avif"):
+        Image.fromarray(pixels(9, 7, 3)).save(tmp_path / name)
+    monkeypatch.setattr(AvifImagePlugin.AvifImageFile, "load", fail)
+    with pytest.raises(UnreadableImagesError, match=r"(?s)2 image files .*a\.avif \(.*in the decoder.*b\.avif"):
+        read_files([tmp_path / "a.avif", tmp_path / "b.avif"], 8)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_damaged_files_of_every_format_are_named_or_read(tmp_path):
+    source = Image.fromarray(pixels(16, 16, 3))
+    for suffix in ("jpg", "png", "bmp", "gif", "ppm", "tif", "webp", "avif"):
+        path = tmp_path / f"a.{suffix}"
+        source.save(path)
+        whole = path.read_bytes()
+        for _ in range(40):
+            data = bytearray(whole[: rng.integers(1, len(whole) + 1)])
+            for place in rng.integers(0, len(data), 3):
+                data[place] ^= 1 << rng.integers(8)
+            path.write_bytes(data)
+            try:
+                assert read_files([path], 8).shape == (1, 8, 8, 3)
+            except UnreadableImagesError as raised:
+                assert len(raised.failed) == 1 and str(path) in raised.failed[0]
+
+
+def test_what_is_no_file_is_unreadable_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").mkdir()
+    with pytest.raises(UnreadableImagesError, match=r"(?s)3 image.*a\.png \(expected a file.*b\.png.*c\.png .*No such"):
+        read_files([tmp_path / name for name in ("a.png", "b.png", "c.png")], 8)
+
+
+def test_control_characters_of_names_are_escaped(tmp_path):
+    names = ["\x1b[31mred.png", "a\nb.png", os.fsdecode(b"\xff.png"), "\u202egnp.png"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"no image")
+    with pytest.raises(UnreadableImagesError) as raised:
+        read_files([tmp_path / name for name in names], 8)
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 5 and all(line.isprintable() for line in lines)
+    for line, escaped in zip(lines[1:], (r"\x1b[31mred.png", r"a\nb.png", r"\udcff.png", r"\u202egnp.png")):
+        assert f"/{escaped} (" in line
 
 
 def test_many_unreadable_files_are_counted_and_the_first_named(tmp_path):

@@ -79,12 +79,67 @@ def test_files_are_decoded_once_and_again_when_one_changes(tmp_path, monkeypatch
     assert decoded == [25, 25, 25]
 
 
-def test_a_file_of_another_length_is_not_believed(tmp_path):
+def cut(data: bytearray) -> bytearray:
+    return data[:9]
+
+
+def zeroed(data: bytearray) -> bytearray:
+    return bytearray(len(data))
+
+
+def flipped(data: bytearray) -> bytearray:
+    data[len(data) // 2] ^= 8
+    return data
+
+
+def swapped(data: bytearray) -> bytearray:
+    return data[192:384] + data[:192] + data[384:]  # the first two images
+
+
+@pytest.mark.parametrize("damage", [cut, zeroed, flipped, swapped])
+@pytest.mark.parametrize("suffix", ["images", "fingerprint"])
+def test_a_damaged_file_is_named_and_made_again(tmp_path, monkeypatch, damage, suffix):
     write_folder(tmp_path)
-    expected = load(tmp_path).train_images.clone()
+    monkeypatch.setattr(image_cache, "_BLOCK", 100)  # several, and none of them an image
+    first = load(tmp_path)
+    expected, fingerprint = first.pool().clone(), first.fingerprint
+    (file,) = (tmp_path / ".bacon_fast").glob(f"*.{suffix}")
+    whole = file.read_bytes()
+    file.write_bytes(damage(bytearray(whole)))
+    if damage is swapped and suffix == "fingerprint":  # a sound one, of other images
+        image_cache.remember(file.with_name("0123.fingerprint"), "0" * 64)
+        file.with_name("0123.fingerprint").replace(file)
+    with pytest.warns(UserWarning, match=rf"{file}: damaged"):
+        again = load(tmp_path)
+    assert torch.equal(again.pool(), expected) and again.fingerprint == fingerprint
+    assert file.read_bytes() == whole
+
+
+def test_every_bit_of_the_cached_files_is_checked(tmp_path):
+    """200 random flips: none is used in silence."""
+    write_folder(tmp_path)
+    load(tmp_path)
+    generator = np.random.default_rng(0)
+    for file in (*(tmp_path / ".bacon_fast").glob("*.images"), *(tmp_path / ".bacon_fast").glob("*.fingerprint")):
+        whole = file.read_bytes()
+        for _ in range(100):
+            data = bytearray(whole)
+            data[generator.integers(len(data))] ^= 1 << generator.integers(8)
+            file.write_bytes(data)
+            with pytest.warns(UserWarning, match=rf"{file}: damaged"):
+                load(tmp_path)
+            assert file.read_bytes() == whole
+
+
+def test_new_pixels_get_a_new_fingerprint(tmp_path, monkeypatch):
+    """As when another version of Pillow decodes them."""
+    write_folder(tmp_path)
+    first = load(tmp_path)
     (file,) = (tmp_path / ".bacon_fast").glob("*.images")
-    file.write_bytes(b"cut short")
-    assert torch.equal(load(tmp_path).train_images, expected)
+    file.unlink()
+    read = image_cache.read_files
+    monkeypatch.setattr(image_cache, "read_files", lambda *arguments: 255 - read(*arguments))
+    assert load(tmp_path).fingerprint != first.fingerprint
 
 
 def test_the_fingerprint_is_computed_once(tmp_path, monkeypatch):
@@ -121,6 +176,14 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     left.touch()
     load(tmp_path)
     assert kept.exists() and not left.exists()
+    for name in (".0123.images.4567.tmp", ".0123.fingerprint.4567.tmp"):
+        kept.with_name(name).touch()
+    with open(kept.with_name(".lock"), "ab") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)  # one at work needs its file
+        load(tmp_path)
+    assert len(list(kept.parent.glob(".*.tmp"))) == 2
+    load(tmp_path)  # which finds its images and writes nothing
+    assert not list(kept.parent.glob(".*.tmp"))
 
 
 def test_a_second_writer_waits_for_the_first(tmp_path, monkeypatch):
