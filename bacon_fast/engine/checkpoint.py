@@ -1,6 +1,6 @@
 """Crash-safe checkpoints: written whole or not at all, refused by name when damaged, the previous one used instead.
 
-A file is torch's archive followed by a line with the SHA-256 of all bytes before it. torch's reader does not compare the
+A file is torch's archive, then a line with the SHA-256 of all bytes before it. torch's reader does not compare the
 archive's own checksums: without the line, a flipped bit of a weight would be used in silence.
 """
 
@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -26,15 +27,27 @@ class CheckpointError(RuntimeError):
     """No usable checkpoint; the message says which files were tried and why each was refused."""
 
 
+@contextlib.contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Inside, an OSError that names no file, such as that of a full disk, is raised again with the name of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+
+
 def write_atomically(path: Path, write) -> None:
     """Calls `write(temporary_path)` and moves the result to `path`: readers see the old file or the new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with errors_name(path):
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # some file systems cannot sync a folder; the rename is atomic all the same
