@@ -1,9 +1,16 @@
-"""Crash-safe checkpoints: written whole or not at all, refused by name when damaged, the previous one used instead."""
+"""Crash-safe checkpoints: written whole or not at all, refused by name when damaged, the previous one used instead.
+
+A file is torch's archive, then a line with the SHA-256 of all bytes before it. torch's reader does not compare the
+archive's own checksums: without the line, a flipped bit of a weight would be used in silence.
+"""
 
 import errno
+import hashlib
+import os
 import re
 import warnings
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -11,6 +18,8 @@ from bacon_fast.engine.memory import is_out_of_memory
 from bacon_fast.files import write_atomically
 
 _NAME = re.compile(r"step-(\d+)\.pt")
+_MARK = b"\nbacon_fast sha256 "
+_TAIL_BYTES = len(_MARK) + 64 + 1  # mark, hexadecimal digest, end of line
 
 
 class CheckpointError(RuntimeError):
@@ -36,7 +45,7 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
             refusal = refusal.__context__
         if refusal is None:
             raise
-        raise OSError(refusal.errno, f"cannot write the checkpoint: {refusal.strerror}", str(path)) from error
+        raise OSError(refusal.errno, f"cannot write the checkpoint: {os.strerror(refusal.errno)}", str(path)) from error
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
@@ -46,7 +55,44 @@ def _write(state: dict, path: Path) -> None:
     # Through a file of Python's, which says why a write fails. torch's own is only told where its archive broke off,
     # and for that it raises a RuntimeError, of which the reason is then the context.
     with open(path, "wb") as file:
-        torch.save(state, file)
+        hashed = _HashingWriter(file)
+        torch.save(state, hashed)
+        file.write(_MARK + hashed.digest.hexdigest().encode() + b"\n")
+
+
+class _HashingWriter:
+    """Passes on what is written, and hashes it on the way: the digest is of what was meant to be in the file."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.digest, self.flush = file, hashlib.sha256(), file.flush
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+
+def _digest(path: Path, size: int) -> bytes:
+    """Hexadecimal SHA-256 of the first `size` bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while size > 0 and (block := file.read(min(size, 1 << 20))):
+            digest.update(block)
+            size -= len(block)
+    return digest.hexdigest().encode()
+
+
+def _check_digest(path: Path) -> None:
+    """Raises CheckpointError unless the file ends with the digest of what is before it."""
+    size = path.stat().st_size - _TAIL_BYTES
+    with open(path, "rb") as file:
+        file.seek(max(size, 0))
+        tail = file.read()
+    if size < 0 or not (tail.startswith(_MARK) and tail.endswith(b"\n")):
+        raise CheckpointError(
+            f"{path}: expected a digest at its end, found none: it was cut short, or is no checkpoint of bacon_fast"
+        )
+    if tail[len(_MARK) : -1] != _digest(path, size):
+        raise CheckpointError(f"{path}: its content does not have the digest at its end: the file is damaged")
 
 
 def set_aside_after(folder: Path, step: int) -> None:
@@ -72,11 +118,14 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
     """The state in `path`.
 
     Raises:
-        CheckpointError: the file is damaged or gone.
+        CheckpointError: the file is damaged, to a single bit, or gone.
         OSError: it could not be read this time. Neither this nor exhausted memory says anything about the file.
     """
     try:
+        _check_digest(path)
         return torch.load(path, map_location=map_location, weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # torch raises many types for a damaged archive
         # For a file cut short torch seeks to before its beginning: EINVAL.
         if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.ENOENT):

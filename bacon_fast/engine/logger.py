@@ -5,13 +5,15 @@ import io
 import json
 import math
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from bacon_fast.engine.lock import DirectoryLock
-from bacon_fast.files import write_atomically
+from bacon_fast.files import errors_name, write_atomically
 
 
 class Rows:
@@ -112,7 +114,7 @@ class RunLogger(Rows):
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(run_dir / "metrics.jsonl", lambda temporary: temporary.write_text(text))
         self._write_csv()
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
+        self._open_board()
         self.progress, self._shares_progress = progress or Progress(), progress is not None
         self.progress.add(steps, start)
 
@@ -123,13 +125,31 @@ class RunLogger(Rows):
         """Adds a row to every file."""
         super().log(row)
         row = self.rows[-1]
-        with open(self.run_dir / "metrics.jsonl", "a") as file:
+        path = self.run_dir / "metrics.jsonl"
+        with errors_name(path), open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and name != "step":
-                self.board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+        self._add_to_board(row)
         if row["kind"] == "eval":
             self._write_csv()
+
+    def _open_board(self) -> None:
+        """TensorBoard's events, written anew from the rows.
+
+        Its own way to forget lost steps, a purge mark in a further file, depends on the order of the files' times: it
+        fails where the clock went back, and the files of a run killed before its first checkpoint have no mark at all.
+        """
+        folder = self.run_dir / "tensorboard"
+        for earlier in folder.glob("events.out.tfevents.*"):
+            earlier.unlink()
+        self.board = SummaryWriter(str(folder))
+        for row in self.rows:
+            self._add_to_board(row)
+
+    def _add_to_board(self, row: dict) -> None:
+        with errors_name(self.run_dir / "tensorboard"):  # raised here for the thread that writes
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
 
     def say(self, text: str) -> None:
         """Prints a line to stderr, with the run's name if it has one."""
@@ -152,11 +172,14 @@ class RunLogger(Rows):
         self.say(f"step {row['step']}: top-1 {row['top1']:.4f}  bACC {row['bacc']:.4f}  GM {row['gm']:.4f}")
 
     def close(self) -> None:
-        self.board.close()
-        if not self._shares_progress:
-            self.progress.close()
-        if self._lock is not None:
-            self._lock.release()
+        try:
+            with errors_name(self.run_dir / "tensorboard"):
+                self.board.close()
+        finally:
+            if not self._shares_progress:
+                self.progress.close()
+            if self._lock is not None:
+                self._lock.release()
 
     def _write_csv(self) -> None:
         rows = [{k: v for k, v in row.items() if isinstance(v, (int, float))} for row in self.eval_rows()]
@@ -166,6 +189,19 @@ class RunLogger(Rows):
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(self.run_dir / "metrics.csv", lambda temporary: temporary.write_text(buffer.getvalue()))
+
+
+def _silence_board_threads(previous: Callable[[threading.ExceptHookArgs], object]) -> None:
+    """Lets TensorBoard's writing threads end without a traceback: `SummaryWriter` raises their error in our thread."""
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not (isinstance(arguments.exc_value, OSError) and type(arguments.thread).__name__ == "_AsyncWriterThread"):
+            previous(arguments)
+
+    threading.excepthook = hook
+
+
+_silence_board_threads(threading.excepthook)
 
 
 def format_seconds(seconds: float) -> str:

@@ -15,25 +15,50 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self._one = torch.ones((), device=device)
-        self._sums: dict[Hashable, tuple[list[str], Tensor]] = {}
+        # Names, sums of the values (steps last), and steps whose first value still had a finite sum, by phase.
+        self._sums: dict[Hashable, tuple[list[str], Tensor, Tensor]] = {}
+        self._restored: dict[str, tuple[list[str], Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def add(self, phase: Hashable, values: dict[str, Tensor]) -> None:
         """Adds the 0-d values of a step; their names are the same in all steps of a phase."""
         if phase not in self._sums:
-            self._sums[phase] = list(values), torch.zeros(len(values) + 1, device=self._one.device)
-        names, sums = self._sums[phase]
+            fresh = list(values), self._one.new_zeros(len(values) + 1), self._one.new_zeros(())
+            self._sums[phase] = self._restored.pop(repr(phase), fresh)
+        names, sums, finite = self._sums[phase]
         if names != list(values):
             raise ValueError(f"values: expected the names {names} in phase {phase!r}, found {list(values)}")
         sums += torch.stack([*(value.detach().float() for value in values.values()), self._one])
+        finite += sums[0].isfinite()  # a sum that is not finite stays so: this counts the steps before it began
+
+    def steps(self) -> tuple[int, int]:
+        """Steps since the last `read`, and how many came before the first value, the total loss, stopped being finite.
+
+        The host waits for the device.
+        """
+        counts = [torch.stack([sums[-1], finite]).tolist() for _, sums, finite in self._sums.values()]
+        return int(sum(steps for steps, _ in counts)), int(sum(finite for _, finite in counts))
 
     def read(self) -> dict[str, float]:
         """Mean of each value over the steps since the last call that had it, and a fresh start."""
         totals: dict[str, tuple[float, float]] = {}
-        for names, sums in self._sums.values():
+        for names, sums, finite in self._sums.values():
             *found, steps = sums.tolist()
             sums.zero_()
+            finite.zero_()
             for name, value in zip(names, found):
                 total, count = totals.get(name, (0.0, 0.0))
                 totals[name] = total + value, count + steps
         return {name: total / count for name, (total, count) in totals.items() if count}
+
+    def state_dict(self) -> dict[str, list]:
+        """The sums since the last `read`, by phase: a run that is stopped between two log rows continues them."""
+        return {repr(phase): [list(names), *sums] for phase, (names, *sums) in self._sums.items() if float(sums[0][-1])}
+
+    def load_state_dict(self, state: dict[str, list]) -> None:
+        """Takes up the sums of `state_dict`; each phase finds its own at its first step."""
+        self._sums.clear()
+        device = self._one.device
+        self._restored = {
+            phase: (list(names), sums.to(device), finite.to(device)) for phase, (names, sums, finite) in state.items()
+        }

@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,7 +45,7 @@ from bacon_fast.models.batchnorm import synchronize
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer finite."""
+    """The loss, or what the run would save, is no longer finite."""
 
 
 class StoppedError(RuntimeError):
@@ -54,6 +54,15 @@ class StoppedError(RuntimeError):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.signum = signum
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the floating-point tensors that hold a NaN or an infinity. The host waits for the device once."""
+    floating = [(name, t) for name, t in tensors if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
+    if not floating:
+        return []
+    largest = torch.stack([norm.double() for norm in torch._foreach_norm([t for _, t in floating], math.inf)])
+    return [name for (name, _), finite in zip(floating, largest.isfinite().tolist()) if not finite]
 
 
 def refuse_used_run_dir(run_dir: Path) -> None:
@@ -254,6 +263,7 @@ class Trainer:
             "diagnostics": self.diagnostics.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.program.scaler.state_dict(),
+            "meter": self.meter.state_dict(),
             "rows": self.logger.rows,
         }
 
@@ -276,6 +286,7 @@ class Trainer:
         self.diagnostics.load_state_dict(state["diagnostics"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.program.scaler.load_state_dict(state["scaler"])
+        self.meter.load_state_dict(state["meter"])
         self.generation = state["generation"]
         self.batches.set_labeled(state["labeled"].to(self.device), state["labels"].to(self.device))
         self.step, self.train_seconds = state["step"], state["train_seconds"]
@@ -377,10 +388,12 @@ class Trainer:
         last = self.step == config.steps
         evaluating = last or self.step % config.eval_every == 0
         saving = last or self.step % config.checkpoint_every == 0
-        asked_to_stop = stop.agreed(self.step) is not None
-        if not (evaluating or saving or self.step % config.log_every == 0 or asked_to_stop):
+        logging = evaluating or saving or self.step % config.log_every == 0
+        if not (logging or stop.agreed(self.step) is not None):
             return
-        self._log_train()
+        self._require_finite()
+        if logging:
+            self._log_train()
         if evaluating:
             self._evaluate()
         # Read once: a signal that comes after this line is answered after the next step.
@@ -390,23 +403,38 @@ class Trainer:
         if signum is not None:
             raise StoppedError(f"stopped at step {self.step}: saved {path}; continue with --resume", signum)
 
+    def _require_finite(self) -> None:
+        """Raises DivergedError unless the losses since the last log row and all that a checkpoint holds are finite."""
+        steps, finite = self.meter.steps()
+        found = []
+        if finite < steps:
+            found.append(f"the loss is not finite since step {self.step - steps + finite + 1}")
+        # The losses are of the parameters before this step's update: a checkpoint must not hold what the update broke.
+        if broken := not_finite(self._saved_tensors()):
+            names = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
+            found.append(f"not finite after step {self.step}: {names}")
+        (diverged,) = distributed.all_reduce_max(len(found))
+        if not diverged:
+            return
+        saved = list_checkpoints(self.run_dir / "checkpoints")
+        raise DivergedError(
+            f"{'; '.join(found) or 'another process diverged'}. "
+            f"{f'{saved[-1]} is from before' if saved else 'No checkpoint was saved before'}; "
+            "try a smaller --lr, or --precision fp32, in a new run directory"
+        )
+
+    def _saved_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What a checkpoint holds of the method, its average and the optimizer."""
+        yield from self.method.state_dict().items()
+        yield from ((f"average of {name}", tensor) for name, tensor in self.ema.state_dict().items())
+        for parameter, state in self.optimizer.state_dict()["state"].items():
+            yield from ((f"optimizer's {name} of parameter {parameter}", value) for name, value in state.items())
+
     def _log_train(self) -> None:
         means = self.meter.read()  # the host waits for the device here, and so the time below is that of whole steps
         first, started = self._window
         seconds, self._window = time.perf_counter() - started, None
         self.train_seconds += seconds
-        # The loss is of the parameters before this step's update: a checkpoint must not hold what the update broke.
-        largest = torch._foreach_norm([p.detach() for p in self.method.parameters()], math.inf)
-        parameters_finite = bool(torch.stack(largest).isfinite().all())
-        (diverged,) = distributed.all_reduce_max(int(not math.isfinite(means["loss/total"]) or not parameters_finite))
-        if diverged:
-            saved = list_checkpoints(self.run_dir / "checkpoints")
-            raise DivergedError(
-                f"at step {self.step} the losses are {means}, and the parameters are "
-                f"{'finite' if parameters_finite else 'not finite'}. "
-                f"{f'{saved[-1]} is from before' if saved else 'No checkpoint was saved before'}; "
-                "try a smaller --lr, or --precision fp32, in a new run directory"
-            )
         known, right = means.pop("stats/pseudo_known", 0.0), means.pop("stats/pseudo_correct", 0.0)
         if known:
             means["stats/pseudo_accuracy"] = right / known

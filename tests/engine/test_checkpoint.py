@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import resource
 
 import pytest
@@ -42,6 +43,28 @@ def test_truncated_checkpoint_is_refused_by_name_and_the_previous_one_used(tmp_p
     with pytest.warns(UserWarning, match=r"checkpoint refused.*step-00000002\.pt"):
         path, loaded = load_latest(tmp_path)
     assert path.name == "step-00000001.pt" and loaded["step"] == 1
+
+
+def test_a_flipped_bit_is_never_used(tmp_path):
+    generator = random.Random(0)
+    save_checkpoint(tmp_path, 1, state(1), keep=2)
+    newest = save_checkpoint(tmp_path, 2, state(2), keep=2)
+    whole = newest.read_bytes()
+    for bit in generator.sample(range(8 * len(whole)), 200):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        newest.write_bytes(damaged)
+        with pytest.warns(UserWarning, match=r"checkpoint refused.*step-00000002\.pt"):
+            path, _ = load_latest(tmp_path)
+        assert path.name == "step-00000001.pt", f"bit {bit} of {8 * len(whole)}"
+    newest.write_bytes(whole)
+    assert load_latest(tmp_path)[1]["step"] == 2
+
+
+def test_a_checkpoint_without_a_digest_is_refused(tmp_path):
+    torch.save(state(1), tmp_path / "step-00000001.pt")
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match=r"step-00000001\.pt: expected a digest"):
+        load_latest(tmp_path)
 
 
 def test_no_usable_checkpoint_names_every_refused_file(tmp_path):

@@ -15,7 +15,7 @@ from bacon_fast.methods.method import NewGeneration
 def device_state(trainer: Trainer) -> list[Tensor]:
     """Every tensor that a step changes."""
     program = trainer.program
-    tensors = [program.counter, program.rate, *(sums for _, sums in trainer.meter._sums.values())]
+    tensors = [program.counter, program.rate, *(t for _, *sums in trainer.meter._sums.values() for t in sums)]
     for module in (trainer.method, trainer.ema, trainer.diagnostics):
         tensors += [*module.parameters(), *module.buffers()]
     tensors += [v for state in trainer.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]

@@ -31,7 +31,7 @@ def test_phases_share_a_window_and_may_have_values_of_their_own():
 def test_sums_stay_where_they_are_and_take_no_gradient():
     meter = Meter(torch.device("cpu"))
     meter.add(None, {"a": torch.ones((), requires_grad=True)})
-    (_, sums), *_ = meter._sums.values()
+    (_, sums, _), *_ = meter._sums.values()
     address = sums.data_ptr()
     meter.read()
     meter.add(None, values(a=1.0))

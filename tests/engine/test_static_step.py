@@ -53,7 +53,7 @@ def addresses(trainer: Trainer) -> dict[str, int]:
         module = getattr(trainer, owner)
         tensors |= {f"{owner}.{name}": t for name, t in (*module.named_parameters(), *module.named_buffers())}
     tensors |= {"counter": program.counter, "rate": program.rate}
-    tensors |= {f"sums {phase}": sums for phase, (_, sums) in trainer.meter._sums.items()}
+    tensors |= {f"sums {phase}": sums for phase, (_, sums, _) in trainer.meter._sums.items()}
     for i, state in enumerate(trainer.optimizer.state.values()):
         tensors |= {f"optimizer {i}.{name}": t for name, t in state.items() if isinstance(t, Tensor)}
     for name in ("labeled_sampler", "unlabeled_sampler"):

@@ -2,9 +2,11 @@
 
 import copy
 import csv
+import dataclasses
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from run_cases import assert_equal_states, final_state, tiny
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bacon_fast.engine.checkpoint import CheckpointError, list_checkpoints
 from bacon_fast.engine.config import METHODS, Config
@@ -285,8 +288,110 @@ def test_a_diverging_run_stops_with_advice_and_leaves_only_finite_checkpoints(tm
     newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     assert f"{newest} is from before" in str(stop.value)
     for path in list_checkpoints(tmp_path / "run" / "checkpoints"):
-        weights = torch.load(path, weights_only=True)["method"]
-        assert all(value.isfinite().all() for value in weights.values())
+        state = torch.load(path, weights_only=True)
+        for part in ("method", "ema"):
+            assert all(value.isfinite().all() for value in state[part].values())
+
+
+@pytest.mark.parametrize("part", ["buffer", "average", "momentum"])
+def test_nothing_that_is_not_finite_is_saved(tmp_path, part):
+    trainer = Trainer(tiny(tmp_path / "run", method="supervised", checkpoint_every=2, log_every=2))
+    step = trainer.train_step
+
+    def broken() -> object:
+        result = step()
+        if trainer.step == 4:
+            network = trainer.ema.network if part == "average" else trainer.method.network
+            buffers = dict(network.named_buffers())
+            name = next(name for name in buffers if name.endswith("running_var"))
+            momentum = next(iter(trainer.optimizer.state.values()))["momentum_buffer"]
+            (momentum if part == "momentum" else buffers[name]).view(-1)[0] = float("inf")
+        return result
+
+    trainer.train_step = broken
+    expected = {"buffer": "running_var", "average": "average of .*running_var", "momentum": "momentum_buffer"}[part]
+    with pytest.raises(DivergedError, match=f"not finite after step 4: .*{expected}.* is from before"):
+        trainer.fit()
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000002.pt"]
+
+
+def test_a_diverged_run_says_when_it_began(tmp_path):
+    trainer = Trainer(tiny(tmp_path / "run", method="supervised", log_every=100, eval_every=100, steps=50))
+    forward, calls = trainer.program.forward, []
+
+    def broken(batch, step, phase):
+        output = forward(batch, step, phase)
+        calls.append(step)
+        if len(calls) != 7:
+            return output
+        nan = output.total * float("nan")
+        return output._replace(total=nan, losses=output.losses | {"total": nan.detach()})
+
+    trainer.program.forward = broken
+    with pytest.raises(DivergedError, match="the loss is not finite since step 7;"):
+        trainer.fit()
+
+
+def test_a_stop_by_signal_adds_no_log_row(tmp_path):
+    """Stopped between two log rows and continued, a run writes the rows of one that nobody stopped."""
+    rows = {}
+    for name, signals in (("whole", ()), ("stopped", (5,))):
+        config = tiny(tmp_path / name, log_every=4, eval_every=8, checkpoint_every=8, method="fixmatch+abc+bacon")
+        trainer = Trainer(config)
+        step = trainer.train_step
+
+        def stopping(trainer=trainer, step=step, signals=signals) -> object:
+            result = step()
+            if trainer.step in signals:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return result
+
+        trainer.train_step = stopping
+        if signals:
+            with pytest.raises(StoppedError, match="stopped at step 5"):
+                trainer.fit()
+            trainer = Trainer(dataclasses.replace(config, resume=True))
+        trainer.fit()
+        rows[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    assert_equal_states(rows["stopped"], rows["whole"])
+
+
+def board_steps(run_dir: Path, tag: str) -> list[int]:
+    """Steps of a tag, as TensorBoard reads them."""
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [event.step for event in events.Scalars(tag)]
+
+
+@pytest.mark.parametrize("checkpoint_every", [4, 100])  # killed after the first checkpoint, or before
+@pytest.mark.parametrize("clock", [3600, -3600])
+def test_tensorboard_shows_every_step_once_after_a_kill(tmp_path, monkeypatch, checkpoint_every, clock):
+    config = tiny(tmp_path / "run", method="supervised", log_every=1, checkpoint_every=checkpoint_every)
+    killed = Trainer(config)
+    for _ in range(7):
+        killed.train_step()
+        killed._window = killed._window or (0, 0.0)
+        killed._log_train()
+        if killed.step % checkpoint_every == 0:
+            killed.save()
+    killed.logger.close()
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + clock)
+    Trainer(dataclasses.replace(config, resume=True)).fit()
+    assert board_steps(tmp_path / "run", "train/loss/total") == list(range(1, 13))
+
+
+def test_a_full_disk_is_named_wherever_it_is_met(tmp_path, monkeypatch, capfd):
+    trainer = Trainer(tiny(tmp_path / "run", method="supervised", log_every=1, eval_every=100, checkpoint_every=100))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))  # bytes: less than the log of twelve steps
+    try:
+        with pytest.raises(OSError) as refusal:
+            trainer.fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert refusal.value.errno == errno.EFBIG and str(tmp_path / "run") in refusal.value.filename
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_run_that_diverges_at_once_promises_no_checkpoint(tmp_path):
