@@ -171,8 +171,8 @@ HEAVY = {"torch", "numpy", "scipy", "sklearn", "matplotlib", "tensorboard", "tor
     ("module", "absent"),
     [
         ("bacon_fast", HEAVY),
-        ("bacon_fast.engine.trainer", ["matplotlib", "sklearn"]),
-        ("bacon_fast.cli", ["matplotlib"]),
+        ("bacon_fast.engine.trainer", {"matplotlib", "sklearn"}),
+        ("bacon_fast.cli", {"matplotlib"}),
     ],
 )
 def test_imports_are_cheap_and_quiet(module, absent):

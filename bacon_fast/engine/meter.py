@@ -15,17 +15,16 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self._one = torch.ones((), device=device)
-        # Names, sums of the values (steps last), and steps whose first value still had a finite sum, by phase.
-        self._sums: dict[Hashable, tuple[list[str], Tensor, Tensor]] = {}
-        self._restored: dict[str, tuple[list[str], Tensor, Tensor]] = {}
+        # By phase, as text: names, sums of the values (steps last), steps in which the first sum was finite.
+        self._sums: dict[str, tuple[list[str], Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def add(self, phase: Hashable, values: dict[str, Tensor]) -> None:
         """Adds the 0-d values of a step; their names are the same in all steps of a phase."""
-        if phase not in self._sums:
-            fresh = list(values), self._one.new_zeros(len(values) + 1), self._one.new_zeros(())
-            self._sums[phase] = self._restored.pop(repr(phase), fresh)
-        names, sums, finite = self._sums[phase]
+        key = repr(phase)
+        if key not in self._sums:
+            self._sums[key] = list(values), self._one.new_zeros(len(values) + 1), self._one.new_zeros(())
+        names, sums, finite = self._sums[key]
         if names != list(values):
             raise ValueError(f"values: expected the names {names} in phase {phase!r}, found {list(values)}")
         sums += torch.stack([*(value.detach().float() for value in values.values()), self._one])
@@ -53,12 +52,11 @@ class Meter:
 
     def state_dict(self) -> dict[str, list]:
         """The sums since the last `read`, by phase: a run that is stopped between two log rows continues them."""
-        return {repr(phase): [list(names), *sums] for phase, (names, *sums) in self._sums.items() if float(sums[0][-1])}
+        return {phase: [list(names), *sums] for phase, (names, *sums) in self._sums.items() if float(sums[0][-1])}
 
     def load_state_dict(self, state: dict[str, list]) -> None:
-        """Takes up the sums of `state_dict`; each phase finds its own at its first step."""
-        self._sums.clear()
+        """Takes up the sums of `state_dict`, before the first step."""
         device = self._one.device
-        self._restored = {
+        self._sums = {
             phase: (list(names), sums.to(device), finite.to(device)) for phase, (names, sums, finite) in state.items()
         }

@@ -35,7 +35,7 @@ def test_sums_stay_where_they_are_and_take_no_gradient():
     address = sums.data_ptr()
     meter.read()
     meter.add(None, values(a=1.0))
-    assert meter._sums[None][1].data_ptr() == address and not sums.requires_grad
+    assert meter._sums["None"][1].data_ptr() == address and not sums.requires_grad
 
 
 def test_names_of_a_phase_are_fixed():

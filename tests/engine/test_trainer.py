@@ -305,7 +305,8 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path, part):
             buffers = dict(network.named_buffers())
             name = next(name for name in buffers if name.endswith("running_var"))
             momentum = next(iter(trainer.optimizer.state.values()))["momentum_buffer"]
-            (momentum if part == "momentum" else buffers[name]).view(-1)[0] = float("inf")
+            tensor = momentum if part == "momentum" else buffers[name]
+            tensor[(0,) * tensor.dim()] = float("inf")
         return result
 
     trainer.train_step = broken
