@@ -36,7 +36,7 @@ class ReportData:
     train_history: Sequence[Mapping[str, Any]] = ()
     """Log rows: "step", "loss/<name>", "stats/<name>" (fractions), "lr", "steps_per_second". Rows may lack keys."""
     temperatures: Sequence[float] | None = None
-    """BaCon's temperature of the positive logit per class [K] (E.3)."""
+    """BaCon's temperature of the positive logit per class [K] (methods.md E.3)."""
     base_temperature: float | None = None
     """The temperature of its negatives."""
     temperature_history: Sequence[Mapping[str, Any]] | None = None

@@ -12,16 +12,11 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from sklearn.decomposition import PCA
-from sklearn.neighbors import KNeighborsClassifier
 
-from bacon_fast.engine.metrics import GROUPS, class_groups, compute_metrics
-from bacon_fast.report import figures, html
+from bacon_fast.engine.metrics import compute_metrics
+from bacon_fast.report import html
 from bacon_fast.report.data import ReportData
-from bacon_fast.report.embedding import embed
-from bacon_fast.report.figures import Line, Panel
 from bacon_fast.report.page import write_report
-from bacon_fast.report.style import DARK, LIGHT
 
 COUNTS = [100, 60, 36, 22, 13, 8, 5, 3, 2, 1]
 
@@ -241,78 +236,6 @@ def test_wrong_shapes_are_refused_by_name(change, message):
     good = {"labeled_counts": [3, 2, 1], "history": history, "confusion": matrix}
     with pytest.raises(ValueError, match=message):
         ReportData(**{"title": "", "config": {}, "dataset": {}, "class_names": ["a", "b", "c"], **good, **change})
-
-
-def test_tsne_keeps_classes_together():
-    digits = load_digits(n_class=4)
-    points, kind = embed(digits.data[:200])
-    assert kind == "t-SNE" and points.shape == (200, 2)
-    assert KNeighborsClassifier(5).fit(points, digits.target[:200]).score(points, digits.target[:200]) > 0.97
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(0, 4), (1, 4), (2, 1), (3, 8), (20, 60), (200, 1)])
-def test_few_points_or_dimensions_fall_back_to_pca(rows, columns):
-    values = np.random.default_rng(1).normal(size=(rows, columns)).astype(np.float32)
-    points, kind = embed(values)
-    assert kind == "PCA" and points.shape == (rows, 2) and np.isfinite(points).all()
-    count = min(2, rows, columns)
-    if rows > 1:
-        expected = PCA(count).fit_transform(values)
-        # Axes are determined up to their sign, and only where there is variance.
-        np.testing.assert_allclose(np.abs(points[:, :count]), np.abs(expected), atol=1e-4)
-    assert not points[:, count:].any()
-
-
-def test_collapsed_features_have_no_neighborhoods():
-    points, kind = embed(np.ones((100, 8)), normalize=True)
-    assert kind == "PCA" and np.abs(points).max() < 1e-5
-
-
-def test_normalized_embedding_ignores_the_length_of_the_rows():
-    rng = np.random.default_rng(2)
-    values = rng.normal(size=(12, 5))
-    scaled = values * rng.uniform(0.1, 10, size=(12, 1))
-    np.testing.assert_allclose(embed(scaled, normalize=True)[0], embed(values, normalize=True)[0], atol=1e-5)
-    assert np.abs(embed(scaled)[0] - embed(values)[0]).max() > 0.1
-
-
-def test_confusion_matrix_is_drawn_in_percent_of_the_true_class():
-    figure = figures.confusion(np.array([[150, 50], [1, 99]]), ["a", "b"], LIGHT)
-    axes = figure.axes[0]
-    assert [(*text.get_position(), text.get_text()) for text in axes.texts] == [
-        (0, 0, "75"), (1, 0, "25"), (0, 1, "1"), (1, 1, "99"),
-    ]  # fmt: skip
-    drawn = axes.images[0].get_array()
-    np.testing.assert_allclose(np.square(drawn), [[0.75, 0.25], [0.01, 0.99]])
-
-
-def test_class_bars_follow_the_order_of_the_labeled_counts():
-    recall, labeled = [0.2, None, 0.9, 0.5], [5, 50, 500, 20]
-    order = np.argsort(-np.array(labeled), kind="stable")
-    groups = class_groups(4, labeled)
-    figure = figures.per_class(recall, labeled, None, groups, list("abcd"), order, DARK)
-    upper, lower = figure.axes
-    assert [bar.get_height() for bar in upper.patches] == [0.9, 0.5, 0.2]
-    assert [bar.get_height() for bar in lower.patches] == [500, 50, 20, 5]
-    assert [label.get_text() for label in lower.get_xticklabels()] == ["c", "b", "d", "a"]
-    assert "absent" in [text.get_text() for text in upper.texts]
-    assert [text.get_text() for text in upper.get_legend().get_texts()] == [
-        f"{name}: mean {100 * np.mean([recall[i] for i in range(4) if groups[i] == name and recall[i]]):.1f} %"
-        for name in GROUPS
-    ]
-
-
-def test_curves_leave_out_missing_values_and_smooth_long_lines():
-    gaps = Line("gaps", [1, 2, 3, 4], [0.5, None, float("nan"), 0.7])
-    values = np.random.default_rng(3).random(90)
-    long = Line("long", np.arange(90), values)
-    axes = figures.curves([Panel("share", [gaps, long, Line("empty", [1], [None])])], LIGHT).axes[0]
-    first, pale, smooth = axes.lines
-    np.testing.assert_array_equal(first.get_xydata(), [[1, 0.5], [4, 0.7]])
-    np.testing.assert_array_equal(pale.get_ydata(), values)
-    np.testing.assert_allclose(smooth.get_ydata()[3:-3], np.convolve(values, np.full(7, 1 / 7), mode="valid"))
-    np.testing.assert_allclose(smooth.get_ydata()[0], values[:4].mean())
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["gaps", "long"]
 
 
 def test_values_are_written_for_readers():
