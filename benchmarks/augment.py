@@ -28,7 +28,9 @@ from common import (
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torchvision import transforms
 
-from bacon_fast.data.augment import CUTOUT_COLOR, Augment, ViewRequest
+from bacon_fast.data.augment import Augment
+from bacon_fast.ops.augment import ViewRequest
+from bacon_fast.reference.augment import CUTOUT_COLOR
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 COUNT = 256  # images of a call on a CPU

@@ -99,8 +99,8 @@ if [ ${#data[@]} -gt 0 ]; then
     --precision bf16 --no-report --run-dir "$work/cifar"
 fi
 # Every allocation by itself, so that what lies beyond it is seen.
-native=(tests/gpu/test_bank_gpu.py tests/gpu/test_augment_gpu.py tests/gpu/test_sgd_ema_gpu.py tests/gpu/test_heads_gpu.py
-  tests/gpu/test_bacon_step_gpu.py tests/gpu/test_batchnorm_gpu.py)
+native=(tests/gpu/test_memory_bank_gpu.py tests/gpu/test_augment_gpu.py tests/gpu/test_sgd_ema_gpu.py tests/gpu/test_fixmatch_abc_gpu.py
+  tests/gpu/test_bacon_step_gpu.py tests/gpu/test_batch_norm_gpu.py)
 for tool in memcheck racecheck; do
   stage $tool 220 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 1 \
     $python -m pytest -q -x "${native[@]}"

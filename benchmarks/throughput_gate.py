@@ -24,7 +24,7 @@ from bacon_fast.engine import build
 from bacon_fast.engine.graph import WARM_UP
 from bacon_fast.engine.trainer import Trainer
 from bacon_fast.methods.outputs import Batch
-from bacon_fast.reference.heads import bernoulli
+from bacon_fast.reference.fixmatch_abc import bernoulli
 
 STEPS = 3
 # Of float64 steps, which hold the bank's float32 features and temperatures of integer counts.

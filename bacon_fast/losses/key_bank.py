@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from bacon_fast.data.philox import Stream, philox, to_range
-from bacon_fast.ops import snapshot
+from bacon_fast.ops.snapshot import snapshot
 
 
 class LabeledKeyBank(nn.Module):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bacon_fast.ops import snapshot
+from bacon_fast.ops.snapshot import snapshot
 
 
 class KeyQueue(nn.Module):
