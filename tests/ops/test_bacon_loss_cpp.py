@@ -119,7 +119,7 @@ def test_golden(path, dtype):
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_golden_with_other_instruction_sets(capability):
     """The kernels are compiled for three instruction sets; the choice is made once a process."""
-    command = "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_bacon_step_cpp as t\n"
+    command = "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_bacon_loss_cpp as t\n"
     command += "[t.assert_matches_golden(path, dtype) for path in t.GOLDEN for dtype in t.TOLERANCES]\n"
     command += "print(torch.backends.cpu.get_cpu_capability())"
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}

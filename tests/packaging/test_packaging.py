@@ -46,7 +46,7 @@ def test_sdist_and_the_wheel_built_from_it(source, tmp_path):
     with tarfile.open(archive) as file:
         names = {name.split("/", 1)[1] for name in file.getnames() if "/" in name}
         file.extractall(tmp_path / "unpacked", filter="data")
-    for needed in ("csrc/module.cpp", "bacon_fast/kernels/__init__.py", "LICENSE", "setup.py", "train.py"):
+    for needed in ("csrc/ops.cpp", "bacon_fast/kernels/__init__.py", "LICENSE", "setup.py", "train.py"):
         assert needed in names, f"{needed} is missing from the sdist"
 
     (tree,) = (tmp_path / "unpacked").iterdir()
