@@ -49,7 +49,7 @@ class LabeledKeyBank(nn.Module):
         last = torch.where(slots[:, None] == slots, rows, -1).amax(1)
         self.keys.index_copy_(0, slots, keys[last].to(self.keys.dtype))
 
-    def present(self, slots: Tensor) -> Tensor:
+    def current(self, slots: Tensor) -> Tensor:
         """Keys [..., D] of slots int64 [...] as they are now: a backward after the next `write_` is right."""
         return snapshot(self.keys[slots])
 

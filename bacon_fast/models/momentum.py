@@ -29,7 +29,7 @@ class MomentumEncoder(nn.Module):
 
     @torch.no_grad()
     def update(self, backbone: nn.Module, projection: nn.Module) -> None:
-        """Takes in the query encoder's present parameters: one foreach launch, fixed storage."""
+        """Takes in the query encoder's current parameters: one foreach launch, fixed storage."""
         online = [p.detach() for p in chain(backbone.parameters(), projection.parameters())]
         torch._foreach_lerp_(list(self.parameters()), online, 1 - self.momentum)
 
