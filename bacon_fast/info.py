@@ -7,16 +7,16 @@ import platform
 import torch
 
 import bacon_fast
-import bacon_fast.data.augment  # registers its operations' backends
-from bacon_fast import ops
+import bacon_fast.ops  # registers the operations' backends
+from bacon_fast.ops import backends
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow", "scikit-learn", "tyro")
 
 
 def native_extension() -> str:
     """One line on `bacon_fast._C`."""
-    if ops.native_error is not None:
-        return f"{ops.native_error}; run `make setup`"
+    if backends.native_error is not None:
+        return f"{backends.native_error}; run `make setup`"
     from bacon_fast import _C
 
     return "built, with CUDA" if _C.built_with_cuda else "built, without CUDA (no nvcc, or BACON_FAST_CUDA=0)"
@@ -43,7 +43,7 @@ def report() -> str:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:
         lines.append(f"backends on {device}, the preferred one first")
-        for operation, table in ops.BACKENDS.items():
+        for operation, table in backends.BACKENDS.items():
             probe = torch.empty(0, 1, device=device)
             reasons = {name: backend.why_not(probe) for name, backend in table.items()}
             usable = [name for name, reason in reasons.items() if reason is None]

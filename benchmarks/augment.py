@@ -17,7 +17,9 @@ import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torchvision import transforms
 
-from bacon_fast.data.augment import CUTOUT_COLOR, Augment, ViewRequest
+from bacon_fast.data.augment import Augment
+from bacon_fast.ops.augment import ViewRequest
+from bacon_fast.reference.augment import CUTOUT_COLOR
 from benchmarks.common import (
     RESULTS,
     append_csv,

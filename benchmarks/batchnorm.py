@@ -2,7 +2,7 @@
 
     python -m benchmarks.batchnorm --device cuda [--quick] [--only TEXT] [--images N] [--out FILE.csv]
 
-Decides what `bacon_fast.batch_norm_ops.default_backend` says: the fused kernels stay where they beat torch's own (on a
+Decides what `bacon_fast.ops.batch_norm.default_backend` says: the fused kernels stay where they beat torch's own (on a
 GPU cuDNN's), and torch.compile. Nothing is timed that is not right: outputs, gradients and running statistics of every
 arm are compared with float64 first. Arms run in turns, in rounds; times are medians over the rounds with their 20th and
 80th percentile, ratios are medians of the ratios within the rounds. On a GPU a call is one of several in a CUDA graph,

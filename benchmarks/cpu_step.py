@@ -2,7 +2,7 @@
 
     python -m benchmarks.cpu_step
 
-Arms: float32 with torch's BatchNorm, LeakyReLU and sum as single operations; the same fused (csrc/norm); bfloat16
+Arms: float32 with torch's BatchNorm, LeakyReLU and sum as single operations; the same fused (csrc/batch_norm); bfloat16
 autocast, fused or not. All train the digits preset with the contrastive loss active; rounds are interleaved, and a
 ratio is the median of the rounds' ratios. Before anything is timed, each arm's loss of the first step must agree with
 that of the first arm: within 1e-5 in float32 and 5 % in bfloat16.

@@ -67,9 +67,9 @@ class Case:
     needs: dict[str, int]
 
 
-def reference_bacon(features, labels, logits, centers, selected, class_counts, progress) -> Tensor:
+def reference_bacon(features, labels, logits, centers, reliable, class_counts, progress) -> Tensor:
     return reference.bacon_loss(
-        features, labels, logits[labels.shape[0] :], centers, selected, class_counts, progress=progress
+        features, labels, logits[labels.shape[0] :], centers, reliable, class_counts, progress=progress
     )
 
 

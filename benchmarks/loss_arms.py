@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bacon_fast import functional, ops
+from bacon_fast import functional
 from bacon_fast.losses import MemoryBank
+from bacon_fast.ops.backends import BACKENDS
 
 TEMPERATURE, BTA, NEGATIVE_WEIGHT, TOP_K, EPS = 0.1, 0.005, 64.0, 3, 1e-8
 RELIABLE, COUNTED = 0.98, 0.95
@@ -42,7 +43,7 @@ class BaConBatch:
         return replace(self, **moved)
 
     @property
-    def selected(self) -> Tensor:
+    def reliable(self) -> Tensor:
         return self.logits.softmax(dim=1).amax(dim=1) >= RELIABLE
 
 
@@ -79,7 +80,7 @@ def temperatures(class_counts: Tensor, progress: Tensor) -> Tensor:
 
 
 def bacon_class_loop(
-    features, labels, logits, centers, selected, class_counts, progress, has_center: Sequence[bool] | None = None
+    features, labels, logits, centers, reliable, class_counts, progress, has_center: Sequence[bool] | None = None
 ) -> Tensor:
     """As the authors' code is built: a Python loop over classes, rows picked by boolean masks, broadcast cosines.
 
@@ -102,12 +103,12 @@ def bacon_class_loop(
         positive = torch.exp(F.cosine_similarity(anchors, centers[c][None], dim=-1) / tau[c])
         negative = torch.exp(F.cosine_similarity(anchors[:, None], negatives[None], dim=-1) / TEMPERATURE)
         loss = -torch.log(positive / (positive + NEGATIVE_WEIGHT * negative.mean() + EPS))
-        total = total + (loss * selected[classes == c]).sum()
-    return total / (selected.sum() + EPS)
+        total = total + (loss * reliable[classes == c]).sum()
+    return total / (reliable.sum() + EPS)
 
 
 def bacon_vectorized(
-    features, labels, logits, centers, selected, class_counts, progress, has_center: Tensor | None = None
+    features, labels, logits, centers, reliable, class_counts, progress, has_center: Tensor | None = None
 ) -> Tensor:
     """The same in one R x R matrix of similarities; no loop, no synchronization. ``has_center`` is [K] bool."""
     batch, num_classes, rows = labels.shape[0], centers.shape[0], features.shape[0]
@@ -125,17 +126,17 @@ def bacon_vectorized(
     class_size = row_sum.new_zeros(num_classes).index_add(0, classes, row_sum.new_ones(rows))
     mean = class_sum / (class_size * is_negative.sum(dim=1)).clamp_min(1)
     loss = torch.log(positive.exp() + NEGATIVE_WEIGHT * mean[classes] + EPS) - positive
-    anchors = selected if has_center is None else selected & has_center[classes]
-    return torch.where(anchors, loss, 0).sum() / (selected.sum() + EPS)
+    anchors = reliable if has_center is None else reliable & has_center[classes]
+    return torch.where(anchors, loss, 0).sum() / (reliable.sum() + EPS)
 
 
 def loss_call(loss: Callable, batch: BaConBatch) -> Callable[[], tuple[Tensor, Tensor]]:
     """Forward and backward of a loss on a batch: returns the loss and the gradient of the features."""
     features = batch.features.requires_grad_()
-    selected = batch.selected
+    reliable = batch.reliable
 
     def call() -> tuple[Tensor, Tensor]:
-        value = loss(features, batch.labels, batch.logits, batch.centers, selected, batch.class_counts, batch.progress)
+        value = loss(features, batch.labels, batch.logits, batch.centers, reliable, batch.class_counts, batch.progress)
         (gradient,) = torch.autograd.grad(value, features)
         return value, gradient
 
@@ -145,13 +146,13 @@ def loss_call(loss: Callable, batch: BaConBatch) -> Callable[[], tuple[Tensor, T
 def bacon_ours(backend: str) -> Callable:
     """bacon_fast's loss in the signature of the others."""
 
-    def loss(features, labels, logits, centers, selected, class_counts, progress) -> Tensor:
+    def loss(features, labels, logits, centers, reliable, class_counts, progress) -> Tensor:
         return functional.bacon_loss(
             features,
             labels,
             logits[labels.shape[0] :],
             centers,
-            selected,
+            reliable,
             class_counts,
             progress=progress,
             temperature=TEMPERATURE,
@@ -265,5 +266,5 @@ def info_nce_vectorized(queries: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
 
 def our_backends(operation: str, tensor: Tensor) -> list[str]:
     """bacon_fast's backends that serve the tensor, the preferred one first."""
-    table = ops.BACKENDS[operation]
+    table = BACKENDS[operation]
     return [name for name, backend in table.items() if name != "reference" and backend.why_not(tensor) is None]

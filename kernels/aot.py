@@ -15,7 +15,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import NamedTuple
 
 import torch
@@ -25,10 +27,8 @@ from triton.compiler import ASTSource
 
 from . import launch
 from .bacon_step import bacon_step
-from .batch_norm import batch_norm_backward, batch_norm_forward
 from .contrastive_backward import contrastive_backward
 from .contrastive_forward import contrastive_forward
-from .heads import heads_backward, heads_forward
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes a program may have
 POINTERS = {
@@ -156,35 +156,12 @@ def contrastive(
         "match": match,
         "floor": 1e-8 if groups else 0.0,
         "eps": 1e-8,
-        "columns_normalized": False,
         "input_precision": precision,
         "arch": arch,
     }
     _, stats, inverse, mean = contrastive_forward(*arguments, **options, keep_mean=detached)
     needs = {"needs_rows": True, "needs_columns": not detached, "needs_own": bool(own) and not groups}
     contrastive_backward(row(), stats, inverse, mean, *arguments, **options, **needs)
-
-
-def heads(arch: int, num_classes: int, dtype: torch.dtype, *, num_views: int = 1, soft_targets: bool = False) -> None:
-    """FixMatch's and ABC's losses, 64 labeled and 128 unlabeled rows; their tiles are the same for every ``arch``."""
-    meta = functools.partial(torch.empty, device="meta")
-    index = functools.partial(meta, dtype=torch.int64)
-    batch, unlabeled = 64, 128
-    rows = [meta(batch + (1 + num_views) * unlabeled, num_classes, dtype=dtype) for _ in range(2)]
-    keep = [meta(num_classes), meta(num_classes)]
-    inputs = (*rows, index(batch), index(unlabeled), *keep, index(()))
-    losses, _, _, *gradients = heads_forward(*inputs, 2**40, False, 0.95, num_views, soft_targets)
-    heads_backward(losses, *gradients, *rows, batch, unlabeled)
-
-
-def batch_norm(arch: int, images: int, channels: int, size: int, dtype: torch.dtype, *, residual: bool) -> None:
-    """BatchNorm with LeakyReLU, both directions, at the input of a layer."""
-    meta = functools.partial(torch.empty, device="meta")
-    x = meta(images, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last)
-    statistics = meta(channels), meta(channels), meta((), dtype=torch.int64)
-    weight, bias, other = meta(channels), meta(channels), x if residual else None
-    activated, _, *vectors = batch_norm_forward(x, other, weight, bias, *statistics, 0.001, 1e-5, 0.1, arch=arch)
-    batch_norm_backward(activated, other, x, weight, bias, *vectors, 0.1, arch=arch)
 
 
 def step(arch: int, rows: int, dim: int, num_classes: int, dtype: torch.dtype, precision: str) -> None:
@@ -225,7 +202,7 @@ def step(arch: int, rows: int, dim: int, num_classes: int, dtype: torch.dtype, p
 
 
 def subjects() -> dict[str, Callable[[int], None]]:
-    """Name -> what to compile: the losses at the shapes they are trained with."""
+    """Name -> what to compile at the shapes of a training: the losses below, and every kernel file's `aot_subjects`."""
     found = {}
     kinds = {
         "float32": (torch.float32, "tf32x3"),
@@ -255,21 +232,9 @@ def subjects() -> dict[str, Callable[[int], None]]:
             found[f"bacon-step-{rows}x{dim}x{num_classes}-{name}"] = functools.partial(
                 step, rows=rows, dim=dim, num_classes=num_classes, dtype=dtype, precision=precision
             )
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        for num_classes in (10, 100) if dtype == torch.float64 else (10, 100, 1000, 8192):
-            name = f"heads-320x{num_classes}-{str(dtype).removeprefix('torch.')}"
-            found[name] = functools.partial(heads, num_classes=num_classes, dtype=dtype)
-        if dtype == torch.float64:  # what gradients are checked in
-            continue
-        layers = ((16, 32, False), (32, 32, True), (128, 8, True), (640, 8, False), (33, 7, True))
-        for channels, size, residual in layers:
-            name = f"batch-norm-320x{channels}x{size}-{str(dtype).removeprefix('torch.')}"
-            found[name] = functools.partial(
-                batch_norm, images=320, channels=channels, size=size, dtype=dtype, residual=residual
-            )
-    found["heads-448x10-soft-float32"] = functools.partial(
-        heads, num_classes=10, dtype=torch.float32, num_views=2, soft_targets=True
-    )
+    for module in iter_modules([str(Path(__file__).parent)]):
+        of_kernel = import_module(f".{module.name}", __package__)
+        found |= getattr(of_kernel, "aot_subjects", dict)()
     return found
 
 

@@ -1,6 +1,6 @@
 """One step of BaCon for a training batch in two launches: selection, loss with gradient, memory bank, centers.
 
-Formulas: bacon_fast/reference/bacon.py and bank.py (methods.md E.2 to E.6, J.2). A launch has no barrier across its
+Formulas: reference/bacon_loss.py and memory_bank.py (methods.md E.2 to E.6, J.2). A launch has no barrier across its
 programs, so the step is cut where every row has to know something about every other one:
 
 1. `_compare_kernel` changes no state. It ranks the logits, compares rows with columns, and leaves what each row has
@@ -43,7 +43,7 @@ from .launch import TRITON_DTYPE, accumulator_dtype, architecture, dot_dtypes, l
 EPS_COSINE = tl.constexpr(1e-8)  # smallest norm a vector is divided by
 EPS_LOG = 1e-8  # added to the denominator of the softmax
 
-# The bank's fixed-point grid (bacon_fast/reference/bank.py).
+# The bank's fixed-point grid (bacon_fast/reference/memory_bank.py).
 FEATURE_LIMIT = tl.constexpr(4096.0)
 BANK_SCALE = tl.constexpr(2.0**30)
 ROUND_TO_INTEGER = tl.constexpr(1.5 * 2.0**52)  # added to and subtracted from a double below 2^51: rounds half to even
@@ -721,7 +721,7 @@ def bacon_step(
     """One step on at least one row: the bank's contiguous buffers are changed in place.
 
     Returns the loss (0-d) and its gradient [R,D], both in the accumulator's dtype, and the share of reliable rows (0-d
-    float32). Arguments as in `bacon_fast.bacon_step_ops.bacon_step_`, ``input_precision`` as in `contrastive_forward`.
+    float32). Arguments as in `bacon_fast.ops.bacon_step.bacon_step_`, ``input_precision`` as in `contrastive_forward`.
     """
     arch = architecture(features) if arch is None else arch
     (num_rows, dim), num_classes = features.shape, logits.shape[1]

@@ -8,6 +8,9 @@ which are few, for its own channel block, and treats its own rows. No atomics: t
 The backward finds the LeakyReLU's side from the normalized values, computed again: the activated ones are not needed.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -391,3 +394,25 @@ def batch_norm_backward(
         **shared,
     )
     return grad_x, grad_weight, grad_bias
+
+
+def _compile(arch: int, images: int, channels: int, size: int, dtype: torch.dtype, *, residual: bool) -> None:
+    """BatchNorm with LeakyReLU, both directions, at the input of a layer."""
+    meta = functools.partial(torch.empty, device="meta")
+    x = meta(images, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last)
+    statistics = meta(channels), meta(channels), meta((), dtype=torch.int64)
+    weight, bias, other = meta(channels), meta(channels), x if residual else None
+    activated, _, *vectors = batch_norm_forward(x, other, weight, bias, *statistics, 0.001, 1e-5, 0.1, arch=arch)
+    batch_norm_backward(activated, other, x, weight, bias, *vectors, 0.1, arch=arch)
+
+
+def aot_subjects() -> dict[str, Callable[[int], None]]:
+    """What `kernels.aot` compiles, by name."""
+    layers = ((16, 32, False), (32, 32, True), (128, 8, True), (640, 8, False), (33, 7, True))
+    return {
+        f"batch-norm-320x{channels}x{size}-{str(dtype).removeprefix('torch.')}": functools.partial(
+            _compile, images=320, channels=channels, size=size, dtype=dtype, residual=residual
+        )
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for channels, size, residual in layers
+    }

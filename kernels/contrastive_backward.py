@@ -302,7 +302,6 @@ def _finish_kernel(
     own_stride,
     own_stride_own,
     own_stride_dim,
-    NORMALIZED: tl.constexpr,
     SIGN: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -360,8 +359,7 @@ def _finish_kernel(
                 own_gradient = _through_norm(from_unit, own_unit, own_norm, own_inverse, EPS)
                 store_vectors(grad_own + m * dim, index, inside, dim, num_own * dim, own_gradient, BLOCK_D)
     if grad_vectors is not None:
-        if not NORMALIZED:
-            gradient = _through_norm(gradient, unit, norm, inverse, EPS)
+        gradient = _through_norm(gradient, unit, norm, inverse, EPS)
         store_vectors(grad_vectors, index, inside, dim, dim, gradient, BLOCK_D)
 
 
@@ -388,7 +386,6 @@ def contrastive_backward(
     match: str,
     floor: float,
     eps: float,
-    columns_normalized: bool,
     needs_rows: bool,
     needs_columns: bool,
     needs_own: bool,
@@ -479,9 +476,7 @@ def contrastive_backward(
         )
         return partial
 
-    def finish(
-        vectors, partial, grad, own=None, grad_own=None, from_mean: bool = False, normalized: bool = False
-    ) -> None:
+    def finish(vectors, partial, grad, own=None, grad_own=None, from_mean: bool = False) -> None:
         block = rows_per_program(dim)
         launch(
             _finish_kernel,
@@ -501,7 +496,6 @@ def contrastive_backward(
             dim,
             *vectors.stride(),
             *((0, 0, 0) if own is None else own.stride()),
-            NORMALIZED=normalized,
             SIGN=sign,
             EPS=eps,
             BLOCK_N=block,
@@ -531,5 +525,5 @@ def contrastive_backward(
         )
     if needs_columns and columns is not None:
         partial = unit_gradient(columns, column_inverse, rows, row_inverse, False, True)
-        finish(columns, partial, grad_columns, normalized=columns_normalized)
+        finish(columns, partial, grad_columns)
     return grad_rows, grad_columns, grad_own

@@ -63,21 +63,15 @@ def _inverse_norm_kernel(
     own_stride,
     own_stride_own,
     own_stride_dim,
-    NORMALIZED: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Inverse norm of every vector [N] and, for rows, the logits [M,N] of their own columns.
-
-    With NORMALIZED the norms count as 1, but a vector that is not finite still has inverse norm NaN.
-    """
+    """Inverse norm of every vector [N] and, for rows, the logits [M,N] of their own columns."""
     index = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = index < count
     unit = load_vectors(vectors, index, inside, dim, stride, stride_dim, BLOCK_D).to(inverse_norm.dtype.element_ty)
     _, inverse = norms(unit, EPS)
-    if NORMALIZED:
-        inverse = tl.where(is_finite(inverse), 1.0, inverse)
     tl.store(inverse_norm + index, inverse, mask=inside)
     if own is not None:
         unit = unit * inverse[:, None]
@@ -383,7 +377,6 @@ def inverse_norms(
     vectors: Tensor,
     out: Tensor,
     eps: float,
-    normalized: bool = False,
     own: Tensor | None = None,
     own_scale: Tensor | None = None,
     own_logit: Tensor | None = None,
@@ -406,7 +399,6 @@ def inverse_norms(
         dim,
         *vectors.stride(),
         *own_strides,
-        NORMALIZED=normalized,
         EPS=eps,
         BLOCK_N=block,
         BLOCK_D=block_dim(dim),
@@ -432,7 +424,6 @@ def contrastive_forward(
     match: str,
     floor: float,
     eps: float,
-    columns_normalized: bool,
     keep_mean: bool,
     input_precision: str,
     arch: int | None = None,
@@ -470,7 +461,7 @@ def contrastive_forward(
     inverse_norms(rows, stats[INVERSE_NORM.value], eps, own=own, own_scale=own_scale, own_logit=own_logit)
     column_inverse = rows.new_empty(0 if columns is None else num_columns, dtype=dtype)
     if columns is not None:
-        inverse_norms(columns, column_inverse, eps, normalized=columns_normalized)
+        inverse_norms(columns, column_inverse, eps)
 
     seen = rows if columns is None else columns
     dot, gradient_dot = dot_dtypes(rows.dtype)

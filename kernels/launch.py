@@ -7,6 +7,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.values import accumulator_dtype as accumulator_dtype  # for the launchers
 from .config import INTERPRETER
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported, so a constant
@@ -25,10 +26,6 @@ def architecture(tensor: Tensor) -> int:
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return 10 * major + minor
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def dot_dtypes(dtype: torch.dtype) -> tuple[tl.dtype, tl.dtype]:

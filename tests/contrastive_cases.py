@@ -23,7 +23,6 @@ class Case:
     self_column: bool = False
     bias: bool = False
     floor: float = 0.0
-    columns_normalized: bool = False
     strided: bool = False
     columns_need_gradient: bool = True
 
@@ -41,7 +40,7 @@ CASES = [
     Case("ssc", 70, None, 33, codes=1, self_column=True, strided=True),
     Case("queue", 35, 150, 20, own=3, bias=True, columns_need_gradient=False),
     Case("queue-in-groups", 40, 100, 65, own=1, codes=1, match="ignore", groups=3, columns_need_gradient=False),
-    Case("memory", 33, 70, 130, codes=1, self_column=True, columns_normalized=True, strided=True),
+    Case("memory", 33, 70, 130, codes=1, self_column=True, strided=True),
     Case("long", 3, 300, 8, own=1, codes=1, groups=2, bias=True),
 ]
 
@@ -68,8 +67,6 @@ def problem(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) 
 
     num_rows, num_columns = case.rows, case.rows if case.columns is None else case.columns
     columns = None if case.columns is None else vectors(num_columns, case.dim)
-    if case.columns_normalized:
-        columns = torch.nn.functional.normalize(columns.double(), dim=1).to(dtype)
     own_scale = uniform(num_rows, case.own, low=0, high=8) if case.own else None
     if case.own > 1:
         own_scale[::3, 1] = torch.nan  # no such positive
@@ -100,7 +97,6 @@ def problem(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) 
         "match": case.match,
         "floor": case.floor,
         "eps": 1e-8,
-        "columns_normalized": case.columns_normalized,
     }
     return arguments, options
 

@@ -9,7 +9,11 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from bacon_fast.reference.philox import MASK, philox4x32
+from bacon_fast.ops.checks import as_step_tensor, check_seed
+from bacon_fast.reference import philox as reference
+from bacon_fast.reference.philox import MASK, to_range, to_uniform
+
+__all__ = ["Stream", "philox", "to_range", "to_uniform", "uniform"]
 
 
 class Stream(IntEnum):
@@ -67,50 +71,9 @@ def philox(seed: int, step: int | Tensor, view: int, slot: Tensor, words: int) -
         raise TypeError(f"slot: expected int64 [N], found {slot.dtype} {list(slot.shape)}")
     if words < 1:
         raise ValueError(f"words: expected at least 1, found {words}")
-    step = as_step_tensor(step, slot.device)
-    blocks = torch.arange((words + 3) // 4, device=slot.device)
-    counter = (slot[:, None] & MASK, step & MASK, torch.full_like(blocks, view), blocks)
-    return philox4x32(counter, (seed & MASK, seed >> 32)).flatten(1)[:, :words]
+    return reference.philox(seed, as_step_tensor(step, slot.device), view, slot, words)
 
 
 def uniform(seed: int, step: int | Tensor, view: int, slot: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """One number in [0, 1) per slot, shape [N]: `to_uniform` of the first word of `philox` (arguments there)."""
     return to_uniform(philox(seed, step, view, slot, 1)[:, 0], dtype)
-
-
-def to_uniform(words: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Words in [0, 2^32) to numbers in [0, 1), exactly representable, so never rounded up to 1.
-
-    float64 takes all 32 bits (word * 2^-32), float32 the upper 24 ((word >> 8) * 2^-24).
-    """
-    if dtype == torch.float64:
-        return words.to(dtype) * 2.0**-32
-    if dtype == torch.float32:
-        return (words >> 8).to(dtype) * 2.0**-24
-    raise TypeError(f"dtype: expected torch.float32 or torch.float64, found {dtype}")
-
-
-def to_range(words: Tensor, n: int) -> Tensor:
-    """Words in [0, 2^32) to integers in [0, n) by multiply and shift: int64, with bias below n / 2^32."""
-    return (words * n) >> 32
-
-
-def check_seed(seed: int) -> None:
-    """Raises ValueError or TypeError unless `seed` is an integer in [0, 2^64)."""
-    if not isinstance(seed, int):
-        raise TypeError(f"seed: expected an integer, found {type(seed).__name__}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed: expected an integer in [0, 2^64), found {seed}")
-
-
-def as_step_tensor(step: int | Tensor, device: torch.device) -> Tensor:
-    """A step counter as a 0-d int64 tensor on `device`; a tensor that is one already comes back as it is."""
-    if not isinstance(step, Tensor):
-        if not 0 <= step <= MASK:
-            raise ValueError(f"step: expected an integer in [0, 2^32), found {step}")
-        return torch.full((), step, dtype=torch.int64, device=device)  # a fill: no copy from the host
-    if step.dim() != 0 or step.dtype != torch.int64 or step.device != device:
-        raise ValueError(
-            f"step: expected a 0-d int64 tensor on {device}, found {step.dtype} {list(step.shape)} on {step.device}"
-        )
-    return step

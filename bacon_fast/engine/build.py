@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bacon_fast import ops
 from bacon_fast.data.datasets import ImageDataset, load_dataset
 from bacon_fast.data.longtail import PROTOCOLS, Split, make_split
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.distributed import Launch
 from bacon_fast.engine.optimizers import SGD, Adam
 from bacon_fast.methods.method import Method
+from bacon_fast.ops.backends import choose_backend
 
 
 def resolve_device(name: str) -> torch.device:
@@ -70,7 +70,7 @@ def check_backend(config: Config, device: torch.device) -> None:
     operations = [name for name, part in losses if part in parts]
     for operation in operations:
         try:
-            ops.choose_backend(operation, config.loss_backend, torch.empty(0, 1, device=device))
+            choose_backend(operation, config.loss_backend, torch.empty(0, 1, device=device))
         except RuntimeError as error:
             raise ValueError(f"loss_backend: {error}") from error
 

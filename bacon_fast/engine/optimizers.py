@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bacon_fast import functional, ops
+from bacon_fast import functional
 from bacon_fast.engine.ema import AveragePairs
+from bacon_fast.ops.backends import is_native
 
 
 class SGD(torch.optim.SGD):
@@ -54,7 +55,7 @@ class SGD(torch.optim.SGD):
         if not isinstance(rate, Tensor) and any(group["lr"] != rate for group in self.param_groups):
             raise ValueError(f"lr: expected one for all groups, found {[group['lr'] for group in self.param_groups]}")
         parameters = [(p, group) for group in self.param_groups for p in group["params"]]
-        if not ops.is_native("sgd_ema_", parameters[0][0]):
+        if not is_native("sgd_ema_", parameters[0][0]):
             loss = super().step(closure)
             if average is not None:
                 average.apply()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from bacon_fast import functional
+from bacon_fast.reference.values import accumulator_dtype
 
 RELIABLE = 0.98
 TOP_K = 3
@@ -87,7 +88,7 @@ class BaConLoss(nn.Module):
             self.center_sums = self.center_sums.new_zeros(self.num_classes, features.shape[1], device=features.device)
         total = self.T if T is None else T
         progress = (t / total).clamp(max=1) if isinstance(t, Tensor) else min(t / total, 1.0)
-        unit = nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1, eps=1e-8)
+        unit = nn.functional.normalize(features.to(accumulator_dtype(features.dtype)), dim=1, eps=1e-8)
         confidences, labeled = confidences.detach().to(unit.dtype), labels >= 0
         reliable = confidences.amax(dim=1) >= RELIABLE
         classes = torch.where(labeled, labels, confidences.argmax(dim=1))

@@ -27,7 +27,8 @@ except ImportError as error:
         f"({error}). Install it with: pip install 'pytorch-metric-learning>=2.9'"
     ) from error
 
-from bacon_fast import ops
+from bacon_fast.ops.backends import choose_backend
+from bacon_fast.reference.values import accumulator_dtype
 
 EPS = 1e-12  # of the normalization, as in torch.nn.functional.normalize
 TILE = 1 << 20  # entries of the largest temporary matrix
@@ -102,9 +103,9 @@ class _FromLabels:
         self, embeddings: Tensor, ref_emb: Tensor | None, pairs: _Pairs, own: Tensor | None, **options
     ) -> Tensor:
         """Row losses [R] of the contrastive family at this temperature."""
-        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        dtype = accumulator_dtype(embeddings.dtype)
         scale = torch.full((len(embeddings),), 1 / self.temperature, dtype=dtype, device=embeddings.device)
-        run = ops.choose_backend("contrastive", self.backend, embeddings)
+        run = choose_backend("contrastive", self.backend, embeddings)
         return run(
             embeddings,
             ref_emb if ref_emb is None else ref_emb.to(embeddings.dtype),

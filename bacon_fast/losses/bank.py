@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..ops import snapshot
+from ..ops.snapshot import snapshot
 
 
 class MemoryBank(nn.Module):
@@ -26,6 +26,13 @@ class MemoryBank(nn.Module):
         start_with_ones: every slot starts with a vector of ones that counts as written, as in the authors' code; such
             vectors pull the centers toward (1, ..., 1) until they are replaced.
         backend: None for the best one, "reference", "cpp" or "cuda".
+
+        >>> bank = MemoryBank(num_slots=5, num_classes=3, dim=2)
+        >>> slots, everyone = torch.tensor([0, 4]), torch.tensor([True, True])
+        >>> bank.select_(slots, torch.tensor([2, 2]), everyone)
+        >>> bank.write_(slots, torch.tensor([[1.0, 0.0], [3.0, 0.0]]), everyone)
+        >>> bank.centers[2], bank.class_counts
+        (tensor([2., 0.]), tensor([0, 0, 2]))
     """
 
     def __init__(
@@ -60,7 +67,7 @@ class MemoryBank(nn.Module):
 
         return super()._apply(keep_dtype, recurse)
 
-    def present_centers(self) -> tuple[Tensor, Tensor]:
+    def current_centers(self) -> tuple[Tensor, Tensor]:
         """Centers [K,D] and has_center [K] for a loss whose backward comes after the next `write_`."""
         return snapshot(self.centers), snapshot(self.has_center)
 

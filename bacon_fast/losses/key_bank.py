@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from bacon_fast.data.philox import Stream, philox, to_range
 from bacon_fast.methods.last_rows import last_of_equal
-from bacon_fast.ops import snapshot
+from bacon_fast.ops.snapshot import snapshot
 
 
 class LabeledKeyBank(nn.Module):
@@ -47,7 +47,7 @@ class LabeledKeyBank(nn.Module):
         """Keys float [B, D] of slots int64 [B]; where a slot comes twice, its last key stays."""
         self.keys.index_copy_(0, slots, keys[last_of_equal(slots)].to(self.keys.dtype))
 
-    def present(self, slots: Tensor) -> Tensor:
+    def current(self, slots: Tensor) -> Tensor:
         """Keys [..., D] of slots int64 [...] as they are now: a backward after the next `write_` is right."""
         return snapshot(self.keys[slots])
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bacon_fast.ops import snapshot
+from bacon_fast.ops.snapshot import snapshot
 
 
 class KeyQueue(nn.Module):
@@ -31,7 +31,7 @@ class KeyQueue(nn.Module):
         self.register_buffer("classes", torch.full((size,), -1))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
-    def present(self) -> tuple[Tensor, Tensor]:
+    def current(self) -> tuple[Tensor, Tensor]:
         """Keys [K_q, D] and classes [K_q] as they are now: a backward after the next `enqueue_` is right."""
         return snapshot(self.keys.clone()), snapshot(self.classes.clone())
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from bacon_fast import functional
-from bacon_fast.functional import HeadsOutput
+from bacon_fast.functional import FixMatchABCOutput
 from bacon_fast.methods.outputs import Batch, Outputs
 
 
@@ -48,7 +48,7 @@ class ABC(nn.Module):
         epoch = torch.div(step * self.epochs, self.steps, rounding_mode="floor")
         return 1 - (epoch / self.epochs) * (1 - self.keep)
 
-    def heads(self, out: Outputs, batch: Batch, step: Tensor) -> HeadsOutput:
+    def heads(self, out: Outputs, batch: Batch, step: Tensor) -> FixMatchABCOutput:
         """Losses of both heads on the labeled, weak and strong rows of `out`, before weighting, and statistics."""
         return functional.fixmatch_abc_loss(
             out.logits,
@@ -63,7 +63,7 @@ class ABC(nn.Module):
             backend=self.backend,
         )
 
-    def weighted(self, heads: HeadsOutput) -> dict[str, Tensor]:
+    def weighted(self, heads: FixMatchABCOutput) -> dict[str, Tensor]:
         """Losses `abc_labeled` and `abc_unlabeled`, 0-d float32."""
         return {
             "abc_labeled": self.lambda_abc * heads.abc_labeled,

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from bacon_fast.reference.values import accumulator_dtype
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Batch:
 
 def wide(values: Tensor) -> Tensor:
     """The same in at least float32: what comes out of a network under autocast may be half."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.to(accumulator_dtype(values.dtype))
 
 
 class StepOutput(NamedTuple):

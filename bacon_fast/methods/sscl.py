@@ -118,8 +118,8 @@ class SsCL(Method):
         # Each query beside its own key and labeled keys of its class, among the queue as it was before this step.
         classes = self.prototypes.assigned[batch.unlabeled_slots]
         drawn, present = self.bank.draw(classes, self.extra_keys, self.seed, step)
-        mined_keys, alpha = self.bank.present(drawn), self.prototypes.alpha[batch.unlabeled_slots]
-        queue, queue_classes = self.queue.present()
+        mined_keys, alpha = self.bank.current(drawn), self.prototypes.alpha[batch.unlabeled_slots]
+        queue, queue_classes = self.queue.current()
         contrastive = functional.sscl_loss(
             queries,
             torch.cat([own_keys[:, None], mined_keys], dim=1),

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bacon_fast.reference.values import accumulator_dtype
+
 _OVER = (0, 2, 3)  # all but the channels
 
 
@@ -21,7 +23,7 @@ def _by_channel(vector: Tensor) -> Tensor:
 def _moments(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [C], biased variance [C] and number of elements [] by channel of the batches of all ranks."""
     channels, count = x.shape[1], x.numel() // x.shape[1]
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(accumulator_dtype(x.dtype))
     # Each rank's own mean and centered squares: the plain sums would cancel.
     own_mean = wide.sum(_OVER) / max(count, 1)
     own_squares = (wide - _by_channel(own_mean)).square().sum(_OVER)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bacon_fast.models import build_backbone
 from bacon_fast.models.heads import projection_head
+from bacon_fast.reference.values import accumulator_dtype
 
 
 class PrototypeNetwork(nn.Module):
@@ -35,7 +36,7 @@ class PrototypeNetwork(nn.Module):
 
     def logits(self, projections: Tensor) -> Tensor:
         """Cosine similarities to the prototypes over the temperature: [N,K], at least float32."""
-        dtype = torch.promote_types(projections.dtype, torch.float32)
+        dtype = accumulator_dtype(projections.dtype)
         with torch.autocast(projections.device.type, enabled=False):
             similarities = F.normalize(projections.to(dtype), dim=1) @ F.normalize(self.prototypes.to(dtype), dim=1).T
         return similarities / self.temperature

@@ -1,10 +1,10 @@
 """The operations in plain PyTorch, float64-capable: the specification that runs, and the backend "reference"."""
 
-from .bacon import bacon_loss, balanced_temperatures
-from .bank import bank_select_, bank_write_
+from .bacon_loss import bacon_loss, balanced_temperatures
 from .batch_norm import batch_norm_act
 from .contrastive import contrastive
-from .heads import fixmatch_abc_loss
+from .fixmatch_abc import fixmatch_abc_loss
+from .memory_bank import bank_select_, bank_write_
 from .sgd_ema import sgd_ema_
 
 __all__ = [

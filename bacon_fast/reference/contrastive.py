@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from .values import accumulator_dtype
+
 FORMS = ("mean", "sum", "prod")
 MATCHES = ("positive", "ignore")
 
@@ -53,7 +55,6 @@ def contrastive(
     match: str,
     floor: float = 0.0,
     eps: float = 1e-12,
-    columns_normalized: bool = False,
 ) -> Tensor:
     """Loss of every row against its positive and negative columns.
 
@@ -86,7 +87,6 @@ def contrastive(
             whatever becomes of their own loss.
         floor: added to the negatives' sum, >= 0.
         eps: smallest norm a vector is divided by.
-        columns_normalized: columns are used as they are.
 
     Returns:
         [R] in float32 (float64 for float64 rows). 0 for rows without a positive. Another row with non-finite features
@@ -94,9 +94,8 @@ def contrastive(
 
     Only rows, columns and own receive a gradient; it includes that of a column as somebody's negative or positive.
     """
-    dtype = torch.promote_types(rows.dtype, torch.float32)
+    dtype = accumulator_dtype(rows.dtype)
     scale, own_scale = positive_scale.to(dtype), None if own_scale is None else own_scale.to(dtype)
-    shared = columns is None
     columns = rows if columns is None else columns
     num_rows, num_columns = rows.shape[0], columns.shape[0]
 
@@ -118,8 +117,7 @@ def contrastive(
         broken = broken | (present & ~own.isfinite().all(dim=2)).any(dim=1)
     u = normalize(torch.where(broken[:, None], 0, rows.to(dtype)), eps)
     used = (is_negative | is_positive).any(dim=0)
-    w = torch.where(used[:, None], columns.to(dtype), 0)
-    w = w if columns_normalized and not shared else normalize(w, eps)
+    w = normalize(torch.where(used[:, None], columns.to(dtype), 0), eps)
     with torch.autocast(rows.device.type, enabled=False):  # which would round the similarities to half precision
         similarity = u @ w.T
 

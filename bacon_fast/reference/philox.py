@@ -29,14 +29,38 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[int, int]) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def philox_uniform(seed: int, step: Tensor, stream: int, slots: Tensor) -> Tensor:
-    """One float32 in [0, 1) per slot, a multiple of 2^-24: the upper bits of word 0 at counter (slot, step, stream, 0).
+def philox(seed: int, step: Tensor, stream: int, slots: Tensor, words: int) -> Tensor:
+    """int64 [N, words]: words of slots [N], from counters (slot, step, stream, block) of four words each.
 
     Args:
         seed: integer in [0, 2^64), the key.
         step: 0-d int64, modulo 2^32.
         stream: what the draw is for, in [0, 2^32).
         slots: [N] int64, modulo 2^32.
+        words: number of words a slot, at least 1.
     """
-    counter = (slots & MASK, step & MASK, torch.full_like(slots, stream), torch.zeros_like(slots))
-    return (philox4x32(counter, (seed & MASK, seed >> 32))[:, 0] >> 8).float() * 2.0**-24
+    blocks = torch.arange((words + 3) // 4, device=slots.device)
+    counter = (slots[:, None] & MASK, step & MASK, torch.full_like(blocks, stream), blocks)
+    return philox4x32(counter, (seed & MASK, seed >> 32)).flatten(1)[:, :words]
+
+
+def philox_uniform(seed: int, step: Tensor, stream: int, slots: Tensor) -> Tensor:
+    """One float32 in [0, 1) per slot: `to_uniform` of the first word of `philox`, whose arguments these are."""
+    return to_uniform(philox(seed, step, stream, slots, 1)[:, 0], torch.float32)
+
+
+def to_uniform(words: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Words in [0, 2^32) to numbers in [0, 1), exactly representable, so never rounded up to 1.
+
+    float64 takes all 32 bits (word * 2^-32), float32 the upper 24 ((word >> 8) * 2^-24).
+    """
+    if dtype == torch.float64:
+        return words.to(dtype) * 2.0**-32
+    if dtype == torch.float32:
+        return (words >> 8).to(dtype) * 2.0**-24
+    raise TypeError(f"dtype: expected torch.float32 or torch.float64, found {dtype}")
+
+
+def to_range(words: Tensor, n: int) -> Tensor:
+    """Words in [0, 2^32) to integers in [0, n) by multiply and shift: int64, with bias below n / 2^32."""
+    return (words * n) >> 32

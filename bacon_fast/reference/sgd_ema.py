@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .values import accumulator_dtype
+
 
 def sgd_ema_(
     parameters: Sequence[Tensor],
@@ -36,7 +38,7 @@ def sgd_ema_(
     for parameter, gradient, velocity, average, decay in zip(
         parameters, gradients, momenta, averages, weight_decays, strict=True
     ):
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        dtype = accumulator_dtype(parameter.dtype)
         if gradient.numel():
             slope = gradient.to(dtype)
             if grad_scale is not None:

@@ -1,13 +1,19 @@
-"""A check of what stands in a tensor, where reading it costs next to nothing: on a CPU, outside of torch.compile."""
+"""What the references share: the dtype to compute in, and a check of what stands in a tensor."""
 
 import torch
 from torch import Tensor
 
 
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of ``dtype`` are computed: float32 for half precision and integers, else their own."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def check_values(name: str, values: Tensor, expected: str, low: float, high: float) -> None:
     """Raises ValueError unless all values are within low..high; NaN never is.
 
-    Silent on a GPU, where the host would have to wait for the values, and for tensors that hold none (FakeTensor).
+    Reading them costs next to nothing on a CPU, outside of torch.compile. Silent on a GPU, where the host would have to
+    wait for the values, and for tensors that hold none (FakeTensor).
     """
     if values.device.type != "cpu" or type(values) is not Tensor or torch.compiler.is_compiling() or not values.numel():
         return

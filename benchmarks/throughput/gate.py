@@ -18,7 +18,7 @@ from bacon_fast.engine import build
 from bacon_fast.engine.graph import WARM_UP
 from bacon_fast.engine.trainer import Trainer
 from bacon_fast.methods.outputs import Batch
-from bacon_fast.reference.heads import bernoulli
+from bacon_fast.reference.fixmatch_abc import bernoulli
 
 from .loaders import HostBatch
 from .ours import TrainerStep

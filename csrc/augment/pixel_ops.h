@@ -1,5 +1,5 @@
 // The 14 RandAugment operations, bit for bit as Pillow 13 computes them, defined once for host and device. The same
-// arithmetic in PyTorch, to be read beside it: bacon_fast/data/pixel_ops.py.
+// arithmetic in PyTorch, to be read beside it: bacon_fast/reference/pixel_ops.py.
 //
 // An operation runs on one image held in fast memory. A Team says who does the work: one thread of a CPU (cpu.cpp) or one
 // thread block of a GPU (cuda.cu). It offers

@@ -10,8 +10,7 @@ Arguments prepare(
     const at::Tensor& row_code, const at::Tensor& column_code, const at::Tensor& self_column,
     const at::Tensor& positive_scale, const std::optional<at::Tensor>& own_scale, const at::Tensor& negative_scale,
     const at::Tensor& negative_bias, const at::Tensor& negative_offset, const std::optional<at::Tensor>& group,
-    int64_t num_groups, std::string_view form, std::string_view match, double floor, double eps,
-    bool columns_normalized) {
+    int64_t num_groups, std::string_view form, std::string_view match, double floor, double eps) {
   const at::ScalarType type = rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto reals = [&](const at::Tensor& tensor) { return tensor.to(type).contiguous(); };
   const auto codes = [&](const at::Tensor& tensor) { return tensor.to(at::kInt).contiguous(); };
@@ -63,7 +62,6 @@ Arguments prepare(
   a.match_positive = match == "positive";
   a.floor = floor;
   a.eps = eps;
-  a.columns_normalized = columns_normalized;
   a.type = type;
   return a;
 }

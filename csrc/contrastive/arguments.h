@@ -18,7 +18,6 @@ struct Arguments {
   Form form;
   bool match_positive;
   double floor, eps;
-  bool columns_normalized;
   at::ScalarType type;
 };
 
@@ -28,7 +27,6 @@ Arguments prepare(
     const at::Tensor& row_code, const at::Tensor& column_code, const at::Tensor& self_column,
     const at::Tensor& positive_scale, const std::optional<at::Tensor>& own_scale, const at::Tensor& negative_scale,
     const at::Tensor& negative_bias, const at::Tensor& negative_offset, const std::optional<at::Tensor>& group,
-    int64_t num_groups, std::string_view form, std::string_view match, double floor, double eps,
-    bool columns_normalized);
+    int64_t num_groups, std::string_view form, std::string_view match, double floor, double eps);
 
 }  // namespace bacon_fast::contrastive

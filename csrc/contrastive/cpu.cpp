@@ -291,15 +291,14 @@ std::tuple<at::Tensor, at::Tensor> contrastive_forward(
     const at::Tensor& row_code, const at::Tensor& column_code, const at::Tensor& self_column,
     const at::Tensor& positive_scale, const std::optional<at::Tensor>& own_scale, const at::Tensor& negative_scale,
     const at::Tensor& negative_bias, const at::Tensor& negative_offset, const std::optional<at::Tensor>& group,
-    int64_t num_groups, std::string_view form, std::string_view match, double floor, double eps,
-    bool columns_normalized) {
+    int64_t num_groups, std::string_view form, std::string_view match, double floor, double eps) {
   const Arguments arguments = prepare(
       rows, columns, own, row_code, column_code, self_column, positive_scale, own_scale, negative_scale, negative_bias,
-      negative_offset, group, num_groups, form, match, floor, eps, columns_normalized);
+      negative_offset, group, num_groups, form, match, floor, eps);
   const auto options = rows.options().dtype(arguments.type);
   at::Tensor row_loss = at::empty({rows.size(0)}, options);
   at::Tensor stats = at::empty({kNumStats, rows.size(0)}, options);
-  AT_DISPATCH_FLOATING_TYPES(arguments.type, "contrastive_forward_cpu", [&] {
+  AT_DISPATCH_FLOATING_TYPES(arguments.type, "contrastive_cpp", [&] {
     Forward<scalar_t>(arguments, row_loss.mutable_data_ptr<scalar_t>(), stats.mutable_data_ptr<scalar_t>()).run();
   });
   return {row_loss, stats};
@@ -311,10 +310,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_backward(
     const at::Tensor& self_column, const at::Tensor& positive_scale, const std::optional<at::Tensor>& own_scale,
     const at::Tensor& negative_scale, const at::Tensor& negative_bias, const at::Tensor& negative_offset,
     const std::optional<at::Tensor>& group, int64_t num_groups, std::string_view form, std::string_view match,
-    double floor, double eps, bool columns_normalized, bool needs_rows, bool needs_columns, bool needs_own) {
+    double floor, double eps, bool needs_rows, bool needs_columns, bool needs_own) {
   const Arguments arguments = prepare(
       rows, columns, own, row_code, column_code, self_column, positive_scale, own_scale, negative_scale, negative_bias,
-      negative_offset, group, num_groups, form, match, floor, eps, columns_normalized);
+      negative_offset, group, num_groups, form, match, floor, eps);
   const at::Tensor upstream = grad_row_loss.to(arguments.type).contiguous(), saved = stats.contiguous();
   const auto gradient = [&](const at::Tensor& of, bool needed) {
     const auto options = rows.options().dtype(arguments.type);
@@ -322,7 +321,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_backward(
   };
   const at::Tensor grad_rows = gradient(rows, needs_rows), grad_columns = gradient(columns, needs_columns);
   const at::Tensor grad_own = gradient(own.value_or(at::Tensor()), needs_own);
-  AT_DISPATCH_FLOATING_TYPES(arguments.type, "contrastive_backward_cpu", [&] {
+  AT_DISPATCH_FLOATING_TYPES(arguments.type, "contrastive_backward_cpp", [&] {
     const auto pointer = [](const at::Tensor& tensor, bool needed) {
       return needed ? tensor.mutable_data_ptr<scalar_t>() : nullptr;
     };
@@ -337,8 +336,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_backward(
 }
 
 TORCH_LIBRARY_IMPL(bacon_fast, CPU, m) {
-  m.impl("contrastive_forward_cpu", &contrastive_forward);
-  m.impl("contrastive_backward_cpu", &contrastive_backward);
+  m.impl("contrastive_cpp", &contrastive_forward);
+  m.impl("contrastive_backward_cpp", &contrastive_backward);
 }
 
 }  // namespace

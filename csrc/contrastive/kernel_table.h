@@ -1,7 +1,7 @@
 // Defines the table of the instruction set that the including file has set up.
 #pragma once
 
-#include "contrastive/bacon_kernels.h"
+#include "bacon_loss/kernels.h"
 #include "contrastive/family_kernels.h"
 #include "contrastive/kernels.h"
 

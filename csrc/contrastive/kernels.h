@@ -1,7 +1,7 @@
 // The inner loops, compiled once for each instruction set; `kernels` picks those of the machine it runs on.
 #pragma once
 
-#include "contrastive/bacon.h"
+#include "bacon_loss/batch.h"
 #include "contrastive/family.h"
 #include "contrastive/layout.h"
 

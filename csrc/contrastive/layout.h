@@ -34,7 +34,7 @@ template <class T>
 using Code = typename LaneInteger<T>::Type;
 
 enum VectorState : unsigned char {
-  kShort = 0,      // norm at most eps, or not normalized at all: the scale is a constant
+  kShort = 0,      // norm at most eps: the scale is a constant
   kLong = 1,       // divided by its norm
   kNotFinite = 2,  // has a NaN or an infinity
 };
@@ -46,7 +46,6 @@ struct Normalization {
   std::int64_t count;
   std::int64_t dim;
   T eps;
-  bool unit_already;
   T* units;
   T* panels;
   T* norm;

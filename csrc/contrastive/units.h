@@ -52,8 +52,8 @@ void normalize_range(const Normalization<T>& set, std::int64_t begin, std::int64
     }
     const T* raw = set.from + i * dim;
     const T norm = std::sqrt(dot(raw, raw, dim));
-    const T scale = set.unit_already ? T(1) : 1 / (norm < set.eps ? set.eps : norm);
-    unsigned char state = !set.unit_already && norm > set.eps ? kLong : kShort;
+    const T scale = 1 / (norm < set.eps ? set.eps : norm);
+    unsigned char state = norm > set.eps ? kLong : kShort;
     if (unit && !scale_vector(raw, scale, dim, width, unit)) state |= kNotFinite;
     for (std::int64_t d = 0; panel && d < dim; ++d) panel[d * kPanel<T>] = raw[d] * scale;
     set.norm[i] = norm;

@@ -88,7 +88,7 @@ class Workspace {
     T* norms = take(padded_rows);
     T* scales = take(padded_rows);
     family.row_vectors = {
-        a.rows.const_data_ptr<T>(), rows, dim, T(a.eps), false, units, panels, norms, scales, row_states_.data()};
+        a.rows.const_data_ptr<T>(), rows, dim, T(a.eps), units, panels, norms, scales, row_states_.data()};
     normalize(family.row_vectors, padded_rows);
     for (T** scalar : {&negative_scale, &negative_bias, &positive_scale, &positive_bias}) *scalar = take(padded_rows);
     family.negative_scale = negative_scale;
@@ -121,7 +121,7 @@ class Workspace {
     family.column_code = a.column_code.const_data_ptr<int>();
     family.column_factor = factors;
     family.column_set = {
-        raw, columns, dim, T(a.eps), a.columns_normalized, nullptr, nullptr, norms, scales, column_states_.data()};
+        raw, columns, dim, T(a.eps), nullptr, nullptr, norms, scales, column_states_.data()};
     const bool fits = dim == width && columns % kRowUnit == 0 && columns * dim >= kCopyLimit && !needs_units;
     if (fits) normalize(family.column_set, padded_columns);
     family.columns_raw =
@@ -149,16 +149,12 @@ class Workspace {
     });
   }
 
-  // Whether no |logit| exceeds kDirectLimit, with similarities up to the largest norm of a column.
+  // Whether no |logit| exceeds kDirectLimit.
   bool logits_are_small() const {
-    T largest = 1;
-    for (int64_t c = 0; c < columns && arguments.columns_normalized; ++c) {
-      largest = std::max(largest, family.column_set.norm[c]);
-    }
     T bound = 0;
     for (int64_t r = 0; r < rows; ++r) {
-      bound = std::max(bound, std::abs(negative_scale[r]) * largest + std::abs(negative_bias[r]));
-      bound = std::max(bound, std::abs(positive_scale[r]) * largest);
+      bound = std::max(bound, std::abs(negative_scale[r]) + std::abs(negative_bias[r]));
+      bound = std::max(bound, std::abs(positive_scale[r]));
     }
     for (int64_t m = 0; m < rows * num_own; ++m) bound = std::max(bound, std::abs(family.own_scale[m]));
     return bound <= kDirectLimit;

@@ -6,7 +6,7 @@ import torchvision.transforms.functional as tvf
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor
 
-from bacon_fast.data.augment import CUTOUT_COLOR, OPS, Draws
+from bacon_fast.reference.augment import CUTOUT_COLOR, OPS, Draws
 
 
 def _transform(*matrix):

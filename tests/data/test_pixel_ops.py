@@ -4,8 +4,9 @@ import pytest
 import torch
 from pillow_oracle import OPERATIONS, pillow_ops
 
-from bacon_fast.data.augment import _MAGNITUDES, OPS, _apply_grouped, _apply_masked, apply_ops
-from bacon_fast.ops import native_error
+from bacon_fast.ops.augment import apply_ops
+from bacon_fast.ops.backends import native_error
+from bacon_fast.reference.augment import MAGNITUDES, OPS, apply_grouped, apply_masked
 
 backends = pytest.mark.parametrize(
     "backend",
@@ -53,7 +54,7 @@ KINDS = ["noise", "narrow", "constant", "two levels", "one pixel differs", "smoo
 
 
 def magnitudes_of(op: str, n: int, size: tuple[int, int], seed: int) -> torch.Tensor:
-    low, span, unit = _MAGNITUDES.get(op, (0, 0, "one"))
+    low, span, unit = MAGNITUDES.get(op, (0, 0, "one"))
     r = torch.rand(n, generator=generator(seed), dtype=torch.float64)
     return (low + span * r) * {"one": 1, "height": size[0], "width": size[1]}[unit]
 
@@ -118,7 +119,7 @@ def test_device_path_equals_host_path():
     ops, magnitudes = ops[:, 0], magnitudes[:, 0]
     magnitudes[:3] = torch.tensor([1e300, -1e300, 0.0], dtype=torch.float64)
     ops[:3] = OPS.index("identity")
-    assert _apply_masked(images, ops, magnitudes).equal(_apply_grouped(images, ops, magnitudes))
+    assert apply_masked(images, ops, magnitudes).equal(apply_grouped(images, ops, magnitudes))
 
 
 @backends

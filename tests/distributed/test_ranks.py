@@ -13,7 +13,7 @@ from rank_cases import ADAM, LAYOUTS, PREDICTED, RANKS, Trainer, new_generation,
 from bacon_fast.engine.checkpoint import list_checkpoints
 from bacon_fast.engine.config import METHODS
 from bacon_fast.engine.evaluation import predict
-from bacon_fast.reference.bank import SCALE
+from bacon_fast.reference.memory_bank import SCALE
 
 
 def assert_follows(two: dict, one: dict) -> None:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bacon_fast import _C
-from bacon_fast.data import native_augment
 from bacon_fast.engine.build import build_optimizer
 from bacon_fast.engine.config import METHODS
 from bacon_fast.engine.meter import Meter
 from bacon_fast.engine.step import TrainStep
 from bacon_fast.engine.trainer import Trainer
+from bacon_fast.ops import augment
 
 # Of torch's generators, whose state a run does not save; and of shapes that depend on values.
 DRAWS = {"rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "native_dropout"}
@@ -138,7 +138,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(tmp_path, method, monkeypatch):
     engine cannot run without a device.
     """
     monkeypatch.setattr(_C, "built_with_cuda", True)
-    monkeypatch.setattr(native_augment, "why_not", lambda images: None)
+    monkeypatch.setattr(augment, "why_not", lambda images: None)
     trainer = Trainer(tiny(tmp_path, method=method, steps=8))
     trainer.logger.close()
     phases = {trainer.method.phase(step) for step in range(8)}

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from bacon_fast.data.augment import OPS, Augment, ViewRequest, apply_ops
+from bacon_fast.data.augment import Augment
 from bacon_fast.data.loader import IndexSampler
-from bacon_fast.data.native_augment import why_not
+from bacon_fast.ops.augment import ViewRequest, apply_ops, why_not
+from bacon_fast.reference.augment import OPS
 
 reason = (
     why_not(torch.zeros((1, 2, 2, 3), dtype=torch.uint8, device="cuda"))

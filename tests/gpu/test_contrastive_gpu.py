@@ -6,8 +6,9 @@ import pytest
 import torch
 from contrastive_cases import CASES, Case, assert_as_accurate_as_torch, loss_and_gradients, problem, upstream
 
-from bacon_fast import contrastive_ops, functional
+from bacon_fast import functional
 from bacon_fast.functional import info_nce, sscl_loss, sup_con_loss
+from bacon_fast.ops.contrastive import contrastive
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -21,7 +22,7 @@ LARGE = [
 
 
 def run(*arguments, **options):
-    return contrastive_ops.contrastive(*arguments, **options, backend="triton")
+    return contrastive(*arguments, **options, backend="triton")
 
 
 @pytest.mark.parametrize("case", CASES + LARGE, ids=str)
@@ -80,7 +81,7 @@ def test_graph_capture_and_replay():
         "labels": labels[:batch] % num_classes,
         "logits": torch.randn(rows - batch, num_classes, generator=g).cuda(),
         "centers": torch.randn(num_classes, dim, generator=g).cuda(),
-        "selected": (torch.rand(rows, generator=g) < 0.6).cuda(),
+        "reliable": (torch.rand(rows, generator=g) < 0.6).cuda(),
         "class_counts": torch.arange(num_classes).cuda(),
     }
 

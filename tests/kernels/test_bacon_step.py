@@ -8,8 +8,8 @@ import pytest
 import torch
 from bacon_step_cases import SHAPES, assert_same_state, batch, module, take
 
-from bacon_fast import bacon_step_ops, ops
 from bacon_fast.losses.bacon import VARIANTS
+from bacon_fast.ops.bacon_step import BUFFERS, fuses_bacon_step
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -45,7 +45,7 @@ def compare(found, expected, steps, tolerance=3e-6, upstream=1.0, **options):
 def test_steps_equal_the_composed_path(name, neg_mode):
     shape = SHAPES[name]
     modules = [module(shape, backend, neg_mode=neg_mode) for backend in ("triton", "reference")]
-    assert ops.fuses_bacon_step("triton", torch.empty(1, shape[2]), torch.empty(1, shape[3]), modules[0].top_k)
+    assert fuses_bacon_step("triton", torch.empty(1, shape[2]), torch.empty(1, shape[3]), modules[0].top_k)
     losses = compare(*modules, [batch(shape, seed) for seed in range(2)])
     if name in ("odd", "several-blocks", "many-classes"):
         assert losses[-1] > 0
@@ -205,7 +205,7 @@ def arguments(shape, dtype=torch.float32):
         *step.values(),
         torch.tensor(0.5),
         0.0,
-        *(buffers[name] for name in bacon_step_ops.BUFFERS),
+        *(buffers[name] for name in BUFFERS),
         shape[4],
         0.1,
         0.005,
@@ -258,8 +258,8 @@ def test_sizes_beyond_the_kernels_take_the_composed_path():
         (0, 8, 5, 3),
     ):
         features, logits = torch.empty(rows, dim), torch.empty(rows, num_classes)
-        assert not ops.fuses_bacon_step("triton", features, logits, top_k)
-    assert not ops.fuses_bacon_step(None, torch.empty(4, 8), torch.empty(4, 5), 3)
+        assert not fuses_bacon_step("triton", features, logits, top_k)
+    assert not fuses_bacon_step(None, torch.empty(4, 8), torch.empty(4, 5), 3)
 
 
 def test_bad_arguments_are_named():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bacon_fast.kernels import aot
+from bacon_fast.kernels.batch_norm import aot_subjects
 from bacon_fast.kernels.config import INTERPRETER, batch_norm_config
 from bacon_fast.kernels.interpreter import to_bfloat16
 
@@ -32,9 +33,9 @@ def test_every_row_and_channel_is_treated_once(arch):
             assert config.splits <= 256  # merged at once, in registers
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_two_launches_each_way(residual):
-    launches = aot.record(lambda: aot.batch_norm(90, 320, 32, 32, torch.bfloat16, residual=residual))
+@pytest.mark.parametrize(("layer", "residual"), [("16x32", False), ("32x32", True)])
+def test_two_launches_each_way(layer, residual):
+    launches = aot.record(lambda: aot_subjects()[f"batch-norm-320x{layer}-bfloat16"](90))
     names = [item.kernel.__name__ for item in launches]
     assert names == ["_moments_kernel", "_normalize_kernel", "_gradient_sums_kernel", "_input_gradient_kernel"]
     assert (dict(launches[0].constants).get("residual", "given") is None) != residual

@@ -1,11 +1,11 @@
-// Runs csrc/optim/update.h as a GPU does, every chunk by 256 threads, and as a CPU does, by one: equal bit for bit.
+// Runs csrc/sgd_ema/update.h as a GPU does, every chunk by 256 threads, and as a CPU does, by one: equal bit for bit.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <random>
 #include <vector>
 
-#include "optim/update.h"
+#include "sgd_ema/update.h"
 
 using namespace bacon_fast::optim;
 

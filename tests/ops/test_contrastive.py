@@ -8,15 +8,17 @@ from contrastive_cases import CASES, Case, assert_as_accurate_as_torch, loss_and
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bacon_fast import contrastive_ops, ops, reference
+from bacon_fast import reference
 from bacon_fast.kernels import contrastive_backward, contrastive_forward
 from bacon_fast.kernels.config import MAX_DIM, tile_config
+from bacon_fast.ops import backends
+from bacon_fast.ops.contrastive import contrastive
 
 FORMS = ["mean", "sum", "prod"]
 
 
 def available(name: str) -> str | None:
-    return ops.BACKENDS["contrastive"][name].why_not(torch.empty(1, 1))
+    return backends.BACKENDS["contrastive"][name].why_not(torch.empty(1, 1))
 
 
 def needs(name: str):
@@ -28,7 +30,7 @@ ALL_BACKENDS = ["reference", *BACKENDS]
 
 
 def run_on(backend: str):
-    return ops.BACKENDS["contrastive"][backend].run
+    return backends.BACKENDS["contrastive"][backend].run
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +75,7 @@ def test_tiles_of_real_cards(monkeypatch, arch, dtype):
     assert_as_accurate_as_torch(run_on("triton"), case, "sum", dtype)
 
 
-def probability_space_oracle(case_arguments, *, form, match, floor, eps, columns_normalized):
+def probability_space_oracle(case_arguments, *, form, match, floor, eps):
     """Row losses by loops over rows and columns, and sums of probabilities; rows without a positive give 0."""
     rows, columns, own, row_code, column_code, self_column, positive_scale, own_scale = case_arguments[:8]
     negative_scale, bias, offset, group, _ = case_arguments[8:]
@@ -154,7 +156,6 @@ def coded_problems(draw):
         "match": draw(st.sampled_from(["positive", "ignore"])),
         "floor": draw(st.sampled_from([0.0, 0.5])),
         "eps": 1e-12,
-        "columns_normalized": False,
     }
     return arguments, options, normal(num_rows) * drawn((num_rows,), st.sampled_from([0.0, 1.0]))
 
@@ -297,7 +298,7 @@ def test_double_backward_says_that_there_is_none(backend):
 
 
 def op_arguments(case: Case, backend: str, dtype: torch.dtype = torch.float32):
-    """What `contrastive_ops.contrastive` hands to the op."""
+    """What `ops.contrastive.contrastive` hands to the op."""
     arguments, options = problem(case, dtype)
     arguments = [a.int() if torch.is_tensor(a) and not a.is_floating_point() else a for a in arguments]
     return arguments, options | {"form": "mean", "backend": backend}
@@ -310,7 +311,6 @@ def op_arguments(case: Case, backend: str, dtype: torch.dtype = torch.float32):
         Case("columns", 3, 4, 5, own=2, codes=2, bias=True, self_column=True, strided=True),
         Case("shared", 4, None, 3, own=1, codes=1, match="ignore", groups=2, floor=1e-3),
         Case("queue", 3, 5, 4, own=1, columns_need_gradient=False),
-        Case("normalized", 3, 4, 5, codes=1, columns_normalized=True),
     ],
     ids=str,
 )
@@ -357,7 +357,7 @@ def test_one_pass_where_the_columns_need_no_gradient():
     arguments, options = problem(case, torch.float32)
 
     def kept(arguments, **options):
-        loss = contrastive_ops.contrastive(*arguments, **options, form="sum", backend="triton")
+        loss = contrastive(*arguments, **options, form="sum", backend="triton")
         if loss.grad_fn is None:
             return None
         return loss.grad_fn.saved_tensors[2].shape[0] if hasattr(loss.grad_fn, "saved_tensors") else loss.grad_fn
@@ -433,7 +433,7 @@ def test_own_columns_of_another_dtype(backend):
 
 @needs("triton")
 def test_too_many_dimensions_for_triton_are_refused():
-    reason = ops.BACKENDS["contrastive"]["triton"].why_not(torch.empty(1, MAX_DIM + 1))
+    reason = backends.BACKENDS["contrastive"]["triton"].why_not(torch.empty(1, MAX_DIM + 1))
     assert reason == f"it serves vectors of up to {MAX_DIM} elements, and these have {MAX_DIM + 1}"
 
 

@@ -11,19 +11,20 @@ import torch.nn.functional as F
 from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
 from pytorch_metric_learning.reducers import DoNothingReducer
 
-from bacon_fast import bacon_family, functional, ops
+from bacon_fast import functional
 from bacon_fast.functional import class_centers, info_nce, sscl_loss, sup_con_loss
 from bacon_fast.kernels import contrastive_backward, contrastive_forward
+from bacon_fast.ops import backends
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("bacon_*.npz"))
 
 
 def backend_parameter(name: str):
-    reason = ops.BACKENDS["contrastive"][name].why_not(torch.empty(1, 1))
+    reason = backends.BACKENDS["contrastive"][name].why_not(torch.empty(1, 1))
     return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
 
 
-FUSED = pytest.mark.parametrize("backend", [backend_parameter(name) for name in ("cpp", "triton")])
+TRITON = pytest.mark.parametrize("backend", [backend_parameter("triton")])
 EVERY = pytest.mark.parametrize("backend", [backend_parameter(name) for name in ("reference", "cpp", "triton")])
 
 
@@ -306,14 +307,11 @@ def test_golden_vectors(backend, path, large_tiles):
             "negative_weight": float(data["neg_weight"]),
             "top_k": int(data["top_k"]),
         }
-        losses = [functional.bacon_loss(*arguments, **options, backend=backend)]
-        if backend == "cpp":  # its own op by default; the family must agree
-            losses.append(bacon_family.bacon_loss(*arguments, **options, backend="cpp"))
-        for loss in losses:
-            (gradient,) = torch.autograd.grad(loss, features)
-            assert loss.dtype == gradient.dtype == dtype
-            assert loss.item() == pytest.approx(data["loss_class_mean"].item(), rel=relative, abs=0)
-            assert np.abs(gradient.double().numpy() - data["grad_class_mean"]).max() <= absolute
+        loss = functional.bacon_loss(*arguments, **options, backend=backend)
+        (gradient,) = torch.autograd.grad(loss, features)
+        assert loss.dtype == gradient.dtype == dtype
+        assert loss.item() == pytest.approx(data["loss_class_mean"].item(), rel=relative, abs=0)
+        assert np.abs(gradient.double().numpy() - data["grad_class_mean"]).max() <= absolute
 
 
 def bacon_batch(generator, batch=9, unlabeled=25, num_classes=6, dim=7, dtype=torch.float64):
@@ -323,12 +321,12 @@ def bacon_batch(generator, batch=9, unlabeled=25, num_classes=6, dim=7, dtype=to
         "labels": torch.randint(0, num_classes - 1, (batch,), generator=generator),
         "logits": normal(generator, unlabeled, num_classes, dtype=dtype) * 3,
         "centers": normal(generator, num_classes, dim, dtype=dtype),
-        "selected": torch.rand(rows, generator=generator) < 0.6,
+        "reliable": torch.rand(rows, generator=generator) < 0.6,
         "class_counts": torch.randint(0, 50, (num_classes,), generator=generator),
     }
 
 
-@FUSED
+@TRITON
 @pytest.mark.parametrize("neg_mode", ["authors", "paper"])
 @pytest.mark.parametrize("negative_weight", [64.0, None])
 @pytest.mark.parametrize("top_k", [1, 3, 9])
@@ -346,30 +344,30 @@ def test_bacon_over_the_family(backend, generator, neg_mode, negative_weight, to
         "bta": 0.5,
     }
     features = batch.pop("features").requires_grad_()
-    found = bacon_family.bacon_loss(features, *batch.values(), **options, backend=backend)
+    found = functional.bacon_loss(features, *batch.values(), **options, backend=backend)
     expected = functional.bacon_loss(features, *batch.values(), **options, backend="reference")
     assert_same(found, expected, [features])
 
 
-@FUSED
+@TRITON
 @pytest.mark.parametrize("neg_mode", ["authors", "paper"])
 def test_bacon_over_the_family_with_nothing_to_learn(backend, generator, neg_mode):
     batch = bacon_batch(generator)
-    batch["selected"].zero_()
+    batch["reliable"].zero_()
     batch["features"][0] = torch.nan
     features = batch.pop("features").requires_grad_()
-    loss = bacon_family.bacon_loss(features, *batch.values(), progress=0.0, neg_mode=neg_mode, backend=backend)
+    loss = functional.bacon_loss(features, *batch.values(), progress=0.0, neg_mode=neg_mode, backend=backend)
     (gradient,) = torch.autograd.grad(loss, features)
     assert loss.item() == 0 and torch.equal(gradient, torch.zeros_like(gradient))
 
 
-@FUSED
+@TRITON
 def test_bacon_over_the_family_compiles_to_one_graph(backend, generator):
     batch = bacon_batch(generator, dtype=torch.float32)
     features = batch.pop("features").requires_grad_()
 
     def loss(features):
-        return bacon_family.bacon_loss(features, *batch.values(), progress=0.5, backend=backend)
+        return functional.bacon_loss(features, *batch.values(), progress=0.5, backend=backend)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     assert_same(compiled(features), loss(features), [features], rtol=1e-6)

@@ -1,0 +1,11 @@
+"""The operations, one file each: the public function with its checks; schema, fake and autograd; the backends.
+
+`bacon_fast.functional` names the public ones. Importing this package imports every file of it, so that
+`backends.BACKENDS` is complete.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

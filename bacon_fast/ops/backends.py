@@ -1,0 +1,89 @@
+"""Which backend serves a tensor, and why another does not.
+
+An operation's file enters its backends into `BACKENDS`: "reference" is plain PyTorch, "cpp" the native CPU code, "cuda"
+the native GPU code, "triton" the kernels, which serve a GPU.
+"""
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+try:
+    from .. import _C
+except ImportError as error:
+    native_error: str | None = f"the native extension bacon_fast._C is not usable: {error}"
+else:
+    native_error = None
+
+
+class Backend(NamedTuple):
+    """One implementation of an operation. ``why_not(tensor)`` is None, or the reason why it cannot serve the tensor."""
+
+    run: Callable[..., Any]
+    why_not: Callable[[Tensor], str | None]
+
+
+BACKEND_NAMES = ("reference", "cpp", "triton", "cuda")
+# Operation -> its backends, the preferred one first.
+BACKENDS: dict[str, dict[str, Backend]] = {}
+
+
+def always(tensor: Tensor) -> None:
+    """The reference runs everywhere."""
+
+
+def why_not_native(tensor: Tensor, device: str) -> str | None:
+    """Why the code of bacon_fast._C for ``device`` cannot serve the tensor."""
+    if tensor.device.type != device:
+        return f"it serves {device} tensors, and these are on {tensor.device}"
+    if native_error is None and device == "cuda" and not _C.built_with_cuda:
+        return "the native extension bacon_fast._C was built without CUDA"
+    return native_error
+
+
+def why_not_cpp(tensor: Tensor) -> str | None:
+    return why_not_native(tensor, "cpu")
+
+
+def why_not_cuda(tensor: Tensor) -> str | None:
+    return why_not_native(tensor, "cuda")
+
+
+# Triton reads the variable once, when it is imported.
+_TRITON_INSTALLED, _TRITON_INTERPRETED = find_spec("triton") is not None, os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not_triton(tensor: Tensor) -> str | None:
+    """Why Triton kernels cannot serve the tensor."""
+    if not _TRITON_INSTALLED:
+        return "triton is not installed"
+    if tensor.device.type == "cuda" or (tensor.device.type == "cpu" and _TRITON_INTERPRETED):
+        return None
+    return f"it serves cuda tensors (cpu ones under TRITON_INTERPRET=1), and these are on {tensor.device}"
+
+
+def choose_backend(operation: str, name: str | None, tensor: Tensor) -> Callable[..., Any]:
+    """The implementation called ``name``, or for None the best one, of an operation on ``tensor``.
+
+    Raises ValueError for a name that no backend has, RuntimeError with the reason for one that cannot serve the tensor.
+    """
+    table = BACKENDS[operation]
+    if name is None:
+        # On a CPU Triton can only interpret its kernels: good for tests, never the best choice.
+        skipped = "triton" if tensor.device.type == "cpu" else ""
+        return next(b.run for key, b in table.items() if key != skipped and b.why_not(tensor) is None)
+    if name not in BACKEND_NAMES:
+        raise ValueError(f"backend: expected None or one of {', '.join(BACKEND_NAMES)}, found {name!r}")
+    if name not in table:
+        raise RuntimeError(f"backend {name!r} does not implement {operation}, which has {', '.join(table)}")
+    if (reason := table[name].why_not(tensor)) is not None:
+        raise RuntimeError(f"backend {name!r} cannot run {operation} here: {reason}")
+    return table[name].run
+
+
+def is_native(operation: str, tensor: Tensor) -> bool:
+    """Whether an operation on ``tensor`` has a backend other than the reference."""
+    return any(b.why_not(tensor) is None for name, b in BACKENDS[operation].items() if name != "reference")
