@@ -3,15 +3,15 @@
 from torch import Tensor, nn
 
 from bacon_fast.losses.bacon import BaConLoss
-from bacon_fast.methods.balanced import BalancedMethod, Phase
-from bacon_fast.methods.balancer import Balancer, Rows
+from bacon_fast.methods.balancers.base import Balancer, Rows
+from bacon_fast.methods.extended import ExtendedMethod, Phase
 from bacon_fast.methods.gather import gather_batch, gather_views
 from bacon_fast.methods.outputs import Batch, Outputs, StepOutput, step_output
 from bacon_fast.methods.supervised import Supervised
 from bacon_fast.models.network import Network
 
 
-class ComposedMethod(BalancedMethod):
+class ComposedMethod(ExtendedMethod):
     """One forward of all views together (`use_cat`: BatchNorm sees labeled, weak and strong rows), then the losses.
 
     Args:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bacon_fast.methods.balancer import Targets
+from bacon_fast.methods.balancers.base import Targets
 from bacon_fast.methods.outputs import Batch, Outputs
 
 

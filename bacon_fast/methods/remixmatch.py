@@ -14,8 +14,8 @@ from torch import Tensor
 from bacon_fast.losses.bacon import BaConLoss
 from bacon_fast.methods.abc import ABC
 from bacon_fast.methods.alignment import DistributionAlignment
-from bacon_fast.methods.balanced import BalancedMethod, Phase
-from bacon_fast.methods.balancer import Balancer, Rows
+from bacon_fast.methods.balancers.base import Balancer, Rows
+from bacon_fast.methods.extended import ExtendedMethod, Phase
 from bacon_fast.methods.gather import gather_batch, gather_views, own_views
 from bacon_fast.methods.method import NewGeneration, RefreshContext
 from bacon_fast.methods.mixup import MixUp, draw_quarter_turns, mix, rotate
@@ -25,7 +25,7 @@ from bacon_fast.models.heads import main_head
 from bacon_fast.models.network import Network
 
 
-class ReMixMatch(BalancedMethod):
+class ReMixMatch(ExtendedMethod):
     """MixUp of all views towards aligned, sharpened predictions, and a rotation task.
 
     Args:

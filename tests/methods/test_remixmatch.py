@@ -13,7 +13,7 @@ from bacon_fast.data.philox import Stream, uniform
 from bacon_fast.losses.bacon import BaConLoss
 from bacon_fast.methods.abc import ABC
 from bacon_fast.methods.alignment import DistributionAlignment
-from bacon_fast.methods.balanced import Phase
+from bacon_fast.methods.extended import Phase
 from bacon_fast.methods.mixup import draw_quarter_turns
 from bacon_fast.methods.outputs import Batch
 from bacon_fast.methods.remixmatch import ReMixMatch

@@ -2,13 +2,13 @@
 
 from bacon_fast.engine.builders.info import DataInfo
 from bacon_fast.engine.config import Config
-from bacon_fast.methods.balancer import Balancer
-from bacon_fast.methods.cossl import CoSSL
-from bacon_fast.methods.crest import CReST
-from bacon_fast.methods.darp import DARP
-from bacon_fast.methods.daso import DASO
-from bacon_fast.methods.debiaspl import DebiasPL
-from bacon_fast.methods.saw import SAW
+from bacon_fast.methods.balancers.base import Balancer
+from bacon_fast.methods.balancers.cossl import CoSSL
+from bacon_fast.methods.balancers.crest import CReST
+from bacon_fast.methods.balancers.darp import DARP
+from bacon_fast.methods.balancers.daso import DASO
+from bacon_fast.methods.balancers.debiaspl import DebiasPL
+from bacon_fast.methods.balancers.saw import SAW
 
 
 def build_balancer(config: Config, num_features: int, info: DataInfo) -> Balancer | None:

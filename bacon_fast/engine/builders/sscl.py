@@ -3,7 +3,7 @@
 from bacon_fast.data.simclr import SimCLRDistortion
 from bacon_fast.engine.builders.info import DataInfo
 from bacon_fast.engine.config import Config
-from bacon_fast.methods.sscl import SsCL
+from bacon_fast.methods.sscl.method import SsCL
 from bacon_fast.models.heads import projection_head
 from bacon_fast.models.network import Network
 

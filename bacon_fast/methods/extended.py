@@ -1,4 +1,4 @@
-"""What FixMatch's and ReMixMatch's methods share: a class balancer, and a contrastive loss that starts late."""
+"""A method with what is added to it: a class balancer, and a contrastive loss that starts late."""
 
 from collections.abc import Hashable
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bacon_fast.losses.bacon import BaConLoss
-from bacon_fast.methods.balancer import Balancer
+from bacon_fast.methods.balancers.base import Balancer
 from bacon_fast.methods.gather import gather_views
 from bacon_fast.methods.method import Method, NewGeneration, RefreshContext
 from bacon_fast.methods.outputs import Batch, wide
@@ -23,7 +23,7 @@ class Phase(NamedTuple):
     balancer: Hashable = None
 
 
-class BalancedMethod(Method):
+class ExtendedMethod(Method):
     """Method with a balancer and a regularizer, either of which may be None; hands on to the balancer what it decides.
 
     Args:

@@ -5,7 +5,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from bacon_fast.methods.balancer import Balancer, Rows, Targets
+from bacon_fast.methods.balancers.base import Balancer, Rows, Targets
 from bacon_fast.methods.method import RefreshContext
 
 

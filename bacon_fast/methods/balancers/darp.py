@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bacon_fast.methods.balancer import Balancer, Rows, Targets
+from bacon_fast.methods.balancers.base import Balancer, Rows, Targets
 from bacon_fast.methods.last_rows import last_of_equal
 
 _SMALLEST_ENTROPY = 1e-6  # a certain row has entropy 0, an infinite weight in the objective

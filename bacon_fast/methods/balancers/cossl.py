@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bacon_fast.data.philox import Stream, philox, to_uniform
-from bacon_fast.methods.balancer import Balancer, Rows, Targets
-from bacon_fast.methods.cossl_warmup import balanced_features, imprinted_weights, train_head
+from bacon_fast.methods.balancers.base import Balancer, Rows, Targets
+from bacon_fast.methods.balancers.cossl_warmup import balanced_features, imprinted_weights, train_head
 from bacon_fast.methods.method import RefreshContext
 from bacon_fast.methods.outputs import Batch, wide
 
@@ -14,7 +14,7 @@ from bacon_fast.methods.outputs import Batch, wide
 class CoSSL(Balancer):
     """A teacher head on the averaged backbone's features learns from class-balanced, blended rows, and labels for it.
 
-    Until `start` the base learner trains alone. Then the teacher is warmed up (methods/cossl_warmup.py), and from there
+    Until `start` the base learner trains alone. Then the teacher is warmed up (cossl_warmup.py), and from there
     on, beside the base learner, each step takes B labeled images (x, y) drawn class by class, and
 
         with probability (N_1 - N_y) / N_1:   f <- lambda f(x) + (1 - lambda) f(u),   lambda ~ U(lambda_0, 1)

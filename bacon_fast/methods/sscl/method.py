@@ -6,15 +6,15 @@ from torch import Tensor, nn
 
 from bacon_fast import functional
 from bacon_fast.data.philox import Stream, philox
-from bacon_fast.losses.calibration import CoCalibration
-from bacon_fast.losses.key_bank import LabeledKeyBank
-from bacon_fast.losses.prototypes import ClassPrototypes
-from bacon_fast.losses.queue import KeyQueue
 from bacon_fast.methods.fixmatch import pseudo_label_stats
 from bacon_fast.methods.gather import gather_batch, gather_views, num_ranks, own_views
 from bacon_fast.methods.method import Method, RefreshContext
 from bacon_fast.methods.outputs import Batch, Outputs, StepOutput, step_output
-from bacon_fast.methods.sscl_refresh import refresh
+from bacon_fast.methods.sscl.calibration import CoCalibration
+from bacon_fast.methods.sscl.key_bank import LabeledKeyBank
+from bacon_fast.methods.sscl.prototypes import ClassPrototypes
+from bacon_fast.methods.sscl.queue import KeyQueue
+from bacon_fast.methods.sscl.refresh import refresh
 from bacon_fast.models.momentum import MomentumEncoder
 from bacon_fast.models.network import Network
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bacon_fast.methods.balancer import Balancer, Rows, Targets
-from bacon_fast.methods.feature_queue import FeatureQueue
+from bacon_fast.methods.balancers.base import Balancer, Rows, Targets
+from bacon_fast.methods.balancers.feature_queue import FeatureQueue
 from bacon_fast.methods.outputs import Batch
 
 

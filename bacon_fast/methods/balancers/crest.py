@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bacon_fast.methods.alignment import DistributionAlignment
-from bacon_fast.methods.balancer import Balancer, Rows, Targets
+from bacon_fast.methods.balancers.base import Balancer, Rows, Targets
 from bacon_fast.methods.method import NewGeneration, RefreshContext
 
 
