@@ -95,7 +95,7 @@ stage augment 25 $python benchmarks/augment.py --device cuda --out "$work/augmen
 stage batchnorm 120 $python benchmarks/batchnorm.py --device cuda --quick --out "$work/batchnorm_cuda.csv"
 stage digits 60 $python train.py digits --run-dir "$work/digits"
 if [ ${#data[@]} -gt 0 ]; then
-  stage cifar 60 $python train.py bacon-cifar10 --dataset arrays "${data[@]}" --steps 3000 --contrast-start 0.1 \
+  stage cifar 60 $python train.py bacon-cifar10 --dataset arrays "${data[@]}" --steps 3000 --bacon.contrast-start 0.1 \
     --precision bf16 --no-report --run-dir "$work/cifar"
 fi
 # Every allocation by itself, so that what lies beyond it is seen.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from bacon_fast.engine.config import require_format
 from bacon_fast.engine.memory import is_out_of_memory
 
 _NAME = re.compile(r"step-(\d+)\.pt")
@@ -42,7 +43,8 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
 
     Args:
         folder: created when missing.
-        state: tensors, numbers, strings, lists and dicts only, so that it loads with `weights_only=True`.
+        state: tensors, numbers, strings, lists and dicts only, so that it loads with `weights_only=True`; "format" is
+            `config.FORMAT`.
 
     Raises:
         OSError: the file system refused, such as a full disk; it names the file. Earlier checkpoints stay.
@@ -93,10 +95,11 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
 
     Raises:
         CheckpointError: the file is damaged or gone.
+        ValueError: it is of another format.
         OSError: it could not be read this time. Neither this nor exhausted memory says anything about the file.
     """
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises many types for a damaged archive
         # For a file cut short torch seeks to before its beginning: EINVAL.
         if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.ENOENT):
@@ -105,6 +108,8 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
             raise
         reason = (str(error).splitlines() or ["empty file"])[0][:200]
         raise CheckpointError(f"{path}: {type(error).__name__}: {reason}") from error
+    require_format(state, path)
+    return state
 
 
 def load_latest(folder: Path, map_location: torch.device | str = "cpu") -> tuple[Path, dict]:
@@ -112,7 +117,7 @@ def load_latest(folder: Path, map_location: torch.device | str = "cpu") -> tuple
 
     Raises:
         CheckpointError: there is none, or all are damaged.
-        OSError: as of `load_checkpoint`.
+        OSError, ValueError: as of `load_checkpoint`.
     """
     refused = []
     for path in reversed(list_checkpoints(folder)):

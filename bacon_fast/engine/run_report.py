@@ -25,7 +25,7 @@ def summarize(trainer: Trainer) -> dict:
     config, last = trainer.config, trainer.history.rows[-1]
     cuda = trainer.device.type == "cuda"
     return {
-        "dataset": config.dataset,
+        "dataset": config.data.dataset,
         "method": config.method,
         "preset": config.preset,
         "protocol": trainer.split.protocol.name,
@@ -38,7 +38,7 @@ def summarize(trainer: Trainer) -> dict:
         "train_seconds": trainer.train_seconds,
         "device": torch.cuda.get_device_name(trainer.device) if cuda else f"cpu, {torch.get_num_threads()} threads",
         "processes": num_ranks(),
-        "precision": config.precision,
+        "precision": config.engine.precision,
         "split": trainer.split.hash,
         "versions": {
             "bacon_fast": bacon_fast.__version__,
@@ -53,7 +53,7 @@ def write_run_report(trainer: Trainer, summary: dict) -> Path:
     # Imported here: matplotlib and scikit-learn take seconds, which a command that fails at once need not wait for.
     from bacon_fast.engine.report import ReportData, write_report
 
-    config, dataset, split = trainer.config.to_dict(), trainer.dataset, trainer.split
+    config, dataset, split = trainer.config.flat(), trainer.dataset, trainer.split
     regularizer = trainer.method.regularizer
     temperatures = temperature_history = projections = None
     images, labels = dataset.test_images[:: max(1, len(dataset.test_images) // MAX_EMBEDDED)], dataset.test_labels

@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bacon_fast import _C
 from bacon_fast.data import native_augment
 from bacon_fast.engine.build import build_optimizer
-from bacon_fast.engine.config import METHODS
 from bacon_fast.engine.meter import Meter
 from bacon_fast.engine.step import TrainStep
 from bacon_fast.engine.trainer import Trainer
+from bacon_fast.methods import METHODS
 
 # Of torch's generators, whose state a run does not save; and of shapes that depend on values.
 DRAWS = {"rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "native_dropout"}
