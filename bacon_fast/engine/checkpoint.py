@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bacon_fast.engine.config import require_format
+from bacon_fast.engine.config import FORMAT, require_format
 from bacon_fast.engine.memory import is_out_of_memory
 
 _NAME = re.compile(r"step-(\d+)\.pt")
@@ -43,8 +43,8 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
 
     Args:
         folder: created when missing.
-        state: tensors, numbers, strings, lists and dicts only, so that it loads with `weights_only=True`; "format" is
-            `config.FORMAT`.
+        state: tensors, numbers, strings, lists and dicts only, so that it loads with `weights_only=True`. The number of
+            the format is added as "format".
 
     Raises:
         OSError: the file system refused, such as a full disk; it names the file. Earlier checkpoints stay.
@@ -68,7 +68,7 @@ def _write(state: dict, path: Path) -> None:
     # Through a file of Python's, which says why a write fails. torch's own is only told where its archive broke off,
     # and for that it raises a RuntimeError, of which the reason is then the context.
     with open(path, "wb") as file:
-        torch.save(state, file)
+        torch.save({"format": FORMAT, **state}, file)
 
 
 def set_aside_after(folder: Path, step: int) -> None:

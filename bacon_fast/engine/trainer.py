@@ -25,7 +25,7 @@ from bacon_fast.engine.checkpoint import (
     set_aside_after,
     write_atomically,
 )
-from bacon_fast.engine.config import FORMAT, Config
+from bacon_fast.engine.config import Config
 from bacon_fast.engine.diagnostics import Diagnostics
 from bacon_fast.engine.ema import EMA
 from bacon_fast.engine.evaluation import Evaluation, calibration_error, evaluate, predict_together
@@ -240,7 +240,6 @@ class Trainer:
     def state(self) -> dict:
         """All that a resumed run needs. Draws are functions of (seed, step), so no generator state is among it."""
         return {
-            "format": FORMAT,
             "config": self.config.to_dict(),
             "bacon_fast": bacon_fast.__version__,
             "step": self.step,

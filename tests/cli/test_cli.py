@@ -49,9 +49,9 @@ def test_runs_that_start_in_the_same_second_get_directories_of_their_own(tmp_pat
         assert [config.run.run_dir for config in two] == [Path("runs") / f"{name.format(seed)}-2" for seed in (0, 1)]
         assert all(config.run.run_dir.is_dir() for config in (*one, *two))
         assert [config.optimizer.lr for config in two] == [0.01, 0.01]
-        (two[1].run_dir / "config.json").touch()
+        (two[1].run.run_dir / "config.json").touch()
     # What holds a run stays, the rest goes.
-    assert list(Path("runs").iterdir()) == [two[1].run_dir]
+    assert list(Path("runs").iterdir()) == [two[1].run.run_dir]
     (named,) = parse_runs(["--run-dir", "mine"])
     with run_directories([named]) as same:
         assert same == [named]

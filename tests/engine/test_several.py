@@ -27,7 +27,7 @@ def seeds(folder: Path, **changes) -> list[Config]:
 
 def assert_same_runs(one: list[Config], two: list[Config]) -> None:
     for a, b in zip(one, two, strict=True):
-        states = final_state(a.run_dir), final_state(b.run_dir)
+        states = final_state(a.run.run_dir), final_state(b.run.run_dir)
         for state in states:
             state["rows"] = [row for row in state["rows"] if row["kind"] == "eval"]
         assert_equal_states(*states)
@@ -96,11 +96,11 @@ def test_a_run_that_diverges_leaves_the_others_alone(tmp_path, alone, capsys):
 
 def test_no_directory_is_touched_when_one_holds_a_run(tmp_path):
     first, second = seeds(tmp_path)
-    second.run_dir.mkdir()
-    (second.run_dir / "config.json").write_text("{}")
+    second.run.run_dir.mkdir()
+    (second.run.run_dir / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a run already"):
         fit_together([first, second])
-    assert not first.run_dir.exists()
+    assert not first.run.run_dir.exists()
     with pytest.raises(ValueError, match=r"image_size: .*None.*8|image_size: .*8.*None"):
         fit_together([first, second.replace(image_size=8)])
 
