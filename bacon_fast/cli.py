@@ -1,13 +1,11 @@
 """The command line of train.py: a preset, overridden field by field, then one run, or one for each of several seeds."""
 
-import dataclasses
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -24,29 +22,19 @@ from bacon_fast.engine.metrics import READINGS
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.engine.several import fit_together
 from bacon_fast.engine.trainer import DivergedError, StoppedError, Trainer
+from bacon_fast.parser import method_in, override
 from bacon_fast.report.collect import collect
 
 # What a user can cause. Anything else is a defect of ours and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, CheckpointError, DivergedError, distributed.LostProcessError)
 
 SAVING_MEMORY = (
-    "Training needs less with a smaller --batch-size, --image-size, --backbone or --proj-dim; a folder of images needs "
+    "Training needs less with a smaller --batch-size, --image-size or --backbone; a folder of images needs "
     "less with --images mapped"
 )
 
-DESCRIPTION = """Train a class-imbalanced semi-supervised classifier: train.py [PRESET] [--option value ...]
-
-Presets:
-"""
-
-
-@dataclass(frozen=True)
-class Options(Config):
-    """What the command line takes beside a run's configuration."""
-
-    seeds: Annotated[str | None, tyro.conf.arg(metavar="N,N,...")] = None
-    """Train one run per seed, all at once in this process; each ends as it would alone, and a summary over the seeds
-    follows. --run-dir X then names X-seedN."""
+DESCRIPTION = "Train a class-imbalanced semi-supervised classifier: train.py [PRESET] [--option value ...]"
+SEEDS_HELP = "A run per seed, all at once; --run-dir X then names X-seedN."
 
 
 def parse(args: Sequence[str]) -> Config:
@@ -60,36 +48,47 @@ def parse(args: Sequence[str]) -> Config:
 def parse_runs(args: Sequence[str]) -> list[Config]:
     """As `parse`; under --seeds, one configuration for each. Without --run-dir, `run_directories` names theirs."""
     args = list(args)
-    name = args.pop(0) if args and not args[0].startswith("-") else "digits"
+    named = bool(args) and not args[0].startswith("-")
+    name = args.pop(0) if named else "digits"
     if name not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, found {name!r}")
-    presets = "\n".join(f"  {key:<26}{preset.help}" for key, preset in PRESETS.items())
-    options = tyro.cli(
-        Options,
-        args=args,
-        default=Options(**vars(PRESETS[name].config)),
+    default = PRESETS[name].config(method_in(args))
+    config, more = override(
+        default,
+        args,
         prog=f"train.py {name}",
-        description=f"{DESCRIPTION}{presets}",
+        description=f"{DESCRIPTION}\n\n{_presets(name if named else None)}",
+        extra={"seeds": (Annotated[str | None, tyro.conf.arg(metavar="N,N,...", help=SEEDS_HELP)], None)},
     )
-    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Config)}
-    config = Config(**values)
-    if config.data_dir is not None:  # absolute, so that the run can be evaluated from anywhere
-        config = dataclasses.replace(config, data_dir=config.data_dir.resolve())
-    if config.run_dir is None and config.resume:
+    seeds, run_dir = more["seeds"], config.run.run_dir
+    if config.data.data_dir is not None:  # absolute, so that the run can be evaluated from anywhere
+        config = config.replace(data_dir=config.data.data_dir.resolve())
+    if run_dir is None and config.run.resume:
         raise ValueError("resume: expected --run-dir to name the run to continue, found none")
-    if options.seeds is not None and config.seed != PRESETS[name].config.seed:
+    if seeds is None:
+        return [config]
+    if config.seed != default.seed:
         raise ValueError(f"seeds: expected no --seed beside --seeds, found {config.seed}")
-    configs = []
-    for seed in [config.seed] if options.seeds is None else parse_seeds(options.seeds):
-        run_dir = config.run_dir
-        if run_dir is not None and options.seeds is not None:
-            run_dir = Path(f"{run_dir}-seed{seed}")
-        configs.append(dataclasses.replace(config, seed=seed, run_dir=run_dir))
-    return configs
+    return [
+        config.replace(seed=seed, run_dir=None if run_dir is None else Path(f"{run_dir}-seed{seed}"))
+        for seed in parse_seeds(seeds)
+    ]
+
+
+def _presets(name: str | None) -> str:
+    """The lines of --help about one preset, or about all."""
+    if name is not None:
+        return f"Preset {name}: {PRESETS[name].help}\n\nAll presets: train.py --help"
+    return "Presets:\n" + "\n".join(f"  {key:<26}{preset.help}" for key, preset in PRESETS.items())
 
 
 def parse_seeds(text: str) -> list[int]:
-    """'0,1,2' -> [0, 1, 2]. Raises ValueError for anything but different integers of at least 0."""
+    """'0,1,2' -> [0, 1, 2]. Raises ValueError, which names the option seeds, for anything else.
+
+    Example:
+        >>> parse_seeds("0,1,2")
+        [0, 1, 2]
+    """
     words = text.split(",")
     # 0 and 00 are one run.
     if not all(word.strip().isdecimal() for word in words) or len({int(word) for word in words}) < len(words):
@@ -109,10 +108,10 @@ def run_directories(configs: Sequence[Config]) -> Iterator[list[Config]]:
     named = []
     try:
         for config in configs:
-            if config.run_dir is None:
+            if config.run.run_dir is None:
                 run_dir = _make_directory(folder / f"{config.preset}-{config.method}-seed{config.seed}-{stamp}")
                 made.insert(0, run_dir)
-                config = dataclasses.replace(config, run_dir=run_dir)
+                config = config.replace(run_dir=run_dir)
             named.append(config)
         yield named
     finally:
@@ -142,7 +141,7 @@ def _train(args: Sequence[str]) -> None:
         return
     config = configs[0]
     with (
-        distributed.process_group(resolve_device(config.device), config.rank_timeout) as store,
+        distributed.process_group(resolve_device(config.run.device), config.engine.rank_timeout) as store,
         _same_run_everywhere(config, store) as config,
     ):
         main = distributed.is_main()
@@ -160,7 +159,7 @@ def _train_together(configs: Sequence[Config]) -> None:
         raise ValueError("seeds: expected plain python, found torchrun, whose processes train one run together")
     with run_directories(configs) as configs:
         for config in configs:
-            print(f"run directory: {config.run_dir}", flush=True)
+            print(f"run directory: {config.run.run_dir}", flush=True)
         outcomes = fit_together(configs)
     for trainer, summary, _ in outcomes:
         if summary is not None:
@@ -176,7 +175,7 @@ def _train_together(configs: Sequence[Config]) -> None:
 def _conclude(trainer: Trainer, summary: dict) -> None:
     """Prints a run's summary and writes its report."""
     print(format_summary(summary, trainer.split.labeled_counts, trainer.split.unlabeled_counts), flush=True)
-    if trainer.config.report:
+    if trainer.config.log.report:
         # Imported here: matplotlib and scikit-learn take seconds, which a command that fails at once need not wait for.
         from bacon_fast.report.page import write_report
 
@@ -188,11 +187,11 @@ def _same_run_everywhere(config: Config, store: Store | None) -> Iterator[Config
     """With rank 0's run directory on all ranks; after a restart by torchrun, with the one to continue in."""
     earlier = distributed.started_before(store)
     if earlier is not None:
-        yield dataclasses.replace(config, run_dir=earlier, resume=True)
+        yield config.replace(run_dir=earlier, resume=True)
         return
     with ExitStack() as reserved:
-        run_dir = distributed.from_main(lambda: reserved.enter_context(run_directories([config]))[0].run_dir)
-        yield dataclasses.replace(config, run_dir=run_dir)
+        run_dir = distributed.from_main(lambda: reserved.enter_context(run_directories([config]))[0].run.run_dir)
+        yield config.replace(run_dir=run_dir)
 
 
 def with_clear_errors(main: Callable[[], None]) -> None:

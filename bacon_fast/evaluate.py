@@ -36,9 +36,9 @@ def evaluate(arguments: Arguments) -> dict:
     """
     use_threads(0)
     run = open_run(arguments.run, arguments.device)
-    config = run.config
+    config = Config.from_dict(run.saved)
     if arguments.data_dir is not None:
-        config = Config.from_dict(config.to_dict() | {"data_dir": arguments.data_dir})
+        config = config.replace(data_dir=arguments.data_dir)
     dataset = build_dataset(config)
     if tuple(dataset.class_names) != run.class_names:
         raise ValueError(f"data_dir: expected the classes {run.class_names}, found {tuple(dataset.class_names)}")

@@ -8,17 +8,19 @@ from torch import nn
 
 from bacon_fast.data.augment import Augment
 from bacon_fast.engine.build import resolve_device
-from bacon_fast.engine.builders import build_network
 from bacon_fast.engine.checkpoint import CheckpointError, load_latest
-from bacon_fast.engine.config import Config
+from bacon_fast.models.spec import NetworkSpec, build_network
 
 
 @dataclass(frozen=True)
 class Run:
-    """The averaged network of a run's newest checkpoint, in evaluation mode, and what it needs to read images."""
+    """The averaged network of a run's newest checkpoint, in evaluation mode, and what it needs to read images.
+
+    saved: the run's configuration as the checkpoint has it, `Config.to_dict`.
+    """
 
     directory: Path
-    config: Config
+    saved: dict
     step: int
     network: nn.Module
     normalize: Augment
@@ -32,18 +34,26 @@ def open_run(directory: Path | str, device: str = "auto") -> Run:
 
     Raises:
         CheckpointError: the directory holds no usable checkpoint.
+        ValueError: its checkpoint has another format.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"run: expected a run directory, found nothing at {directory}")
     target = resolve_device(device)
     _, state = load_latest(directory / "checkpoints", map_location=target)
-    config, info = Config.from_dict(state["config"]), state["inference"]
-    network = build_network(config, len(info["class_names"]))
+    info = state["inference"]
+    network = build_network(NetworkSpec(**info["network"]))
     prefix = "network."
     network.load_state_dict({k.removeprefix(prefix): v for k, v in state["ema"].items() if k.startswith(prefix)})
     size = tuple(info["image_size"])
     normalize = Augment(image_size=size, mean=tuple(info["mean"]), std=tuple(info["std"])).to(target)
     return Run(
-        directory, config, state["step"], network.to(target).eval(), normalize, tuple(info["class_names"]), size, target
+        directory,
+        state["config"],
+        state["step"],
+        network.to(target).eval(),
+        normalize,
+        tuple(info["class_names"]),
+        size,
+        target,
     )

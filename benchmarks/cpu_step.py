@@ -9,7 +9,6 @@ that of the first arm: within 1e-5 in float32 and 5 % in bfloat16.
 """
 
 import argparse
-import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -29,8 +28,8 @@ ARMS = {
 
 
 def build(folder: Path, precision: str, backend: str | None) -> Trainer:
-    config = PRESETS["digits"].config
-    config = dataclasses.replace(config, run_dir=folder, precision=precision, contrast_start=0.0, device="cpu")
+    config = PRESETS["digits"].config()
+    config = config.replace(run_dir=folder, precision=precision, device="cpu", **{"bacon.contrast_start": 0.0})
     trainer = Trainer(config)
     for layer in trainer.method.modules():
         if isinstance(layer, BatchNormAct2d):

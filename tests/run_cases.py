@@ -1,6 +1,6 @@
 """Small runs, and the comparison of what they leave behind."""
 
-import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,13 +10,19 @@ from bacon_fast.engine.config import Config
 from bacon_fast.engine.presets import PRESETS
 
 
-def tiny(run_dir: Path, **changes) -> Config:
+def with_parts(config: Config, values: Mapping[str, object]) -> Config:
+    """The configuration with those values, such as {"bacon.top_k": 2}, whose part the method has."""
+    return config.replace(**{name: value for name, value in values.items() if name.split(".")[0] in config.parts})
+
+
+def tiny(
+    run_dir: Path, *, method: str = "fixmatch+abc+bacon", parts: Mapping[str, object] | None = None, **changes
+) -> Config:
+    """A run of 12 steps. `parts`: values of parts, which act where the method has the part."""
     values = {
         "run_dir": run_dir,
         "steps": 12,
         "batch_size": 8,
-        "contrast_start": 0.4,
-        "reliable_threshold": 0.15,  # ten classes: reliable rows, and so a contrastive loss, from the first steps
         "threshold": 0.15,
         "eval_every": 4,
         "log_every": 3,
@@ -25,7 +31,9 @@ def tiny(run_dir: Path, **changes) -> Config:
         "threads": 1,
         "precision": "fp32",  # whatever the machine
     }
-    return dataclasses.replace(PRESETS["digits"].config, **(values | changes))
+    config = PRESETS["digits"].config(method).replace(**(values | changes))
+    # Ten classes: reliable rows, and so a contrastive loss, from the first steps.
+    return with_parts(config, {"bacon.contrast_start": 0.4, "bacon.reliable_threshold": 0.15} | dict(parts or {}))
 
 
 def final_state(run_dir: Path) -> dict:

@@ -38,13 +38,6 @@ ARROWS = {
 # What a function may import when it is called, because it is slow or not always there: Triton, the extension, pictures.
 LATE = ("bacon_fast.kernels", "bacon_fast._C", "bacon_fast.report", "bacon_fast.reproduce.figures")
 
-# On its way to another room: the module, and the room whose arrows hold for it already.
-LOOSE = """functional data.native_augment bacon_family bacon_ops bacon_step_ops batch_norm batch_norm_ops checks
-    contrastive_losses contrastive_ops heads_ops sgd_ema"""
-MOVING = {name: "ops" for name in LOOSE.split()}
-MOVING |= {f"losses.{name}": "methods" for name in ("calibration", "key_bank", "prototypes", "queue")}
-MOVING_CIRCLE = ("bacon_fast.data.native_augment", "bacon_fast.data.augment", "typing")
-
 
 class Import(NamedTuple):
     importer: str
@@ -88,12 +81,10 @@ def imports_of(name: str, path: Path, known: set[str]) -> Iterator[Import]:
 
 MODULES = modules()
 IMPORTS = [one for name in MODULES for one in imports_of(name, MODULES[name], {*MODULES, "bacon_fast._C"})]
-IMPORTS = [one for one in IMPORTS if one != MOVING_CIRCLE]
 
 
 def room(module: str) -> str:
-    inside = module.removeprefix("bacon_fast.")
-    return MOVING.get(inside, inside.split(".")[0])
+    return module.removeprefix("bacon_fast.").split(".")[0]
 
 
 def test_the_arrows_between_the_rooms():

@@ -52,7 +52,7 @@ class Batches:
             raise ValueError(f"method: {config.method} needs unlabeled images, and the split holds none")
         self.config, self.device, self.unlabeled_views = config, device, unlabeled_views
         self.balanced_view = balanced_view
-        mapped = config.images == "mapped"
+        mapped = config.data.images == "mapped"
         self.pool = HostPool(dataset.pool(), device) if mapped else resident(dataset.pool(), device)
         known = torch.full((len(self.pool),), -1, dtype=torch.int64)
         known[: len(dataset.train_labels)] = dataset.train_labels
@@ -62,29 +62,29 @@ class Batches:
             image_size=tuple(self.pool.shape[1:3]),
             mean=dataset.mean,
             std=dataset.std,
-            hflip=config.hflip,
-            num_ops=config.randaugment_ops,
-            cutout=config.cutout,
+            hflip=config.views.hflip,
+            num_ops=config.views.randaugment_ops,
+            cutout=config.views.cutout,
         ).to(device)
         labeled = torch.as_tensor(split.labeled)
         self.set_labeled(labeled.to(device), known[labeled].to(device))
         self.unlabeled_sampler = None
         if unlabeled_views:
-            self.unlabeled_sampler = IndexSampler(
-                len(split.unlabeled), config.unlabeled_ratio * config.batch_size, config.seed, Stream.SAMPLER_UNLABELED
-            ).to(device)
+            rows = config.views.unlabeled_ratio * config.views.batch_size
+            sampler = IndexSampler(len(split.unlabeled), rows, config.seed, Stream.SAMPLER_UNLABELED)
+            self.unlabeled_sampler = sampler.to(device)
         self.window = Window(self.pool, len(self._rows_on_host(0))) if mapped else None
 
     def set_labeled(self, labeled: Tensor, labels: Tensor) -> None:
         """Trains on these rows of the pool, int64 [n], with these labels, int64 [n], from the next step on."""
         self.labeled, self.labels = labeled, labels
         self.labeled_sampler = IndexSampler(
-            len(labeled), self.config.batch_size, self.config.seed, Stream.SAMPLER_LABELED
+            len(labeled), self.config.views.batch_size, self.config.seed, Stream.SAMPLER_LABELED
         ).to(self.device)
         self.balanced_sampler = None
         if self.balanced_view:
             self.balanced_sampler = ClassBalancedSampler(
-                labels, self.config.batch_size, self.config.seed, Stream.SAMPLER_BALANCED
+                labels, self.config.views.batch_size, self.config.seed, Stream.SAMPLER_BALANCED
             ).to(self.device)
         self._host: list[tuple[Tensor, IndexSampler | ClassBalancedSampler]] | None = None
 
@@ -140,7 +140,9 @@ class Batches:
                 first = len(labeled_slots) + len(unlabeled_slots)
                 balanced = first + torch.arange(len(balanced_slots), device=self.device)
             requests.append(ViewRequest(balanced, Stream.LABELED_STRONG, strong=True, first_slot=part.start))
-        images = self.augment.views(pool, requests, self.config.seed, step, channels_last=self.config.channels_last)
+        images = self.augment.views(
+            pool, requests, self.config.seed, step, channels_last=self.config.engine.channels_last
+        )
         balanced_images = None
         if balanced_labels is not None:
             images, balanced_images = images.split([len(images) - len(balanced_labels), len(balanced_labels)])

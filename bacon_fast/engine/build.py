@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: device, data, split, optimizer. Methods: engine/builders."""
+"""From a configuration to the parts of a run: device, data, split, method, optimizer."""
 
 import dataclasses
 import os
@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bacon_fast import methods
 from bacon_fast.data.datasets import ImageDataset, load_dataset
 from bacon_fast.data.longtail import PROTOCOLS, Split, make_split
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.distributed import Launch
 from bacon_fast.engine.optimizers import SGD, Adam
 from bacon_fast.methods.method import Method
+from bacon_fast.methods.part import DataInfo, Setup
+from bacon_fast.models.spec import NetworkSpec, build_network
 from bacon_fast.ops.backends import choose_backend
 
 
@@ -62,15 +65,13 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def check_backend(config: Config, device: torch.device) -> None:
-    """Raises ValueError when the losses of the method have no backend `config.loss_backend` on the device."""
-    if config.loss_backend == "auto":
+    """Raises ValueError when the losses of the method have no backend `loss_backend` on the device."""
+    backend = config.shared.backend
+    if backend is None:
         return
-    parts = config.method.split("+")
-    losses = (("bacon_loss", "bacon"), ("fixmatch_abc_loss", "abc"), ("contrastive", "ssc"), ("contrastive", "sscl"))
-    operations = [name for name, part in losses if part in parts]
-    for operation in operations:
+    for operation in [part.operation for part in config.parts.values() if part.operation is not None]:
         try:
-            choose_backend(operation, config.loss_backend, torch.empty(0, 1, device=device))
+            choose_backend(operation, backend, torch.empty(0, 1, device=device))
         except RuntimeError as error:
             raise ValueError(f"loss_backend: {error}") from error
 
@@ -100,13 +101,14 @@ def seed_everything(seed: int) -> None:
 
 
 def build_dataset(config: Config) -> ImageDataset:
+    data = config.data
     return load_dataset(
-        config.dataset,
-        data_dir=config.data_dir,
-        download=config.download,
-        image_size=config.image_size,
-        classes=config.classes,
-        mapped=config.images == "mapped",
+        data.dataset,
+        data_dir=data.data_dir,
+        download=data.download,
+        image_size=data.image_size,
+        classes=data.classes,
+        mapped=data.images == "mapped",
     )
 
 
@@ -115,17 +117,17 @@ def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Sp
 
     Raises ValueError when `saved` and --split are not the same split.
     """
-    file = saved or config.split
+    file = saved or config.data.split
     if file is not None:
         overrides = split_overrides(config)
         if overrides and saved is None:
             raise ValueError(f"split: expected no {', '.join(overrides)} beside --split, which fixes the split already")
         split = Split.load(file)
         split.verify(dataset)
-        if config.split is not None and (other := Split.load(config.split)).hash != split.hash:
+        if config.data.split is not None and (other := Split.load(config.data.split)).hash != split.hash:
             raise ValueError(f"split: expected the run's own, {file} of hash {split.hash}, found hash {other.hash}")
         return split
-    protocol, overrides = PROTOCOLS[config.protocol], split_overrides(config)
+    protocol, overrides = PROTOCOLS[config.data.protocol], split_overrides(config)
     if overrides:
         changes = ", ".join(f"{name}={value}" for name, value in overrides.items())
         # Numbers of another protocol must not pass for those of the named one.
@@ -137,14 +139,37 @@ def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Sp
 def split_overrides(config: Config) -> dict:
     """Fields of the protocol that the configuration sets."""
     names = ("labeled_head", "unlabeled_head", "gamma_l", "gamma_u", "lb_in_ulb")
-    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    return {name: value for name in names if (value := getattr(config.data, name)) is not None}
+
+
+def network_spec(config: Config, num_classes: int) -> NetworkSpec:
+    """The network of the method: the configured backbone, with the heads that its parts ask for."""
+    asked = {name: value for part in config.parts.values() for name, value in part.network().items()}
+    return NetworkSpec(config.model.backbone, num_classes, config.model.bn_momentum, **asked)
+
+
+def build_method(config: Config, data: DataInfo) -> Method:
+    """The method of the configuration, on a fresh network."""
+    network = build_network(network_spec(config, data.num_classes))
+    setup = Setup(
+        data,
+        network.backbone.num_features,
+        steps=config.steps,
+        seed=config.seed,
+        unlabeled_rows=config.views.unlabeled_ratio * config.views.batch_size,
+        ema=config.optimizer.ema,
+        shared=config.shared,
+        parts=config.parts,
+    )
+    return methods.build_method(config.parts, setup, network)
 
 
 def build_optimizer(config: Config, method: Method) -> SGD | Adam:
     """SGD with Nesterov momentum and no decay on one-dimensional parameters ([US]), or ABC's Adam."""
     parameters = [p for p in method.parameters() if p.requires_grad]
-    if config.optimizer == "adam":
-        return Adam(parameters, config.lr, shrink=config.weight_decay)
+    options = config.optimizer
+    if options.optimizer == "adam":
+        return Adam(parameters, options.lr, shrink=options.weight_decay)
     matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return SGD(groups, config.lr, momentum=0.9)
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return SGD(groups, options.lr, momentum=0.9)

@@ -14,6 +14,7 @@ from typing import IO
 
 import torch
 
+from bacon_fast.engine.config import FORMAT, require_format
 from bacon_fast.engine.memory import is_out_of_memory
 from bacon_fast.files import write_atomically
 
@@ -31,7 +32,8 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
 
     Args:
         folder: created when missing.
-        state: tensors, numbers, strings, lists and dicts only, so that it loads with `weights_only=True`.
+        state: tensors, numbers, strings, lists and dicts only, so that it loads with `weights_only=True`. The number of
+            the format is added as "format".
 
     Raises:
         OSError: the file system refused, such as a full disk; it names the file. Earlier checkpoints stay.
@@ -56,7 +58,7 @@ def _write(state: dict, path: Path) -> None:
     # and for that it raises a RuntimeError, of which the reason is then the context.
     with open(path, "wb") as file:
         hashed = _HashingWriter(file)
-        torch.save(state, hashed)
+        torch.save({"format": FORMAT, **state}, hashed)
         file.write(_MARK + hashed.digest.hexdigest().encode() + b"\n")
 
 
@@ -81,18 +83,17 @@ def _digest(path: Path, size: int) -> bytes:
     return digest.hexdigest().encode()
 
 
-def _check_digest(path: Path) -> None:
-    """Raises CheckpointError unless the file ends with the digest of what is before it."""
+def _has_digest(path: Path) -> bool:
+    """Whether the file ends with a digest. Raises CheckpointError when that is not of what is before it."""
     size = path.stat().st_size - _TAIL_BYTES
     with open(path, "rb") as file:
         file.seek(max(size, 0))
         tail = file.read()
     if size < 0 or not (tail.startswith(_MARK) and tail.endswith(b"\n")):
-        raise CheckpointError(
-            f"{path}: expected a digest at its end, found none: it was cut short, or is no checkpoint of bacon_fast"
-        )
+        return False
     if tail[len(_MARK) : -1] != _digest(path, size):
         raise CheckpointError(f"{path}: its content does not have the digest at its end: the file is damaged")
+    return True
 
 
 def set_aside_after(folder: Path, step: int) -> None:
@@ -119,11 +120,12 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
 
     Raises:
         CheckpointError: the file is damaged, to a single bit, or gone.
+        ValueError: it is of another format.
         OSError: it could not be read this time. Neither this nor exhausted memory says anything about the file.
     """
     try:
-        _check_digest(path)
-        return torch.load(path, map_location=map_location, weights_only=True)
+        has_digest = _has_digest(path)
+        state = torch.load(path, map_location=map_location, weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:  # torch raises many types for a damaged archive
@@ -134,6 +136,10 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
             raise
         reason = (str(error).splitlines() or ["empty file"])[0][:200]
         raise CheckpointError(f"{path}: {type(error).__name__}: {reason}") from error
+    require_format(state, path)
+    if not has_digest:
+        raise CheckpointError(f"{path}: expected a digest at its end, found none: the file is damaged")
+    return state
 
 
 def load_latest(folder: Path, map_location: torch.device | str = "cpu") -> tuple[Path, dict]:
@@ -141,7 +147,7 @@ def load_latest(folder: Path, map_location: torch.device | str = "cpu") -> tuple
 
     Raises:
         CheckpointError: there is none, or all are damaged.
-        OSError: as of `load_checkpoint`.
+        OSError, ValueError: as of `load_checkpoint`.
     """
     refused = []
     for path in reversed(list_checkpoints(folder)):

@@ -1,6 +1,5 @@
 """Several runs at once in one process, such as the seeds of one recipe."""
 
-import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -30,13 +29,15 @@ def with_resume(configs: Sequence[Config]) -> list[Config]:
         ValueError: without `resume`, a directory holds a run.
         CheckpointError: with it, none does.
     """
-    held = [(Path(config.run_dir) / "config.json").exists() for config in configs]
+    held = [(Path(config.run.run_dir) / "config.json").exists() for config in configs]
     for config in configs:
-        if not config.resume:
-            refuse_used_run_dir(Path(config.run_dir))
-    if any(config.resume for config in configs) and not any(held):
-        raise CheckpointError(f"nothing to resume: no run in {', '.join(str(config.run_dir) for config in configs)}")
-    return [dataclasses.replace(config, resume=config.resume and there) for config, there in zip(configs, held)]
+        if not config.run.resume:
+            refuse_used_run_dir(Path(config.run.run_dir))
+    if any(config.run.resume for config in configs) and not any(held):
+        raise CheckpointError(
+            f"nothing to resume: no run in {', '.join(str(config.run.run_dir) for config in configs)}"
+        )
+    return [config.replace(resume=config.run.resume and there) for config, there in zip(configs, held)]
 
 
 def fit_together(configs: Sequence[Config]) -> list[Outcome]:
@@ -51,7 +52,7 @@ def fit_together(configs: Sequence[Config]) -> list[Outcome]:
         ValueError, CheckpointError: as of `with_resume` and `Trainer`; or the configurations name different datasets.
     """
     for name in ("dataset", "data_dir", "image_size", "classes"):
-        if len(found := {getattr(config, name) for config in configs}) > 1:
+        if len(found := {getattr(config.data, name) for config in configs}) > 1:
             raise ValueError(f"{name}: expected the same in all runs, found {', '.join(map(repr, found))}")
     configs, progress, trainers = with_resume(configs), Progress(), []
     try:

@@ -20,7 +20,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
     """The network's arithmetic, as a context."""
-    half = AUTOCAST.get(config.precision)
+    half = AUTOCAST.get(config.engine.precision)
     return torch.autocast(device.type, dtype=half, enabled=half is not None)
 
 
@@ -77,7 +77,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(output.total).backward()
         schedule = self.method.schedule(self.counter, config.steps)
-        self.rate.copy_(learning_rate_tensor(config.lr_schedule, config.lr, *schedule))
+        self.rate.copy_(learning_rate_tensor(config.optimizer.lr_schedule, config.optimizer.lr, *schedule))
         for group in self.optimizer.param_groups:  # here, as a checkpoint may have brought another rate
             group["lr"] = self.rate
         self.scaler.step(self.optimizer, average=self.ema.pairs(self.method.network))
@@ -99,4 +99,4 @@ class TrainStep:
 
 
 def _scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
-    return torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    return torch.amp.GradScaler(device.type, enabled=config.engine.precision == "fp16")

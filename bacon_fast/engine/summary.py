@@ -30,7 +30,7 @@ def summarize(
     last = history.rows[-1]
     cuda = device.type == "cuda"
     return {
-        "dataset": config.dataset,
+        "dataset": config.data.dataset,
         "method": config.method,
         "preset": config.preset,
         "protocol": split.protocol.name,
@@ -43,7 +43,7 @@ def summarize(
         "train_seconds": train_seconds,
         "device": torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads",
         "processes": num_ranks(),
-        "precision": config.precision,
+        "precision": config.engine.precision,
         "split": split.hash,
         "versions": {
             "bacon_fast": bacon_fast.__version__,

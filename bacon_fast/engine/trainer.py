@@ -16,7 +16,6 @@ import bacon_fast
 from bacon_fast.data.datasets import ImageDataset
 from bacon_fast.engine import build, distributed
 from bacon_fast.engine.batches import Batches
-from bacon_fast.engine.builders import DataInfo, build_method
 from bacon_fast.engine.checkpoint import (
     CheckpointError,
     list_checkpoints,
@@ -41,6 +40,7 @@ from bacon_fast.engine.step import TrainStep, autocast
 from bacon_fast.engine.summary import summarize
 from bacon_fast.files import write_atomically
 from bacon_fast.methods.method import NewGeneration, RefreshContext
+from bacon_fast.methods.part import DataInfo
 from bacon_fast.models.batchnorm import synchronize
 
 
@@ -72,7 +72,7 @@ def refuse_used_run_dir(run_dir: Path) -> None:
 
 
 class Trainer:
-    """A run: everything it needs is built, or restored from `config.run_dir`, in the constructor.
+    """A run: everything it needs is built, or restored from `config.run.run_dir`, in the constructor.
 
     Inside `distributed.process_group` every rank builds one and calls the same methods in the same order. Their state
     is the same on all ranks, but for BatchNorm's running statistics without `sync_batchnorm`. Only rank 0 writes files.
@@ -88,7 +88,7 @@ class Trainer:
     Raises:
         ValueError: a wrong setting, a split that does not fit the data, or a run directory that holds another run or
             that another command uses.
-        CheckpointError: `config.resume` is set and there is nothing to resume, or its configuration differs.
+        CheckpointError: `config.run.resume` is set and there is nothing to resume, or its configuration differs.
     """
 
     def __init__(
@@ -99,19 +99,18 @@ class Trainer:
         progress: Progress | None = None,
         name: str = "",
     ) -> None:
-        if config.run_dir is None:
+        if config.run.run_dir is None:
             raise ValueError("run_dir: expected a directory, found None")
-        config = config.resolved()
-        self.device = build.resolve_device(config.device)
-        config = dataclasses.replace(config, precision=build.resolve_precision(config.precision, self.device))
-        self.config, self.run_dir = config, Path(config.run_dir)
+        self.device = build.resolve_device(config.run.device)
+        config = config.replace(precision=build.resolve_precision(config.engine.precision, self.device))
+        self.config, self.run_dir = config, Path(config.run.run_dir)
         build.check_backend(config, self.device)
-        self._uses_graph = use_graph(config.graph, self.device)
+        self._uses_graph = use_graph(config.engine.graph, self.device)
         # A graph is captured on a stream of its own, and runs that share a GPU run beside each other.
         alone = self.device.type == "cuda" and distributed.num_ranks() == 1
         self.stream = torch.cuda.Stream(self.device) if alone else None
-        distributed.own_part(config.batch_size)  # refuses a batch that does not divide among the ranks
-        distributed.require_equal({k: v for k, v in config.to_dict().items() if k != "data_dir"})
+        distributed.own_part(config.views.batch_size)  # refuses a batch that does not divide among the ranks
+        distributed.require_equal({k: v for k, v in config.flat().items() if k != "data_dir"})
         self._lock: DirectoryLock | None = None  # rank 0's, on the run directory
         try:
             self._open(dataset, progress, name)
@@ -125,19 +124,19 @@ class Trainer:
     def _open(self, dataset: ImageDataset | None, progress: Progress | None, name: str) -> None:
         """Builds or restores the run, and its files on rank 0."""
         config = self.config
-        build.use_threads(config.threads)
+        build.use_threads(config.engine.threads)
         saved = self._saved_state()
-        torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = config.engine.precision == "tf32"
         torch.set_float32_matmul_precision("highest")  # the losses' similarities are products of matrices
         torch.backends.cudnn.benchmark = self.device.type == "cuda"  # shapes never change: time each convolution once
 
         load_dataset = functools.partial(build.build_dataset, config)
-        writes_files = config.download or config.images == "mapped"
+        writes_files = config.data.download or config.data.images == "mapped"
         if dataset is None:
             dataset = distributed.leader_first(load_dataset) if writes_files else load_dataset()
         self.dataset = dataset
         split_file = self.run_dir / "split.json"
-        own_split = config.resume and split_file.exists()  # also of a run that has no checkpoint yet
+        own_split = config.run.resume and split_file.exists()  # also of a run that has no checkpoint yet
         self.split = build.build_split(config, self.dataset, split_file if own_split else None)
         distributed.require_equal({"split": self.split.hash})
         self._build()
@@ -179,15 +178,16 @@ class Trainer:
         """
         folder = self.run_dir / "checkpoints"
         path, state = self.run_dir / "config.json", None
-        if self.config.resume and not path.exists():
+        if self.config.run.resume and not path.exists():
             raise CheckpointError(f"nothing to resume: {self.run_dir} holds no run")
         self._lock = DirectoryLock(self.run_dir, "run_dir")
-        if not self.config.resume:
+        if not self.config.run.resume:
             refuse_used_run_dir(self.run_dir)
             return self.run_dir, None
         if list_checkpoints(folder):
             path, state = load_latest(folder)
-        if differences := self.config.differences(state["config"] if state else json.loads(path.read_text())):
+        saved = Config.from_dict(state["config"]) if state else Config.read(path)
+        if differences := self.config.differences(saved):
             raise CheckpointError(f"{path} was written by another configuration:\n  " + "\n  ".join(differences))
         if state is None:
             print(f"{self.run_dir} holds no checkpoint yet: starting it again from step 0", flush=True)
@@ -201,10 +201,10 @@ class Trainer:
         counts = torch.as_tensor(split.labeled_counts)
         sizes, data = (len(split.labeled), len(split.unlabeled)), self.dataset
         self._info = DataInfo(data.num_classes, counts, *sizes, data.mean, data.std)
-        method = build_method(config, self._info)
-        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        method = build.build_method(config, self._info)
+        memory_format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
         self.method = method.to(self.device, memory_format=memory_format)
-        if config.sync_batchnorm and distributed.num_ranks() > 1:
+        if config.engine.sync_batchnorm and distributed.num_ranks() > 1:
             synchronize(self.method)
         self.batches = Batches(config, split, self.dataset, self.device, method.unlabeled_views, method.balanced_view)
         bank = None if method.regularizer is None else method.regularizer.bank
@@ -217,25 +217,25 @@ class Trainer:
         config = self.config
         distributed.copy_from_main(self.method)  # initialized from the same seed; this makes sure
         self.optimizer = build.build_optimizer(config, self.method)
-        self.ema = EMA(self.method.network, config.ema, config.ema_buffers)
+        self.ema = EMA(self.method.network, config.optimizer.ema, config.optimizer.ema_buffers)
         self.method.bind(self.ema.network)
         # Without inductor's own graphs: the whole step is one.
         plain = {"triton.cudagraphs": False}
-        forward = torch.compile(self.method, options=plain) if config.compile else self.method
+        forward = torch.compile(self.method, options=plain) if config.engine.compile else self.method
         if distributed.num_ranks() > 1:
             forward = PhaseParallel(forward)
         parts = (self.batches, self.optimizer, self.ema, self.diagnostics, self.meter)
         self.program = TrainStep(config, self.method, forward, *parts)
         self.graphed = None
         if self._uses_graph:
-            strict, report = config.graph == "on", lambda text: self.logger.say(text)
+            strict, report = config.engine.graph == "on", lambda text: self.logger.say(text)
             self.graphed = GraphedStep(self.program, CudaCapture(), strict=strict, report=report)
 
     def _start_generation(self, new: NewGeneration) -> None:
         """Starts again from fresh parameters, on another labeled set (CReST)."""
         self.generation += 1
         build.seed_everything(self.config.seed + self.generation)
-        fresh = build_method(self.config, self._info)
+        fresh = build.build_method(self.config, self._info)
         with torch.no_grad():  # the method's own buffers stay, those of the network do not
             for own, new_start in zip(self.method.parameters(), fresh.parameters(), strict=True):
                 own.copy_(new_start)
@@ -269,7 +269,9 @@ class Trainer:
 
     def inference_info(self) -> dict:
         """What prediction needs beside the weights."""
+        spec = build.network_spec(self.config, self.dataset.num_classes)
         return {
+            "network": dataclasses.asdict(spec),
             "class_names": list(self.dataset.class_names),
             "image_size": list(self.batches.pool.shape[1:3]),
             "mean": list(self.dataset.mean),
@@ -299,12 +301,12 @@ class Trainer:
     def save(self) -> Path:
         """Writes a checkpoint of the current state."""
         self._share_statistics()
-        folder, keep = self.run_dir / "checkpoints", self.config.keep_checkpoints
+        folder, keep = self.run_dir / "checkpoints", self.config.log.keep_checkpoints
         return distributed.from_main(lambda: save_checkpoint(folder, self.step, self.state(), keep))
 
     def _share_statistics(self) -> None:
         """Makes what is evaluated and saved the same on all ranks."""
-        if not self.config.sync_batchnorm:
+        if not self.config.engine.sync_batchnorm:
             distributed.copy_statistics_from_main(self.method, self.ema)
 
     # --- one step --------------------------------------------------------------------------------------------------
@@ -386,9 +388,9 @@ class Trainer:
         self.train_step()
         self.logger.advance()
         last = self.step == config.steps
-        evaluating = last or self.step % config.eval_every == 0
-        saving = last or self.step % config.checkpoint_every == 0
-        logging = evaluating or saving or self.step % config.log_every == 0
+        evaluating = last or self.step % config.log.eval_every == 0
+        saving = last or self.step % config.log.checkpoint_every == 0
+        logging = evaluating or saving or self.step % config.log.log_every == 0
         if not (logging or stop.agreed(self.step) is not None):
             return
         self._require_finite()
@@ -439,7 +441,7 @@ class Trainer:
         if known:
             means["stats/pseudo_accuracy"] = right / known
         schedule = self.method.schedule(self.step - 1, self.config.steps)
-        rate = learning_rate(self.config.lr_schedule, self.config.lr, *schedule)
+        rate = learning_rate(self.config.optimizer.lr_schedule, self.config.optimizer.lr, *schedule)
         row = {"kind": "train", "step": self.step, **means, "lr": rate, "train_seconds": self.train_seconds}
         row["steps_per_second"] = (self.step - first) / seconds
         self.logger.log(row)

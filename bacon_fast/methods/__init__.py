@@ -1,1 +1,125 @@
+"""Methods: what one training step computes. Here stand the parts they are made of, and which combinations exist.
 
+A method's name is its parts between plus signs: a base learner, then a class balancer, then a regularizer, such as
+fixmatch+abc+bacon. To add a part: write its file, with its options, its module and `build`, and one line in the table.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+from bacon_fast.methods import abc, bacon, fixmatch, remixmatch, ssc, supervised
+from bacon_fast.methods.balancers import cossl, crest, darp, daso, debiaspl, saw
+from bacon_fast.methods.method import Method
+from bacon_fast.methods.part import Part, PartOptions, Setup
+from bacon_fast.methods.sscl import method as sscl_method
+from bacon_fast.models.network import Network
+from bacon_fast.models.ssc import PrototypeNetwork
+
+_NO_UNLABELED_ROWS = "supervised has no unlabeled rows, which a balancer and BaCon act on"
+_SSCL_ALONE = "SsCL calibrates its pseudo-labels by prototypes, and has a contrastive loss of its own"
+_SSC_ALONE = "SSC has prototypes in the place of the classifier that a balancer and BaCon act on"
+_HARD_LABELS = {"remixmatch": "it acts on hard pseudo-labels, and ReMixMatch trains towards soft, mixed targets"}
+_TWO_BALANCERS = "a method has one balancer, as each sets the targets of the unlabeled rows"
+_BESIDE_BACON = "BaCon is added to a base learner alone or with ABC; beside another balancer nobody has measured it"
+
+# The order is that of METHODS, and that of the parts within a name.
+_TABLE = (
+    Part("base", supervised.SupervisedOptions, supervised.build, alone=_NO_UNLABELED_ROWS),
+    Part("base", fixmatch.FixMatchOptions, fixmatch.build),
+    Part("base", remixmatch.ReMixMatchOptions, remixmatch.build),
+    Part("base", sscl_method.SsCLOptions, sscl_method.build, alone=_SSCL_ALONE),
+    Part("base", ssc.SSCOptions, ssc.build, alone=_SSC_ALONE),
+    Part("balancer", abc.ABCOptions, abc.build, beside=("bacon",)),
+    Part("regularizer", bacon.BaConOptions, bacon.build),
+    Part("balancer", debiaspl.DebiasPLOptions, debiaspl.build, refuses=_HARD_LABELS),
+    Part("balancer", saw.SAWOptions, saw.build, refuses=_HARD_LABELS),
+    Part("balancer", daso.DASOOptions, daso.build),
+    Part("balancer", darp.DARPOptions, darp.build),
+    Part("balancer", crest.CReSTOptions, crest.build),
+    Part("extension", crest.PDAOptions, extends="crest"),
+    Part("balancer", cossl.CoSSLOptions, cossl.build),
+)
+PARTS: dict[str, Part] = {part.name: part for part in _TABLE}
+"""The parts by name."""
+
+
+def refusal(words: Sequence[str]) -> str | None:
+    """Why these parts, in the table's order, make no method; None when they do."""
+    parts = [PARTS[word] for word in words]
+    base, *added = parts
+    if base.kind != "base" or any(part.kind == "base" for part in added):
+        return "a method has one base learner, which comes first"
+    if added and base.alone:
+        return base.alone
+    if sum(part.kind == "balancer" for part in added) > 1:
+        return _TWO_BALANCERS
+    regularizers = [part.name for part in added if part.kind == "regularizer"]
+    for part in added:
+        if part.kind == "balancer" and not set(regularizers) <= set(part.beside):
+            return _BESIDE_BACON
+        if part.extends and part.extends not in words:
+            return f"{part.name} extends {part.extends}"
+        for other, reason in part.refuses.items():
+            if other in words:
+                return f"{part.name} does not go with {other}: {reason}"
+    return None
+
+
+def names() -> tuple[str, ...]:
+    """The methods that exist: of each base learner it alone, then with what can be added, by the last part."""
+    additions = [name for name, part in PARTS.items() if part.kind != "base"]
+    found = []
+    for base in (name for name, part in PARTS.items() if part.kind == "base"):
+        found.append((base,))
+        for last, name in enumerate(additions):
+            for others in (o for size in range(3) for o in combinations(additions[:last], size)):
+                if refusal(words := (base, *others, name)) is None:
+                    found.append(words)
+    return tuple("+".join(words) for words in found)
+
+
+METHODS: tuple[str, ...] = names()
+
+
+def parts_of(method: str) -> tuple[str, ...]:
+    """The names of a method's parts, the base learner first.
+
+    Raises ValueError, with the reason where the parts exist, for what is no method.
+
+    Example:
+        >>> parts_of("fixmatch+abc+bacon")
+        ('fixmatch', 'abc', 'bacon')
+    """
+    words = tuple(method.split("+"))
+    if not set(words) <= set(PARTS) or len(set(words)) < len(words):
+        raise ValueError(f"method: expected one of {', '.join(names())}, found {method!r}")
+    ordered = tuple(sorted(words, key=list(PARTS).index))
+    reason = refusal(ordered)
+    if reason is None and ordered != words:
+        reason = f"its parts have an order, {'+'.join(ordered)}"
+    if reason is not None:
+        raise ValueError(f"method: {method} does not exist: {reason}")
+    return words
+
+
+def default_options(method: str) -> dict[str, PartOptions]:
+    """The options of a method's parts by name: their defaults, or those that its base learner gives them."""
+    base, *added = parts_of(method)
+    changes = PARTS[base].options.changes
+    return {name: PARTS[name].options(**changes.get(name, {})) for name in (base, *added)}
+
+
+def missing_part(method: str, part: str) -> str:
+    """The message for an option of a part that the method does not have."""
+    having = [name for name in names() if part in parts_of(name)]
+    return f"method {method} has no part {part}; the methods that have one: {', '.join(having)}"
+
+
+def build_method(options: Mapping[str, PartOptions], setup: Setup, network: Network | PrototypeNetwork) -> Method:
+    """The method of these parts, the base learner first, on a fresh network."""
+    base, *added = options
+    additions = {}
+    for part in (PARTS[name] for name in added):
+        if part.build is not None:
+            additions[part.kind] = part.build(options[part.name], setup)
+    return PARTS[base].build(options[base], setup, network, **additions)

@@ -1,11 +1,32 @@
 """ABC, the auxiliary balanced classifier (methods.md C; Lee, Shin, Kim, NeurIPS 2021), on the views of any base."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from bacon_fast import functional
 from bacon_fast.functional import FixMatchABCOutput
 from bacon_fast.methods.outputs import Batch, Outputs
+from bacon_fast.methods.part import PartOptions, Setup
+
+
+@dataclass(frozen=True)
+class ABCOptions(PartOptions):
+    """ABC (methods.md C)."""
+
+    part: ClassVar[str] = "abc"
+    operation: ClassVar[str] = "fixmatch_abc_loss"
+
+    lambda_abc: float = 1.0
+    """Weight of ABC's losses."""
+
+    def check(self) -> None:
+        self.require_weights("lambda_abc")
+
+    def network(self) -> dict[str, object]:
+        return {"heads": "balanced"}
 
 
 class ABC(nn.Module):
@@ -74,3 +95,15 @@ class ABC(nn.Module):
         """The balanced head's losses, weighted, and the share of unlabeled rows in them."""
         heads = self.heads(out, batch, step)
         return self.weighted(heads), {"abc_rate": heads.abc_rate}
+
+
+def build(options: ABCOptions, setup: Setup) -> ABC:
+    return ABC(
+        setup.data.labeled_counts,
+        threshold=setup.shared.threshold,
+        lambda_abc=options.lambda_abc,
+        steps=setup.steps,
+        epochs=setup.shared.epochs,
+        seed=setup.seed,
+        backend=setup.shared.backend,
+    )

@@ -2,46 +2,36 @@
 
 from torch import Tensor, nn
 
-from bacon_fast.losses.bacon import BaConLoss
-from bacon_fast.methods.balanced import BalancedMethod, Phase
-from bacon_fast.methods.balancer import Balancer, Rows
+from bacon_fast.methods.bacon import BaCon
+from bacon_fast.methods.balancers.base import Balancer, Rows
+from bacon_fast.methods.extended import ExtendedMethod, Phase
 from bacon_fast.methods.gather import gather_batch, gather_views
 from bacon_fast.methods.outputs import Batch, Outputs, StepOutput, step_output
-from bacon_fast.methods.supervised import Supervised
 from bacon_fast.models.network import Network
 
 
-class ComposedMethod(BalancedMethod):
+class ComposedMethod(ExtendedMethod):
     """One forward of all views together (`use_cat`: BatchNorm sees labeled, weak and strong rows), then the losses.
 
     Args:
         network: backbone and heads.
         base: Supervised, FixMatch, or FixMatchABC, which needs a network with a balanced head; called with
-            (Outputs, Batch, step) it returns weighted losses, statistics and pseudo-labels.
-        regularizer: BaConLoss, or None.
+            (Outputs, Batch, step) it returns weighted losses, statistics and pseudo-labels. Its `unlabeled_views` are
+            the method's.
+        regularizer: BaCon's loss, or None.
         balancer: what sets the targets of FixMatch, or None.
-        steps: T, for BaCon's temperature schedule.
-        lambda_con: weight of the regularizer's loss.
-        contrast_start: fraction of T after which it is added.
     """
 
     def __init__(
         self,
         network: Network,
         base: nn.Module,
-        regularizer: BaConLoss | None = None,
+        regularizer: BaCon | None = None,
         balancer: Balancer | None = None,
-        *,
-        steps: int,
-        lambda_con: float = 1.0,
-        contrast_start: float = 0.5,
     ) -> None:
-        super().__init__(
-            network, balancer, regularizer, steps=steps, lambda_con=lambda_con, contrast_start=contrast_start
-        )
+        super().__init__(network, balancer, regularizer)
         self.base = base
-        if isinstance(base, Supervised):
-            self.unlabeled_views = ()
+        self.unlabeled_views = base.unlabeled_views
 
     def forward(self, batch: Batch, step: Tensor, phase: Phase) -> StepOutput:
         sizes = batch.num_labeled, batch.num_unlabeled
@@ -63,15 +53,6 @@ class ComposedMethod(BalancedMethod):
             losses, stats, pseudo_labels = self.base(out, batch, step, targets)
             losses |= targets.losses
         if self.regularizer is not None:
-            contrastive, more = self.regularizer(
-                out.anchor_features,
-                batch.labels,
-                out.anchor_logits,
-                batch.labeled_slots,
-                batch.unlabeled_slots,
-                progress=step / self.steps,
-                active=phase.contrast,
-            )
-            losses["contrastive"] = self.lambda_con * contrastive
-            stats |= more
+            contrastive, contrastive_stats = self.regularizer.contrast(out, batch, step, active=phase.contrast)
+            losses, stats = losses | contrastive, stats | contrastive_stats
         return step_output(losses, stats, pseudo_labels)

@@ -1,11 +1,33 @@
 """FixMatch (methods.md B; Sohn et al., NeurIPS 2020)."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bacon_fast.methods.balancer import Targets
+from bacon_fast.methods.abc import ABC
+from bacon_fast.methods.bacon import BaCon
+from bacon_fast.methods.balancers.base import Balancer, Targets
+from bacon_fast.methods.composed import ComposedMethod
+from bacon_fast.methods.fixmatch_abc import FixMatchABC
 from bacon_fast.methods.outputs import Batch, Outputs
+from bacon_fast.methods.part import PartOptions, Setup
+from bacon_fast.models.network import Network
+
+
+@dataclass(frozen=True)
+class FixMatchOptions(PartOptions):
+    """FixMatch (methods.md B)."""
+
+    part: ClassVar[str] = "fixmatch"
+
+    lambda_u: float = 1.0
+    """Weight of the unlabeled loss."""
+
+    def check(self) -> None:
+        self.require_weights("lambda_u")
 
 
 class FixMatch(nn.Module):
@@ -15,6 +37,8 @@ class FixMatch(nn.Module):
         threshold: confidence from which a pseudo-label counts.
         lambda_u: weight of the unlabeled loss.
     """
+
+    unlabeled_views = ("weak", "strong")
 
     def __init__(self, *, threshold: float, lambda_u: float) -> None:
         super().__init__()
@@ -52,3 +76,16 @@ def pseudo_label_stats(mask: Tensor, pseudo_labels: Tensor, true_labels: Tensor)
         "pseudo_known": known.sum().float(),
         "pseudo_correct": (known & (pseudo_labels == true_labels)).sum().float(),
     }
+
+
+def build(
+    options: FixMatchOptions,
+    setup: Setup,
+    network: Network,
+    balancer: Balancer | ABC | None = None,
+    regularizer: BaCon | None = None,
+) -> ComposedMethod:
+    if isinstance(balancer, ABC):
+        return ComposedMethod(network, FixMatchABC(balancer, lambda_u=options.lambda_u), regularizer)
+    base = FixMatch(threshold=setup.shared.threshold, lambda_u=options.lambda_u)
+    return ComposedMethod(network, base, regularizer, balancer)

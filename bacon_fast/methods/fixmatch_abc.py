@@ -1,29 +1,31 @@
 """FixMatch with ABC, the auxiliary balanced classifier (methods.md B, C; Lee, Shin, Kim, NeurIPS 2021)."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bacon_fast.methods.abc import ABC
 from bacon_fast.methods.outputs import Batch, Outputs
 
 
-class FixMatchABC(ABC):
+class FixMatchABC(nn.Module):
     """FixMatch on the main head, and ABC on the balanced one, in one pass over both.
 
     Args:
-        labeled_counts, options: of `ABC`; the threshold counts for both heads.
+        abc: of the balanced head; its threshold counts for both heads.
         lambda_u: weight of FixMatch's unlabeled loss.
     """
 
-    def __init__(self, labeled_counts: Tensor, *, lambda_u: float, **options) -> None:
-        super().__init__(labeled_counts, **options)
-        self.lambda_u = lambda_u
+    unlabeled_views = ("weak", "strong")
+
+    def __init__(self, abc: ABC, *, lambda_u: float) -> None:
+        super().__init__()
+        self.abc, self.lambda_u = abc, lambda_u
 
     def forward(self, out: Outputs, batch: Batch, step: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Losses `supervised`, `unsupervised`, `abc_labeled` and `abc_unlabeled`, all 0-d float32; statistics; the main
         head's pseudo-labels int64 [U], -1 below the threshold.
         """
-        heads = self.heads(out, batch, step)
+        heads = self.abc.heads(out, batch, step)
         losses = {"supervised": heads.supervised, "unsupervised": self.lambda_u * heads.unsupervised}
         stats = {
             "pseudo_rate": heads.pseudo_rate,
@@ -32,5 +34,5 @@ class FixMatchABC(ABC):
             "pseudo_correct": heads.pseudo_correct,
         }
         confidence, pseudo_labels = out.weak_logits.detach().float().softmax(1).max(1)
-        pseudo_labels = torch.where(confidence >= self.threshold, pseudo_labels, -1)
-        return losses | self.weighted(heads), stats, pseudo_labels
+        pseudo_labels = torch.where(confidence >= self.abc.threshold, pseudo_labels, -1)
+        return losses | self.abc.weighted(heads), stats, pseudo_labels

@@ -4,28 +4,56 @@ The passes are those of USB and of BaCon's authors: every view and every mixed b
 BatchNorm statistics of its own; only the first mixed block moves the running ones.
 """
 
-from collections.abc import Hashable
-from dataclasses import replace
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bacon_fast.losses.bacon import BaConLoss
 from bacon_fast.methods.abc import ABC
 from bacon_fast.methods.alignment import DistributionAlignment
-from bacon_fast.methods.balanced import BalancedMethod, Phase
-from bacon_fast.methods.balancer import Balancer, Rows
+from bacon_fast.methods.bacon import BaCon
+from bacon_fast.methods.balancers.base import Balancer, Rows
+from bacon_fast.methods.extended import ExtendedMethod, Phase
 from bacon_fast.methods.gather import gather_batch, gather_views, own_views
 from bacon_fast.methods.method import NewGeneration, RefreshContext
 from bacon_fast.methods.mixup import MixUp, draw_quarter_turns, mix, rotate
 from bacon_fast.methods.outputs import Batch, Outputs, StepOutput, step_output, wide
+from bacon_fast.methods.part import PartOptions, Setup
 from bacon_fast.models.batchnorm import frozen_statistics
 from bacon_fast.models.heads import main_head
 from bacon_fast.models.network import Network
 
 
-class ReMixMatch(BalancedMethod):
+@dataclass(frozen=True)
+class ReMixMatchOptions(PartOptions):
+    """ReMixMatch (methods.md D)."""
+
+    part: ClassVar[str] = "remixmatch"
+    unlabeled_ratio: ClassVar[int] = 1  # it mixes blocks of B rows with each other
+    changes: ClassVar[Mapping[str, Mapping[str, object]]] = {"bacon": {"contrast_start": 1 / 30}}
+
+    lambda_u: float = 1.5
+    """Weight of the unlabeled loss."""
+    lambda_kl: float = 0.5
+    """Weight of the first strong view's loss against the weak view's targets."""
+    lambda_rot: float = 0.5
+    """Weight of the rotation task."""
+    rampup: float = 1 / 64
+    """Fraction of the run in which lambda_u and lambda_kl rise from 0."""
+    sharpening: float = 0.5
+    """Temperature of the targets."""
+    mixup_alpha: float = 0.75
+    """MixUp's coefficient is drawn from Beta(alpha, alpha)."""
+
+    def check(self) -> None:
+        self.require_weights("lambda_u", "lambda_kl", "lambda_rot")
+        self.require_positive("rampup", "sharpening", "mixup_alpha")
+
+
+class ReMixMatch(ExtendedMethod):
     """MixUp of all views towards aligned, sharpened predictions, and a rotation task.
 
     Args:
@@ -42,8 +70,6 @@ class ReMixMatch(BalancedMethod):
         regularizer: BaCon's loss, or None.
         balancer: CoSSL, CReST, DARP or DASO, or None; what it says in `Targets` beside probabilities and losses is
             FixMatch's alone.
-        lambda_con: weight of the regularizer's loss.
-        contrast_start: fraction of T after which it is added.
     """
 
     # In the order in which MixUp has them, behind the labeled rows.
@@ -56,23 +82,19 @@ class ReMixMatch(BalancedMethod):
         *,
         steps: int,
         seed: int,
-        lambda_u: float = 1.5,
-        lambda_kl: float = 0.5,
-        lambda_rot: float = 0.5,
-        rampup: float = 1 / 64,
-        sharpening: float = 0.5,
-        mixup_alpha: float = 0.75,
-        alignment_momentum: float = 0.999,
+        lambda_u: float,
+        lambda_kl: float,
+        lambda_rot: float,
+        rampup: float,
+        sharpening: float,
+        mixup_alpha: float,
+        alignment_momentum: float,
         abc: ABC | None = None,
-        regularizer: BaConLoss | None = None,
+        regularizer: BaCon | None = None,
         balancer: Balancer | None = None,
-        lambda_con: float = 1.0,
-        contrast_start: float = 1 / 30,
     ) -> None:
-        super().__init__(
-            network, balancer, regularizer, steps=steps, lambda_con=lambda_con, contrast_start=contrast_start
-        )
-        self.abc = abc
+        super().__init__(network, balancer, regularizer)
+        self.abc, self.steps = abc, steps
         self.rotation_head = main_head(network.backbone.num_features, 4)
         self.alignment = DistributionAlignment(labeled_counts / labeled_counts.sum(), alignment_momentum)
         self.mixup = MixUp(mixup_alpha, seed)
@@ -153,17 +175,8 @@ class ReMixMatch(BalancedMethod):
             abc_losses, abc_stats = self.abc(out, batch, step)
             losses, stats = losses | abc_losses, stats | abc_stats
         if self.regularizer is not None:
-            contrastive, contrastive_stats = self.regularizer(
-                out.anchor_features,
-                batch.labels,
-                out.anchor_logits,
-                batch.labeled_slots,
-                batch.unlabeled_slots,
-                progress=step / self.steps,
-                active=phase.contrast,
-            )
-            losses["contrastive"] = self.lambda_con * contrastive
-            stats |= contrastive_stats
+            contrastive, contrastive_stats = self.regularizer.contrast(out, batch, step, active=phase.contrast)
+            losses, stats = losses | contrastive, stats | contrastive_stats
         return step_output(losses, stats, pseudo_labels)
 
     def _targets(
@@ -182,3 +195,29 @@ class ReMixMatch(BalancedMethod):
             balanced = balancer(replace(seen, weak_logits=targets.log()), step, phase)
             targets, losses = balanced.probabilities, balanced.losses
         return targets, losses
+
+
+def build(
+    options: ReMixMatchOptions,
+    setup: Setup,
+    network: Network,
+    balancer: Balancer | ABC | None = None,
+    regularizer: BaCon | None = None,
+) -> ReMixMatch:
+    abc = balancer if isinstance(balancer, ABC) else None
+    return ReMixMatch(
+        network,
+        setup.data.labeled_counts,
+        steps=setup.steps,
+        seed=setup.seed,
+        lambda_u=options.lambda_u,
+        lambda_kl=options.lambda_kl,
+        lambda_rot=options.lambda_rot,
+        rampup=options.rampup,
+        sharpening=options.sharpening,
+        mixup_alpha=options.mixup_alpha,
+        alignment_momentum=setup.shared.distribution_momentum,
+        abc=abc,
+        regularizer=regularizer,
+        balancer=None if abc is not None else balancer,
+    )

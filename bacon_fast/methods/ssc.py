@@ -1,5 +1,8 @@
 """SSC: one contrastive loss for labels, pseudo-labels and unconfident images (methods.md G; arXiv 2409.07292)."""
 
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
 import torch
 from torch import Tensor
 
@@ -8,7 +11,36 @@ from bacon_fast.methods.fixmatch import pseudo_label_stats
 from bacon_fast.methods.gather import gather_batch, gather_views
 from bacon_fast.methods.method import Method
 from bacon_fast.methods.outputs import Batch, StepOutput, step_output
+from bacon_fast.methods.part import PartOptions, Setup
 from bacon_fast.models.ssc import PrototypeNetwork
+
+
+@dataclass(frozen=True)
+class SSCOptions(PartOptions):
+    """SSC (methods.md G)."""
+
+    part: ClassVar[str] = "ssc"
+    operation: ClassVar[str] = "contrastive"
+
+    temperature: float = 0.1
+    """T of the contrastive loss."""
+    pl_temperature: float = 0.08
+    """T_pl of the similarities to the prototypes, which pseudo-labels and predictions are made of."""
+    lambda_proto: float = 1.0
+    """Weight of the prototypes' rows in the loss."""
+    lambda_up: float = 1.0
+    """Weight of the confident unlabeled rows."""
+    lambda_down: float = 0.2
+    """Weight of the unconfident unlabeled rows."""
+    reduction: Literal["wmean", "pml"] = "wmean"
+    """Weighted mean over the rows with a positive, or what the released code gets from pytorch-metric-learning."""
+
+    def check(self) -> None:
+        self.require_positive("temperature", "pl_temperature")
+        self.require_weights("lambda_proto", "lambda_up", "lambda_down")
+
+    def network(self) -> dict[str, object]:
+        return {"heads": "prototypes", "temperature": self.pl_temperature}
 
 
 class SSC(Method):
@@ -34,12 +66,12 @@ class SSC(Method):
         self,
         network: PrototypeNetwork,
         *,
-        threshold: float = 0.95,
-        temperature: float = 0.1,
-        lambda_proto: float = 1.0,
-        lambda_up: float = 1.0,
-        lambda_down: float = 0.2,
-        reduction: str = "wmean",
+        threshold: float,
+        temperature: float,
+        lambda_proto: float,
+        lambda_up: float,
+        lambda_down: float,
+        reduction: str,
         backend: str | None = None,
     ) -> None:
         super().__init__(network)
@@ -75,3 +107,16 @@ class SSC(Method):
         )
         stats = pseudo_label_stats(mask, pseudo_labels, batch.true_labels)
         return step_output({"contrastive": loss}, stats, torch.where(mask, pseudo_labels, -1))
+
+
+def build(options: SSCOptions, setup: Setup, network: PrototypeNetwork) -> SSC:
+    return SSC(
+        network,
+        threshold=setup.shared.threshold,
+        temperature=options.temperature,
+        lambda_proto=options.lambda_proto,
+        lambda_up=options.lambda_up,
+        lambda_down=options.lambda_down,
+        reduction=options.reduction,
+        backend=setup.shared.backend,
+    )

@@ -1,14 +1,33 @@
 """Cross entropy on the labeled images alone: the lower bound every semi-supervised method is compared with."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bacon_fast.methods.composed import ComposedMethod
 from bacon_fast.methods.outputs import Batch, Outputs
+from bacon_fast.methods.part import PartOptions, Setup
+from bacon_fast.models.network import Network
+
+
+@dataclass(frozen=True)
+class SupervisedOptions(PartOptions):
+    """The supervised baseline has no options of its own."""
+
+    part: ClassVar[str] = "supervised"
 
 
 class Supervised(nn.Module):
     """Mean cross entropy of the labeled rows; needs no unlabeled images."""
 
+    unlabeled_views = ()
+
     def forward(self, out: Outputs, batch: Batch, step: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], None]:
         """Loss `supervised`, 0-d float32."""
         return {"supervised": F.cross_entropy(out.labeled_logits.float(), batch.labels)}, {}, None
+
+
+def build(options: SupervisedOptions, setup: Setup, network: Network) -> ComposedMethod:
+    return ComposedMethod(network, Supervised())

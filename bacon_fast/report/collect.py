@@ -15,7 +15,7 @@ def collect(trainer: Trainer, summary: dict) -> ReportData:
     Args:
         summary: what `trainer.fit` returned.
     """
-    config, dataset, split = trainer.config.to_dict(), trainer.dataset, trainer.split
+    config, dataset, split = trainer.config.flat(), trainer.dataset, trainer.split
     regularizer = trainer.method.regularizer
     base_temperature = temperatures = temperature_history = projections = None
     every = slice(None, None, max(1, len(dataset.test_labels) // MAX_POINTS))

@@ -54,7 +54,8 @@ class Arguments:
     device: str = "auto"
     """auto (cuda when there is one), cpu, cuda or cuda:N."""
     set: str | None = None
-    """Options of train.py for every run, such as precision=bf16,eval_every=5000. The table says so."""
+    """Options of train.py for every run, such as precision=bf16,eval_every=5000; those of a part, such as
+    bacon.top_k=5, for the rows that have it. The table says so."""
     jobs: int | None = None
     """Runs at once; default: one a GPU, else one a CPU core (up to 8, which then share the cores)."""
     out: Path | None = None
@@ -82,7 +83,7 @@ def reproduce(arguments: Arguments, command: str) -> Collection[str]:
         StoppedError: a signal asked to stop.
     """
     table, options = _table(arguments), _options(arguments)
-    seeds = table.seeds if arguments.seeds is None else parse_seeds(arguments.seeds)
+    seeds = table.seeds if arguments.seeds is None else tuple(parse_seeds(arguments.seeds))
     out = (arguments.out or Path("reproductions") / _folder_name(arguments, options)).resolve()
     cells = expand(table, seeds, options, out)
     check_images([run for cell in cells for run in cell.runs])

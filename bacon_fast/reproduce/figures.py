@@ -117,7 +117,7 @@ def embeddings(results: Sequence[Result], device: str, theme: Theme) -> Figure |
 def _embed(result: Result, device: str) -> tuple[np.ndarray, np.ndarray, Sequence[str], str]:
     """Points [N, 2], true classes [N], class names and technique of the first finished run."""
     config = result.finished[0].config
-    run, dataset = open_run(config.run_dir, device), build_dataset(config)
+    run, dataset = open_run(config.run.run_dir, device), build_dataset(config)
     stride = max(1, len(dataset.test_images) // MAX_POINTS)
     images, labels = dataset.test_images[::stride], dataset.test_labels[::stride]
     features, _ = predict(run.network, run.normalize, images, run.device)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from bacon_fast.data.datasets import ImageDataset
 from bacon_fast.data.longtail import Split
 from bacon_fast.engine.build import build_dataset, split_overrides
-from bacon_fast.engine.config import METHODS, Config
+from bacon_fast.engine.config import GROUP_OF, Config
 from bacon_fast.engine.presets import PRESETS
+from bacon_fast.methods import METHODS, PARTS, parts_of
+from bacon_fast.parser import override, words_of
 from bacon_fast.reproduce.tables import Column, Row, Table
 
 # A shortened run is still evaluated this often, so that the mean of the last 20 is one of its second half (of what its
@@ -32,7 +32,8 @@ class Options:
     Attributes:
         budget: in (0, 1], factor of the steps.
         dataset: "folder" to read the same images from an image folder, else None.
-        settings: fields of Config as command-line text, name -> value.
+        settings: options of train.py as text, name -> value; those of a part, such as bacon.top_k, act where a row's
+            method has it.
     """
 
     budget: float = 1.0
@@ -50,7 +51,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return self.config.run_dir
+        return self.config.run.run_dir
 
     @property
     def name(self) -> str:
@@ -68,7 +69,7 @@ class Run:
         """Raises ValueError when the directory holds a run of another configuration."""
         if self.state == "new":
             return
-        if differences := self.config.differences(json.loads((self.folder / "config.json").read_text())):
+        if differences := self.config.differences(Config.read(self.folder / "config.json")):
             raise ValueError(
                 f"out: {self.folder} holds a run of another configuration; name another --out, or remove it. Found "
                 f"there and wanted now:\n  " + "\n  ".join(differences)
@@ -117,60 +118,83 @@ def expand(table: Table, seeds: Sequence[int], options: Options, out: Path) -> l
     """All cells of the table, column by column.
 
     Raises:
-        ValueError: an option does not fit, a setting is no field of Config, or a directory in `out` holds another run.
+        ValueError: an option does not fit, a setting is no option of train.py or of no method here, or a directory in
+            `out` holds another run.
     """
     if not 0 < options.budget <= 1:
         raise ValueError(f"budget: expected a number above 0 and up to 1, found {options.budget:g}")
     if options.dataset is not None:
-        datasets = {PRESETS[column.preset].config.dataset for column in table.columns}
+        datasets = {PRESETS[column.preset].config().data.dataset for column in table.columns}
         if len(datasets) > 1:
             raise ValueError(
                 f"dataset: one {options.dataset} cannot stand for {', '.join(sorted(datasets))}; choose columns of one "
                 f"data set with --columns"
             )
+    check_settings(table, options.settings)
     cells = [_cell(row, column, seeds, options, out) for column in table.columns for row in table.rows]
     for run in (run for cell in cells for run in cell.runs):
-        if run.config.data_dir is None and run.config.dataset != "digits":
-            raise ValueError(f"data_dir: expected where {run.config.dataset} lies, found None")
+        data = run.config.data
+        if data.data_dir is None and data.dataset != "digits":
+            raise ValueError(f"data_dir: expected where {data.dataset} lies, found None")
         run.check()
     return cells
 
 
 def _cell(row: Row, column: Column, seeds: Sequence[int], options: Options, out: Path) -> Cell:
-    known = row.method in METHODS  # what a row changes may be fields of its own method
-    config = _config(column, row.changes(column) if known else {}, options)
-    protocol = None if split_overrides(config) or config.split else config.protocol
+    known = row.method in METHODS
+    config = _config(column, row if known else Row(row.name, PRESETS[column.preset].method), options)
+    protocol = None if split_overrides(config) or config.data.split else config.data.protocol
     if not known:
         return Cell(row, column, protocol, (), f"method {row.method} is not in this version")
     folder = out / "runs" / column.name
-    runs = [
-        Run(dataclasses.replace(config, method=row.method, seed=s, run_dir=folder / f"{row.name}-seed{s}").resolved())
-        for s in seeds
-    ]
+    runs = [Run(config.replace(seed=s, run_dir=folder / f"{row.name}-seed{s}")) for s in seeds]
     return Cell(row, column, protocol, tuple(runs))
 
 
-def _config(column: Column, overrides: Mapping[str, object], options: Options) -> Config:
+def _config(column: Column, row: Row, options: Options) -> Config:
     """The column's preset with its and the row's overrides, then the options; the last one given wins."""
-    fields = {"device": options.device, "report": False, **column.overrides, **overrides}
-    config = dataclasses.replace(PRESETS[column.preset].config, **fields)
+    values = {"device": options.device, "report": False, **column.overrides, **row.changes(column)}
+    config = PRESETS[column.preset].config(row.method).replace(**values)
     if options.dataset is not None:
-        config = dataclasses.replace(config, dataset=options.dataset)
+        config = config.replace(dataset=options.dataset)
     if options.data_dir is not None:
-        config = dataclasses.replace(config, data_dir=options.data_dir)
+        config = config.replace(data_dir=options.data_dir)
     config = shorten(config, options.budget)
-    words = [word for name, value in options.settings.items() for word in setting_words(name, value)]
-    return tyro.cli(Config, args=words, default=config, prog="--set") if words else config
+    own = {name: value for name, value in options.settings.items() if _part(name) in ("", *config.parts)}
+    words = [word for name, value in own.items() for word in setting_words(name, value)]
+    return override(config, words, prog="--set")[0] if words else config
+
+
+def _part(name: str) -> str:
+    """The part that an option belongs to, by its name; empty for the options that every method has."""
+    return name.rpartition(".")[0]
+
+
+def check_settings(table: Table, settings: Mapping[str, str]) -> None:
+    """Raises ValueError for a setting that is the table's own, no option of train.py, or acts in none of its rows."""
+    for name in settings:
+        part, _, field = name.rpartition(".")
+        if name in GIVEN:
+            raise ValueError(
+                f"set: expected an option that the table leaves open, found {name!r} (see --help for its own)"
+            )
+        fields = (f.name for f in dataclasses.fields(PARTS[part].options)) if part in PARTS else ()
+        if name not in ("steps", *GROUP_OF) and field not in fields:
+            raise ValueError(f"set: expected an option of train.py (see its --help-all), found {name!r}")
+        methods = [row.method for row in table.rows if row.method in METHODS]
+        if part and not any(part in parts_of(method) for method in methods):
+            raise ValueError(f"set: no row of the table has the part of {name!r}, its methods are {', '.join(methods)}")
 
 
 def check_images(runs: Sequence[Run]) -> None:
     """Raises ValueError when a finished run saw other images than those that its configuration names now."""
     datasets: dict[tuple, ImageDataset] = {}
     for run in (run for run in runs if run.state == "done"):
-        config, recorded = run.config, json.loads((run.folder / "config.json").read_text())["data_dir"]
-        if recorded == config.to_dict()["data_dir"]:
+        config, data = run.config, run.config.data
+        recorded = Config.read(run.folder / "config.json").data.data_dir
+        if recorded == data.data_dir:
             continue
-        source = config.dataset, config.data_dir, config.image_size, config.classes, config.images
+        source = data.dataset, data.data_dir, data.image_size, data.classes, data.images
         if source not in datasets:
             datasets[source] = build_dataset(config)
         try:
@@ -182,18 +206,11 @@ def check_images(runs: Sequence[Run]) -> None:
 
 
 def setting_words(name: str, value: str) -> list[str]:
-    """Command-line words for one field given as text."""
-    if name in GIVEN:
-        raise ValueError(
-            f"set: expected a field that the table leaves open, found {name!r} (see --help for its option)"
-        )
-    names = {f.name for f in dataclasses.fields(Config)}
-    if name not in names:
-        raise ValueError(f"set: expected a field of the configuration (see train.py --help), found {name!r}")
-    flag = name.replace("_", "-")
+    """Command-line words for one option given as text."""
+    part, dot, field = name.replace("_", "-").rpartition(".")
     if value in ("true", "false"):
-        return [f"--{flag}" if value == "true" else f"--no-{flag}"]
-    return [f"--{flag}", value]
+        return [f"--{part}{dot}{field}" if value == "true" else f"--{part}{dot}no-{field}"]
+    return [f"--{part}{dot}{field}", value]
 
 
 def shorten(config: Config, budget: float) -> Config:
@@ -204,26 +221,16 @@ def shorten(config: Config, budget: float) -> Config:
     if budget == 1:
         return config
     steps = max(1, round(config.steps * budget))
-    return dataclasses.replace(
-        config,
+    return config.replace(
         steps=steps,
-        eval_every=min(config.eval_every, max(1, steps // EVALUATIONS)),
-        log_every=min(config.log_every, max(1, steps // LOG_ROWS)),
+        eval_every=min(config.log.eval_every, max(1, steps // EVALUATIONS)),
+        log_every=min(config.log.log_every, max(1, steps // LOG_ROWS)),
     )
 
 
 def command_words(config: Config) -> list[str]:
     """The words after `train.py` that give this configuration: its preset, then what differs from it."""
-    words, default = [config.preset], PRESETS[config.preset].config
-    for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
-        if value == getattr(default, field.name):
-            continue
-        flag = field.name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, tuple):
-            words += [f"--{flag}", *map(str, value)]
-        else:
-            words += [f"--{flag}", str(value)]
-    return words
+    preset, words = PRESETS[config.preset], [config.preset]
+    if config.method != preset.method:
+        words += ["--method", config.method]
+    return words + words_of(config, preset.config(config.method))

@@ -38,12 +38,13 @@ class Speed:
     def seconds(self, run: Run) -> float:
         """What is left of the run, about."""
         left = run.config.steps - run.step()
-        return self.setup + left * self.step + left / run.config.eval_every * self.evaluation
+        return self.setup + left * self.step + left / run.config.log.eval_every * self.evaluation
 
 
 def key(config: Config, jobs: int) -> str:
     """Runs with the same key are as fast as each other."""
-    values = [getattr(config, name) for name in FIELDS]
+    flat = config.flat()
+    values = [flat[name] for name in FIELDS]
     return " ".join([*(str(value) for value in values if value not in (None, False)), f"({jobs} at once)"])
 
 
@@ -98,7 +99,7 @@ def measure(config: Config, folder: Path) -> Speed:
     """The speed of a run's first steps in the empty `folder`. Stops the run by sending SIGTERM to this process."""
     started = time.perf_counter()
     quiet = {"log_every": LOG_EVERY, "eval_every": config.steps, "checkpoint_every": config.steps, "report": False}
-    trainer = Trainer(dataclasses.replace(config, run_dir=folder, resume=False, **quiet))
+    trainer = Trainer(config.replace(run_dir=folder, resume=False, **quiet))
     setup = time.perf_counter() - started
     finished = threading.Event()
     threading.Thread(target=_stop_soon, args=(folder / "metrics.jsonl", finished), daemon=True).start()

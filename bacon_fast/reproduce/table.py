@@ -5,9 +5,9 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 
 from bacon_fast.data.longtail import PROTOCOLS
-from bacon_fast.engine.config import METHODS
 from bacon_fast.engine.metrics import MEAN_WINDOW, READINGS
 from bacon_fast.engine.presets import PRESETS
+from bacon_fast.methods import METHODS
 from bacon_fast.reproduce.matrix import Options
 from bacon_fast.reproduce.published import OTHER_PROTOCOLS, SOURCES, Source, Value
 from bacon_fast.reproduce.results import Result
@@ -139,15 +139,16 @@ def describe_run(result: Result) -> str:
     config = result.config
     if config is None:
         return "–"
-    full, steps = PRESETS[config.preset].config.steps, f"{config.steps:,} steps"
+    full, steps = PRESETS[config.preset].steps, f"{config.steps:,} steps"
     if config.steps != full:
         steps += f" ({100 * config.steps / full:.3g} % of {full:,})"
-    parts = [result.cell.protocol or f"{config.protocol}, changed", steps, f"{config.lr_schedule} rate"]
+    parts = [result.cell.protocol or f"{config.data.protocol}, changed", steps, f"{config.optimizer.lr_schedule} rate"]
     if config.method != "supervised":
-        parts.append(f"mu {config.unlabeled_ratio}")
+        parts.append(f"mu {config.views.unlabeled_ratio}")
     changes = {**result.cell.column.overrides, **result.cell.row.changes(result.cell.column)}
     told = ("protocol", "lr_schedule", "unlabeled_ratio")
-    shown = {name: getattr(config, name) for name in changes if name not in told}
+    flat = config.flat()
+    shown = {name: flat[name] for name in changes if name not in told}
     parts += [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()]
     return "; ".join(parts)
 
@@ -181,12 +182,12 @@ def table_csv(name: str, table: Table, results: Sequence[Result], options: Optio
         row = {"table": name, "column": result.cell.column.name, "method": result.cell.row.name}
         if config is not None:
             row |= {
-                "protocol": result.cell.protocol or f"{config.protocol}, changed",
-                "dataset": config.dataset,
+                "protocol": result.cell.protocol or f"{config.data.protocol}, changed",
+                "dataset": config.data.dataset,
                 "budget": options.budget,
                 "steps": config.steps,
-                "lr_schedule": config.lr_schedule,
-                "unlabeled_ratio": config.unlabeled_ratio,
+                "lr_schedule": config.optimizer.lr_schedule,
+                "unlabeled_ratio": config.views.unlabeled_ratio,
             }
         row |= {"seeds": " ".join(map(str, result.seeds)), "missing": result.problem or ""}
         for reading in READINGS:

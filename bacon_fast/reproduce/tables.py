@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
-from bacon_fast.engine.config import METHODS
+from bacon_fast.methods import METHODS
 from bacon_fast.reproduce import published
 from bacon_fast.reproduce.published import Source
 
@@ -12,7 +13,9 @@ Overrides = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Row:
-    """A method, or a variation of one. `overrides` are fields of Config; those of `per_column` come on top."""
+    """A method, or a variation of one. `overrides` are values by name, as on the command line: lr, bacon.top_k; those
+    of `per_column` come on top.
+    """
 
     name: str
     method: str
@@ -26,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """A preset, and fields of Config that the table changes in it."""
+    """A preset, and values that the table changes in it, by their names on the command line."""
 
     preset: str
     overrides: Overrides = field(default_factory=dict, hash=False)
@@ -49,31 +52,31 @@ class Table:
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
-def _methods(*names: str, **overrides) -> tuple[Row, ...]:
+def _methods(*names: str, overrides: Overrides = MappingProxyType({})) -> tuple[Row, ...]:
     return tuple(Row(name, name, overrides) for name in names)
 
 
-# What the released configurations set per method beyond the defaults of Config (methods.md 0.3, A.2, H). The base
+# What the released configurations set per method beyond the defaults (methods.md 0.3, A.2, H). The base
 # learners alone run the cosine schedule, everything added to them a constant rate.
 _COSINE = {"lr_schedule": "cosine"}
 # DASO's temperature where the unlabeled classes are not distributed as the labeled ones, and on CIFAR-100.
-_DASO_APART = {"daso_t_dist": 0.3}
+_DASO_APART = {"daso.t_dist": 0.3}
 _DASO_APART_ON = dict.fromkeys(("bacon-cifar100", "bacon-stl10"), _DASO_APART)
 # Of BaCon's configurations, those of the older baselines have mu = 7 on CIFAR-10, and all of these but CReST's on
 # CIFAR-100: its tables are not of equal compute.
 _WIDE = {"unlabeled_ratio": 7}
-_BACON_DASO, _USB_DASO = {"daso_start": 5120 / 300_000}, {"daso_start": 5120 / 262_144}
-_BACON_DARP, _USB_DARP = {"darp_start": 0.2}, {"darp_start": 200 / 256}
-_BACON_COSSL, _USB_COSSL = {"cossl_start": 0.2}, {"cossl_start": 200 / 256}
+_BACON_DASO, _USB_DASO = {"daso.start": 5120 / 300_000}, {"daso.start": 5120 / 262_144}
+_BACON_DARP, _USB_DARP = {"darp.start": 0.2}, {"darp.start": 200 / 256}
+_BACON_COSSL, _USB_COSSL = {"cossl.start": 0.2}, {"cossl.start": 200 / 256}
 
 
-def _older(name: str, *wide: str, **overrides) -> Row:
+def _older(name: str, *wide: str, overrides: Overrides = MappingProxyType({})) -> Row:
     """FixMatch with an older balancer in BaCon's Table 1; `wide`: columns with mu = 7."""
     return Row(f"fixmatch+{name}", f"fixmatch+{name}", overrides, dict.fromkeys(wide, _WIDE))
 
 
 _BACON_TABLE_1 = (
-    *_methods("fixmatch", **_COSINE),
+    *_methods("fixmatch", overrides=_COSINE),
     Row(
         "fixmatch+daso",
         "fixmatch+daso",
@@ -83,38 +86,38 @@ _BACON_TABLE_1 = (
     _older("debiaspl", "bacon-cifar10", "bacon-cifar100"),
     _older("crest", "bacon-cifar10"),
     _older("crest+pda", "bacon-cifar10", "bacon-cifar100"),
-    _older("darp", "bacon-cifar10", "bacon-cifar100", **_BACON_DARP),
+    _older("darp", "bacon-cifar10", "bacon-cifar100", overrides=_BACON_DARP),
     *_methods("fixmatch+abc"),
-    *_methods("fixmatch+cossl", **_BACON_COSSL),
+    *_methods("fixmatch+cossl", overrides=_BACON_COSSL),
     *_methods("fixmatch+abc+bacon"),
-    *_methods("remixmatch", **_COSINE),
+    *_methods("remixmatch", overrides=_COSINE),
     Row("remixmatch+daso", "remixmatch+daso", _BACON_DASO, _DASO_APART_ON),
     *_methods("remixmatch+crest+pda"),
-    *_methods("remixmatch+darp", **_BACON_DARP),
+    *_methods("remixmatch+darp", overrides=_BACON_DARP),
     *_methods("remixmatch+abc"),
-    *_methods("remixmatch+cossl", **_BACON_COSSL),
+    *_methods("remixmatch+cossl", overrides=_BACON_COSSL),
     *_methods("remixmatch+abc+bacon"),
 )
 
 _BACON_TABLE_2 = (
-    *_methods("fixmatch", **_COSINE),
-    *_methods("fixmatch+crest+pda", **_WIDE),
+    *_methods("fixmatch", overrides=_COSINE),
+    *_methods("fixmatch+crest+pda", overrides=_WIDE),
     *_methods("fixmatch+abc"),
-    *_methods("fixmatch+cossl", **_BACON_COSSL),
+    *_methods("fixmatch+cossl", overrides=_BACON_COSSL),
     *_methods("fixmatch+abc+bacon"),
 )
 
 _USB = (
-    *_methods("fixmatch", **_COSINE),
+    *_methods("fixmatch", overrides=_COSINE),
     *_methods("fixmatch+abc"),
-    *_methods("fixmatch+cossl", **_USB_COSSL),
-    *_methods("fixmatch+darp", **_USB_DARP),
+    *_methods("fixmatch+cossl", overrides=_USB_COSSL),
+    *_methods("fixmatch+darp", overrides=_USB_DARP),
     *_methods("fixmatch+crest+pda"),
     Row("fixmatch+daso", "fixmatch+daso", _USB_DASO, {"usb-cifar10-inverse": _DASO_APART}),
     *_methods("fixmatch+saw", "fixmatch+debiaspl"),
-    *_methods("remixmatch", **_COSINE),
+    *_methods("remixmatch", overrides=_COSINE),
     *_methods("remixmatch+abc"),
-    *_methods("remixmatch+cossl", **_USB_COSSL),
+    *_methods("remixmatch+cossl", overrides=_USB_COSSL),
 )
 
 
@@ -122,19 +125,19 @@ def _ablation() -> tuple[Row, ...]:
     """BaCon, and BaCon with one thing changed (methods.md E.2 to E.6)."""
     bacon = "fixmatch+abc+bacon"
     variations: dict[str, Overrides] = {
-        "no-rns": {"top_k": 1},
-        "no-bta": {"bta": 0.0},
-        **{f"projection-{d}": {"proj_dim": d} for d in (8, 16, 64)},
-        "projection-none": {"proj_layers": 0},
-        "projection-2-layers": {"proj_layers": 2},
-        **{f"top-k-{k}": {"top_k": k} for k in (2, 5)},
-        **{f"temperature-{tau}": {"temperature": tau} for tau in (0.05, 0.2, 0.5)},
-        **{f"bta-{eta}": {"bta": eta} for eta in (0.05, 0.5)},
-        **{f"reliable-{s}": {"reliable_threshold": s} for s in (0.9, 0.95, 0.99)},
-        **{f"negative-weight-{w:g}": {"negative_weight": w} for w in (16.0, 256.0)},
-        "negatives-per-anchor": {"neg_mode": "paper"},
-        "batch-centers": {"centers": "batch"},
-        "released-code": {"variant": "official", "proj_dim": 16},
+        "no-rns": {"bacon.top_k": 1},
+        "no-bta": {"bacon.bta": 0.0},
+        **{f"projection-{d}": {"bacon.proj_dim": d} for d in (8, 16, 64)},
+        "projection-none": {"bacon.proj_layers": 0},
+        "projection-2-layers": {"bacon.proj_layers": 2},
+        **{f"top-k-{k}": {"bacon.top_k": k} for k in (2, 5)},
+        **{f"temperature-{tau}": {"bacon.temperature": tau} for tau in (0.05, 0.2, 0.5)},
+        **{f"bta-{eta}": {"bacon.bta": eta} for eta in (0.05, 0.5)},
+        **{f"reliable-{s}": {"bacon.reliable_threshold": s} for s in (0.9, 0.95, 0.99)},
+        **{f"negative-weight-{w:g}": {"bacon.negative_weight": w} for w in (16.0, 256.0)},
+        "negatives-per-anchor": {"bacon.neg_mode": "paper"},
+        "batch-centers": {"bacon.centers": "batch"},
+        "released-code": {"bacon.variant": "official", "bacon.proj_dim": 16},
     }
     return (
         Row("bacon", bacon),
@@ -178,8 +181,8 @@ TABLES: dict[str, Table] = {
         # SsCL's strong view is without Cutout, that of the others is with it (methods.md 0.3, F.1).
         (
             *_methods("sscl"),
-            *_methods("fixmatch", cutout=True),
-            *_methods("remixmatch", cutout=True, unlabeled_ratio=1),
+            *_methods("fixmatch", overrides={"cutout": True}),
+            *_methods("remixmatch", overrides={"cutout": True, "unlabeled_ratio": 1}),
         ),
         tuple(
             Column("sscl-cifar10", {"protocol": f"balanced-cifar10-{labels}"}, f"sscl-cifar10-{labels}")

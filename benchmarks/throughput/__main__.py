@@ -139,16 +139,16 @@ def run_rounds(ready: dict[str, Ready], rounds: int, deadline: float) -> None:
 def describe(options: argparse.Namespace, bench: Bench) -> dict:
     """The columns that all rows of a run share."""
     config = bench.problem.config
-    batch = f"{config.batch_size}+{bench.problem.unlabeled_batch}+{bench.problem.unlabeled_batch}"
+    batch = f"{config.views.batch_size}+{bench.problem.unlabeled_batch}+{bench.problem.unlabeled_batch}"
     data = "digits, repeated" if options.data_dir is None else options.data_dir.resolve().stem
     return provenance(options.device) | {
         "torchvision": package_version("torchvision"),
         "pillow": package_version("pillow"),
         "load_before": round(os.getloadavg()[0], 2),
         "note": options.note,
-        "data": f"{data}, {config.image_size}x{config.image_size}",
-        "protocol": config.protocol,
-        "backbone": config.backbone,
+        "data": f"{data}, {config.data.image_size}x{config.data.image_size}",
+        "protocol": config.data.protocol,
+        "backbone": config.model.backbone,
         "batch": batch,
     }
 
@@ -257,8 +257,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> None:
 
 def full_run(options: argparse.Namespace, scratch: Path) -> None:
     """A whole run of our trainer: evaluations, log rows and checkpoints included, what happens only once apart."""
-    config = dataclasses.replace(
-        config_of(options, scratch),
+    config = config_of(options, scratch).replace(
         steps=options.full_run,
         precision=options.precision,
         run_dir=scratch / "run",
@@ -278,12 +277,12 @@ def full_run(options: argparse.Namespace, scratch: Path) -> None:
     row = provenance(options.device) | {
         "load_before": round(os.getloadavg()[0], 2),
         "note": options.note,
-        "protocol": config.protocol,
-        "backbone": config.backbone,
-        "precision": config.precision,
+        "protocol": config.data.protocol,
+        "backbone": config.model.backbone,
+        "precision": config.engine.precision,
         "steps": steps,
-        "evaluations": steps // config.eval_every + 1,
-        "checkpoints": steps // config.checkpoint_every + 1,
+        "evaluations": steps // config.log.eval_every + 1,
+        "checkpoints": steps // config.log.checkpoint_every + 1,
         "prepare_s": round(prepare_seconds, 1),
         "seconds": round(watch.seconds, 4),
         "steps_per_s": round(steps / watch.seconds, 2),

@@ -62,7 +62,7 @@ def truth_of(trainer: Trainer, state: State) -> Truth:
     state.load(trainer)
     method, average = (copy.deepcopy(module).double().cpu() for module in (trainer.method, trainer.ema))
     optimizer = build.build_optimizer(trainer.config, method)
-    size, losses = trainer.config.batch_size, []
+    size, losses = trainer.config.views.batch_size, []
     batches = [_exact(random_batch(trainer, 1000 + k, max(size // 4, 16))) for k in range(STEPS)]
     whole_batch = random_batch(trainer, 2000, size)
     with Flags().applied():

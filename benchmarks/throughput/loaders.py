@@ -78,9 +78,9 @@ class Shuffled(Sampler):
 
 def pipeline(problem: Problem, strong: bool) -> Callable:
     """The transform of one image."""
-    size = problem.config.image_size
+    size = problem.config.data.image_size
     steps = [transforms.RandomCrop(size, padding=size // 8, padding_mode="reflect")]
-    steps += [transforms.RandomHorizontalFlip()] if problem.config.hflip else []
+    steps += [transforms.RandomHorizontalFlip()] if problem.config.views.hflip else []
     steps += [rand_augment] if strong else []
     return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(problem.mean, problem.std)])
 
@@ -101,7 +101,7 @@ class Loaders:
         self.loaders = [
             DataLoader(data, batch_size=size, sampler=Shuffled(len(data)), num_workers=count, pin_memory=pin_memory)
             for data, size, count in zip(
-                (labeled, unlabeled), (problem.config.batch_size, problem.unlabeled_batch), workers
+                (labeled, unlabeled), (problem.config.views.batch_size, problem.unlabeled_batch), workers
             )
         ]
         self.iterators: list[Iterator] = []

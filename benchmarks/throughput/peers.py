@@ -88,25 +88,26 @@ class UsbStyleStep(StepArm):
         # USB asks cuDNN for deterministic kernels and leaves torch's default of TF32 convolutions as it is.
         self.flags = Flags(deterministic=True, tf32_convolutions=self.device.type == "cuda")
         self.network, averaged = (
-            PlainNetwork(config.backbone, problem.num_classes, config.bn_momentum).to(self.device, dtype)
+            PlainNetwork(config.model.backbone, problem.num_classes, config.model.bn_momentum).to(self.device, dtype)
             for _ in range(2)
         )
         self.network.load_state_dict(state.network)
-        self.projection = nn.Linear(self.network.backbone.num_features, config.proj_dim).to(self.device, dtype)
+        dim = config.parts["bacon"].proj_dim
+        self.projection = nn.Linear(self.network.backbone.num_features, dim).to(self.device, dtype)
         self.projection.load_state_dict(state.projection)
         self.bank = LoopedBank(state, len(problem.labeled), self.device, dtype)
         parameters = [*self.network.parameters(), *self.projection.parameters()]
         self.optimizer = torch.optim.SGD(
             [
-                {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+                {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.optimizer.weight_decay},
                 {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
             ],
-            lr=config.lr,
+            lr=config.optimizer.lr,
             momentum=0.9,
             nesterov=True,
         )
         averaged.load_state_dict(state.averaged)
-        self.average = TensorwiseAverage(self.network, averaged, config.ema)
+        self.average = TensorwiseAverage(self.network, averaged, config.optimizer.ema)
         self.completed = MIDDLE
         if workers is not None:
             self.loaders = Loaders(problem, workers)
@@ -137,7 +138,7 @@ class UsbStyleStep(StepArm):
         labeled, weak, strong = features.split(sizes)
         supervised = F.cross_entropy(labeled_logits, labels)
         confidence, pseudo = weak_logits.detach().softmax(dim=1).max(dim=1)
-        mask = (confidence >= config.threshold).float()
+        mask = (confidence >= config.shared.threshold).float()
         unsupervised = (F.cross_entropy(strong_logits, pseudo, reduction="none") * mask).mean()
 
         labeled_balanced, strong_balanced = network.balanced_head(labeled), network.balanced_head(strong)
@@ -146,13 +147,15 @@ class UsbStyleStep(StepArm):
             confidence, balanced_pseudo = weak_balanced.softmax(dim=1).max(dim=1)
             kept = draw(self.keep[labels], LABELED)
             keep = 1 - self.problem.epoch_share(self.completed) * (1 - self.keep)
-            used = (confidence >= config.threshold).float() * draw(keep[balanced_pseudo], UNLABELED)
+            used = (confidence >= config.shared.threshold).float() * draw(keep[balanced_pseudo], UNLABELED)
         abc_labeled = (F.cross_entropy(labeled_balanced, labels, reduction="none") * kept).mean()
         abc_unlabeled = (F.cross_entropy(strong_balanced, balanced_pseudo, reduction="none") * used).mean()
 
         contrastive, reliable = self._bacon(batch, labeled, weak, labeled_balanced, weak_balanced)
         abc = abc_labeled + abc_unlabeled
-        total = supervised + config.lambda_u * unsupervised + config.lambda_abc * abc + config.lambda_con * contrastive
+        parts = config.parts
+        total = supervised + parts["fixmatch"].lambda_u * unsupervised
+        total = total + parts["abc"].lambda_abc * abc + parts["bacon"].lambda_con * contrastive
         total.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -176,8 +179,8 @@ class UsbStyleStep(StepArm):
         config = self.config
         logits = torch.cat([labeled_balanced.detach(), weak_balanced])
         probability = logits.softmax(dim=1).amax(dim=1)
-        reliable = probability >= config.reliable_threshold
-        counted = probability[len(labeled) :] >= config.threshold
+        reliable = probability >= config.parts["bacon"].reliable_threshold
+        counted = probability[len(labeled) :] >= config.shared.threshold
         self.bank.count(batch.labeled_slots, batch.labels, batch.unlabeled_slots, weak_balanced.argmax(dim=1), counted)
         projected = self.projection(torch.cat([labeled, weak]))
         loss = bacon_class_loop(

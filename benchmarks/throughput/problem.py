@@ -4,7 +4,6 @@ The state is that of a training under way: half of the predictions are confident
 state of a first step a class loop, which skips what is absent, would have next to nothing to do.
 """
 
-import dataclasses
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,18 +31,21 @@ Named = dict[str, Tensor]
 
 def make_config(images: Path, device: str, *, backbone: str, threads: int = 0) -> Config:
     """BaCon's CIFAR-10 recipe and protocol on an .npz file of images, its loss on from the second step."""
-    return dataclasses.replace(
-        PRESETS["bacon-cifar10"].config,
-        dataset="arrays",
-        data_dir=images,
-        image_size=32,
-        backbone=backbone,
-        steps=STEPS,
-        epochs=EPOCHS,
-        contrast_start=0.0,
-        device=device,
-        threads=threads,
-        report=False,
+    return (
+        PRESETS["bacon-cifar10"]
+        .config()
+        .replace(
+            dataset="arrays",
+            data_dir=images,
+            image_size=32,
+            backbone=backbone,
+            steps=STEPS,
+            epochs=EPOCHS,
+            device=device,
+            threads=threads,
+            report=False,
+            **{"bacon.contrast_start": 0.0},
+        )
     )
 
 
@@ -56,7 +58,7 @@ def decode_folder(folder: Path, scratch: Path) -> Path:
 def repeat_digits(scratch: Path) -> Path:
     """An .npz file with the built-in digits at 32x32, repeated until there are as many as CIFAR-10-LT takes."""
     dataset = load_dataset("digits", image_size=32)
-    protocol = PROTOCOLS[PRESETS["bacon-cifar10"].config.protocol]
+    protocol = PROTOCOLS[PRESETS["bacon-cifar10"].config().data.protocol]
     labeled = class_counts(protocol.labeled_head, protocol.gamma_l, dataset.num_classes)
     unlabeled = class_counts(protocol.unlabeled_head, protocol.gamma_u, dataset.num_classes)
     rows = [
@@ -129,7 +131,7 @@ class Problem:
         dataset, split = trainer.dataset, trainer.split
         labeled, unlabeled = np.asarray(split.labeled), np.asarray(split.unlabeled)
         return Problem(
-            config.resolved(),
+            config,
             dataset,
             dataset.pool().numpy(),
             labeled,
@@ -151,7 +153,7 @@ class Problem:
 
     @property
     def unlabeled_batch(self) -> int:
-        return self.config.unlabeled_ratio * self.config.batch_size
+        return self.config.views.unlabeled_ratio * self.config.views.batch_size
 
     @property
     def keep(self) -> Tensor:
@@ -161,13 +163,13 @@ class Problem:
 
     def epoch_share(self, step: int) -> float:
         """e/E at a step."""
-        return (step * self.config.epochs // self.config.steps) / self.config.epochs
+        return (step * self.config.shared.epochs // self.config.steps) / self.config.shared.epochs
 
 
 def make_trainer(config: Config, scratch: Path, dataset: ImageDataset | None = None, **changes) -> Trainer:
     """A trainer in a run directory of its own, with its first step, which is before the contrastive loss, behind it."""
     run_dir = Path(tempfile.mkdtemp(dir=scratch)) / "run"
-    trainer = Trainer(dataclasses.replace(config, run_dir=run_dir, **changes), dataset=dataset)
+    trainer = Trainer(config.replace(run_dir=run_dir, **changes), dataset=dataset)
     trainer.train_step()
     return trainer
 
@@ -181,14 +183,14 @@ def random_batch(trainer: Trainer, seed: int, labeled_rows: int) -> Batch:
         return torch.randperm(size, generator=generator)[:count].to(trainer.device)
 
     labeled = slots(len(batches.labeled), labeled_rows)
-    unlabeled = slots(len(batches.unlabeled), config.unlabeled_ratio * labeled_rows)
+    unlabeled = slots(len(batches.unlabeled), config.views.unlabeled_ratio * labeled_rows)
     rows = batches.unlabeled[unlabeled]
     requests = [
         ViewRequest(batches.labeled[labeled], Stream.LABELED_WEAK, strong=False),
         ViewRequest(rows, Stream.UNLABELED_WEAK, strong=False),
         ViewRequest(rows, Stream.STRONG_0, strong=True),
     ]
-    images = batches.augment.views(batches.pool, requests, seed, 0, channels_last=config.channels_last)
+    images = batches.augment.views(batches.pool, requests, seed, 0, channels_last=config.engine.channels_last)
     return Batch(images, batches.labels[labeled], labeled, unlabeled, batches.true_labels[unlabeled])
 
 
@@ -197,15 +199,15 @@ def prime(trainer: Trainer, steps: int, confidence: float = 0.98) -> State:
     average lags behind, as averages do."""
     network, bacon, batches = trainer.method.network, trainer.method.regularizer, trainer.batches
     config = trainer.config
-    optimizer = torch.optim.SGD(network.parameters(), config.lr, momentum=0.9)
+    optimizer = torch.optim.SGD(network.parameters(), config.optimizer.lr, momentum=0.9)
     for step in range(steps):
-        batch = random_batch(trainer, step, config.batch_size)
+        batch = random_batch(trainer, step, config.views.batch_size)
         _, logits, balanced = network(batch.labeled_images)
         optimizer.zero_grad()
         (F.cross_entropy(logits, batch.labels) + F.cross_entropy(balanced, batch.labels)).backward()
         optimizer.step()
     with torch.no_grad():
-        _, logits, balanced = network(random_batch(trainer, steps, config.batch_size).images)
+        _, logits, balanced = network(random_batch(trainer, steps, config.views.batch_size).images)
         for head, answers in ((network.head, logits), (network.balanced_head, balanced)):
             factor = _sharpening(answers, confidence)
             head.weight.mul_(factor)
@@ -216,7 +218,8 @@ def prime(trainer: Trainer, steps: int, confidence: float = 0.98) -> State:
             for slots in some.split(500):
                 features, _, balanced = network(batches.augment.normalize(batches.pool[rows[slots]]))
                 probability, label = balanced.softmax(dim=1).max(dim=1)
-                counted, reliable = probability >= config.threshold, probability >= config.reliable_threshold
+                counted = probability >= config.shared.threshold
+                reliable = probability >= config.parts["bacon"].reliable_threshold
                 if part == "labeled":  # by now every one of them has been reliable at some step
                     label, counted, reliable = batches.labels[slots], counted | True, reliable | True
                 places = slots if part == "labeled" else slots + bacon.num_labeled

@@ -29,8 +29,8 @@ def why_not(problem: Problem) -> str | None:
         return f"import semilearn: {type(error).__name__}: {error}"
     if problem.device.type != "cuda":
         return "USB trains on CUDA devices only"
-    if problem.config.backbone not in NETS:
-        return f"USB has no {problem.config.backbone}"
+    if problem.config.model.backbone not in NETS:
+        return f"USB has no {problem.config.model.backbone}"
     return None
 
 
@@ -93,28 +93,28 @@ def build(problem: Problem, scratch: Path):
     from semilearn.imb_algorithms.abc.abc import ABC
     from semilearn.lighting import get_config
 
-    recipe, size = problem.config, problem.config.image_size
+    recipe, size = problem.config, problem.config.data.image_size
     args = get_config(
         {
             "algorithm": "fixmatch",
             "imb_algorithm": "abc",
-            "net": NETS[recipe.backbone],
+            "net": NETS[recipe.model.backbone],
             "num_classes": problem.num_classes,
-            "batch_size": recipe.batch_size,
-            "uratio": recipe.unlabeled_ratio,
+            "batch_size": recipe.views.batch_size,
+            "uratio": recipe.views.unlabeled_ratio,
             "eval_batch_size": 256,
-            "epoch": recipe.epochs,
+            "epoch": recipe.shared.epochs,
             "num_train_iter": recipe.steps,
             "num_eval_iter": recipe.steps,
             "num_log_iter": 256,
             "num_workers": AS_SHIPPED[0],
             "img_size": size,
-            "lr": recipe.lr,
-            "weight_decay": recipe.weight_decay,
-            "ema_m": recipe.ema,
+            "lr": recipe.optimizer.lr,
+            "weight_decay": recipe.optimizer.weight_decay,
+            "ema_m": recipe.optimizer.ema,
             "use_cat": True,
             "amp": False,
-            "p_cutoff": recipe.threshold,
+            "p_cutoff": recipe.shared.threshold,
             "hard_label": True,
             "save_dir": str(scratch),
             "save_name": "usb",

@@ -44,9 +44,9 @@ class VectorizedLoss(nn.Module):
         super().__init__()
         config = self.config = problem.config
         self.half, self.dtype, self.num_labeled = half, dtype, len(problem.labeled)
-        self.network = PlainNetwork(config.backbone, problem.num_classes, config.bn_momentum)
+        self.network = PlainNetwork(config.model.backbone, problem.num_classes, config.model.bn_momentum)
         self.network.load_state_dict(state.network)
-        self.projection = nn.Linear(self.network.backbone.num_features, config.proj_dim)
+        self.projection = nn.Linear(self.network.backbone.num_features, config.parts["bacon"].proj_dim)
         self.projection.load_state_dict(state.projection)
         self.register_buffer("keep", problem.keep)
         for name in ("features", "written", "selected_label", "class_counts", "centers", "has_center"):
@@ -69,12 +69,12 @@ class VectorizedLoss(nn.Module):
         weak_balanced = weak_balanced.detach()
 
         confidence, pseudo = weak.detach().softmax(dim=1).max(dim=1)
-        mask = confidence >= config.threshold
+        mask = confidence >= config.shared.threshold
         kept = self.draw(self.keep[batch.labels], LABELED)
         probability, label = weak_balanced.softmax(dim=1).max(dim=1)
-        share = torch.div(self.step * config.epochs, config.steps, rounding_mode="floor") / config.epochs
+        share = torch.div(self.step * config.shared.epochs, config.steps, rounding_mode="floor") / config.shared.epochs
         keep = (1 - share * (1 - self.keep))[label]
-        used = (probability >= config.threshold) * self.draw(keep, UNLABELED)
+        used = (probability >= config.shared.threshold) * self.draw(keep, UNLABELED)
         balanced_logits = torch.cat([labeled_balanced.detach(), weak_balanced])
         return torch.stack(
             [
@@ -90,7 +90,8 @@ class VectorizedLoss(nn.Module):
         """BaCon's loss; the bank moves on by two segmented sums (methods.md E.2)."""
         num_classes = len(self.class_counts)
         probability = logits.softmax(dim=1).amax(dim=1)
-        reliable, counted = probability >= self.config.reliable_threshold, probability >= self.config.threshold
+        reliable = probability >= self.config.parts["bacon"].reliable_threshold
+        counted = probability >= self.config.shared.threshold
         counted = torch.cat([torch.ones_like(counted[: len(batch.labels)]), counted[len(batch.labels) :]])
         slots = torch.cat([batch.labeled_slots, batch.unlabeled_slots + self.num_labeled])
         classes = torch.cat([batch.labels, pseudo])
@@ -137,17 +138,17 @@ class DeviceBatches:
             torch.from_numpy(array).to(device) for array in (problem.labeled, problem.unlabeled, problem.labels)
         )
         self.augment = Augment(
-            config.image_size,
+            config.data.image_size,
             mean=problem.mean,
             std=problem.std,
-            hflip=config.hflip,
-            num_ops=config.randaugment_ops,
-            cutout=config.cutout,
+            hflip=config.views.hflip,
+            num_ops=config.views.randaugment_ops,
+            cutout=config.views.cutout,
         ).to(device)
         self.samplers = [
             IndexSampler(size, count, config.seed, stream).to(device)
             for size, count, stream in (
-                (len(self.labeled), config.batch_size, Stream.SAMPLER_LABELED),
+                (len(self.labeled), config.views.batch_size, Stream.SAMPLER_LABELED),
                 (len(self.unlabeled), problem.unlabeled_batch, Stream.SAMPLER_UNLABELED),
             )
         ]
@@ -198,24 +199,31 @@ class VectorizedStep(StepArm):
         self.loss = VectorizedLoss(problem, state, AUTOCAST.get(precision), dtype).to(
             self.device, memory_format=torch.channels_last
         )
-        self.averaged = PlainNetwork(config.backbone, problem.num_classes, config.bn_momentum).to(self.device, dtype)
+        averaged = PlainNetwork(config.model.backbone, problem.num_classes, config.model.bn_momentum)
+        self.averaged = averaged.to(self.device, dtype)
         self.averaged.load_state_dict(state.averaged)
         self.averaged.requires_grad_(False)
         parameters = [*self.loss.network.parameters(), *self.loss.projection.parameters()]
         self.optimizer = torch.optim.SGD(
             [
-                {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+                {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.optimizer.weight_decay},
                 {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
             ],
-            lr=config.lr,
+            lr=config.optimizer.lr,
             momentum=0.9,
             nesterov=True,
             fused=True,
         )
-        weights = [1.0, config.lambda_u, config.lambda_abc, config.lambda_abc, config.lambda_con]
+        parts = config.parts
+        lambda_u, lambda_abc, lambda_con = (
+            parts["fixmatch"].lambda_u,
+            parts["abc"].lambda_abc,
+            parts["bacon"].lambda_con,
+        )
+        weights = [1.0, lambda_u, lambda_abc, lambda_abc, lambda_con]
         self.weights = torch.tensor(weights, device=self.device)
         self.logged = torch.zeros(len(weights), device=self.device)  # sum of the losses, read when somebody asks
-        self.momentum, self.batches, self.compiled = config.ema, batches, compiled
+        self.momentum, self.batches, self.compiled = config.optimizer.ema, batches, compiled
         self.forward = self.loss
         if compiled:
             self.forward = torch.compile(self.loss, mode=COMPILE_MODE[self.device.type], dynamic=False)

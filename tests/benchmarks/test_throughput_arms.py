@@ -39,7 +39,7 @@ def small_config(threads=1):
     """The digits themselves, at their own size and with their own split, in small batches."""
     config = make_config(Path("unused"), "cpu", backbone="wrn-10-1", threads=threads)
     digits = {"dataset": "digits", "protocol": "digits", "data_dir": None, "image_size": 16}
-    return dataclasses.replace(config, **digits, batch_size=BATCH)
+    return config.replace(**digits, batch_size=BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_the_arms_make_our_steps_where_a_class_has_no_center(bench, truth_withou
 
 def test_our_trainer_makes_the_references_steps(bench):
     config = bench.problem.config
-    assert config.loss_backend == "auto"
+    assert config.shared.loss_backend == "auto"
     arms = [
         TrainerStep(make_trainer(config, bench.scratch, loss_backend=backend), bench.state)
         for backend in ("auto", "reference")

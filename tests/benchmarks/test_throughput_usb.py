@@ -51,7 +51,7 @@ class Recorder(AbstractContextManager):
 def problem(tmp_path):
     config = make_config(Path("unused"), "cpu", backbone="wrn-28-2", threads=1)
     digits = {"dataset": "digits", "protocol": "digits", "data_dir": None, "image_size": 16}
-    config = dataclasses.replace(config, **digits, batch_size=4)
+    config = config.replace(**digits, batch_size=4)
     return Problem.of(config, make_trainer(config, tmp_path))
 
 
@@ -68,7 +68,7 @@ def test_usb_needs_a_gpu_and_one_of_its_networks(problem):
     assert why_not(problem) == "USB trains on CUDA devices only"
     cuda = dataclasses.replace(problem, device=torch.device("cuda"))
     assert why_not(cuda) is None
-    small = dataclasses.replace(cuda, config=dataclasses.replace(problem.config, backbone="wrn-10-1"))
+    small = dataclasses.replace(cuda, config=problem.config.replace(backbone="wrn-10-1"))
     assert why_not(small) == "USB has no wrn-10-1"
 
 

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +18,25 @@ from sklearn.datasets import load_digits
 
 from bacon_fast import predict
 from bacon_fast.cli import parse, parse_runs, run_directories, train, with_clear_errors
+from bacon_fast.engine.checkpoint import list_checkpoints
+from bacon_fast.engine.config import FORMAT, GROUP_OF
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.evaluate import Arguments, evaluate
+from bacon_fast.methods import PARTS
+from bacon_fast.run import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def call(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+def call(*words: str, cwd: Path = ROOT, columns: int = 120) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": str(columns)}
     return subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def test_no_argument_means_the_digits_preset():
     config = parse([])
-    assert config.dataset == "digits" and config.method == "fixmatch+abc+bacon"
-    assert config.run_dir is None, "made when the run begins"
+    assert config.data.dataset == "digits" and config.method == "fixmatch+abc+bacon"
+    assert config.run.run_dir is None, "made when the run begins"
 
 
 def test_runs_that_start_in_the_same_second_get_directories_of_their_own(tmp_path, monkeypatch):
@@ -38,13 +45,13 @@ def test_runs_that_start_in_the_same_second_get_directories_of_their_own(tmp_pat
     name = "digits-supervised-seed{}-20260102-030405"
     first, second = (parse_runs(["--method", "supervised", "--lr", lr, "--seeds", "0,1"]) for lr in ("0.1", "0.01"))
     with run_directories(first) as one, run_directories(second) as two:
-        assert [config.run_dir for config in one] == [Path("runs") / name.format(seed) for seed in (0, 1)]
-        assert [config.run_dir for config in two] == [Path("runs") / f"{name.format(seed)}-2" for seed in (0, 1)]
-        assert all(config.run_dir.is_dir() for config in (*one, *two))
-        assert [config.lr for config in two] == [0.01, 0.01]
-        (two[1].run_dir / "config.json").touch()
+        assert [config.run.run_dir for config in one] == [Path("runs") / name.format(seed) for seed in (0, 1)]
+        assert [config.run.run_dir for config in two] == [Path("runs") / f"{name.format(seed)}-2" for seed in (0, 1)]
+        assert all(config.run.run_dir.is_dir() for config in (*one, *two))
+        assert [config.optimizer.lr for config in two] == [0.01, 0.01]
+        (two[1].run.run_dir / "config.json").touch()
     # What holds a run stays, the rest goes.
-    assert list(Path("runs").iterdir()) == [two[1].run_dir]
+    assert list(Path("runs").iterdir()) == [two[1].run.run_dir]
     (named,) = parse_runs(["--run-dir", "mine"])
     with run_directories([named]) as same:
         assert same == [named]
@@ -75,14 +82,14 @@ def test_a_preset_is_overridden_field_by_field():
     config = parse(
         ["bacon-cifar10", "--data-dir", "D", "--seed", "3", "--gamma-u", "-100", "--no-hflip", "--steps", "7"]
     )
-    assert (config.data_dir, config.seed, config.gamma_u, config.hflip, config.steps) == (
+    assert (config.data.data_dir, config.seed, config.data.gamma_u, config.views.hflip, config.steps) == (
         Path("D").resolve(),
         3,
         -100,
         False,
         7,
     )
-    assert config.batch_size == 64 and config.preset == "bacon-cifar10"
+    assert config.views.batch_size == 64 and config.preset == "bacon-cifar10"
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -101,7 +108,7 @@ def test_every_preset_parses_and_survives_json(name):
         (["digits", "--backbone", "vgg"], "wrn-DEPTH-WIDTH"),
         (["digits", "--device", "tpu"], "cuda"),
         (["digits", "--backbone", "wrn-27-2"], "6n+4"),
-        (["digits", "--proj-layers", "3"], "proj_layers"),
+        (["digits", "--bacon.proj-layers", "3"], "proj_layers"),
         (["digits", "--lr", "-1"], "lr"),
         (["digits", "--lr", "inf"], "finite"),
         (["digits", "--run-dir", "/dev/null/run"], "/dev/null"),
@@ -114,7 +121,7 @@ def test_every_preset_parses_and_survives_json(name):
         (["bacon-cifar10"], "data_dir"),
         (["bacon-cifar10", "--data-dir", "missing"], "--download"),
         (["digits", "--backbone", f"wrn-10-{10**11}"], "error: out of memory: "),
-        (["digits", "--proj-dim", str(10**15)], "--batch-size, --image-size"),
+        (["digits", "--bacon.proj-dim", str(10**15)], "--batch-size, --image-size"),
         (["digits", "--split", "missing.json"], "missing.json"),
         (["digits", "--split", "/tmp"], "/tmp"),
     ],
@@ -148,6 +155,31 @@ def test_help_lists_presets_options_and_choices():
     text = call("train.py", "--help").stdout
     for word in (*PRESETS, "--run-dir", "--steps", "--seed", "--method", "--resume", "--gamma-u", "fixmatch+abc+bacon"):
         assert word in text
+
+
+@pytest.mark.parametrize("preset", ["digits", "sscl-imagenet-10pct"])
+def test_the_help_of_a_preset_fits_two_screens_and_shows_the_method_s_own_options(preset):
+    text = call("train.py", preset, "--help", columns=110).stdout
+    assert len(text.splitlines()) <= 110 and max(map(len, text.splitlines())) <= 110
+    own = {name.split(".")[0] for name in re.findall(r"--([a-z]+)\.", text)}
+    assert own == set(PRESETS[preset].config().parts)
+    assert "--lr FLOAT" in text and "--threads" not in text and "--help-all" in text
+
+
+def test_help_all_shows_every_option():
+    text = call("train.py", "--help-all").stdout
+    for name in (*GROUP_OF, *(f"{part}.{f.name}" for part in PARTS for f in fields(PARTS[part].options))):
+        assert f"--{name.replace('_', '-')}" in text, name
+
+
+def test_an_option_of_a_part_that_the_method_lacks_is_refused_with_those_that_have_it():
+    result = call("train.py", "digits", "--method", "fixmatch+abc", "--bacon.top-k", "5")
+    assert result.returncode == 2 and result.stderr.startswith(
+        "error: method fixmatch+abc has no part bacon; the methods that have one: fixmatch+bacon, fixmatch+abc+bacon, "
+    )
+    config = parse(["digits", "--method=fixmatch+daso", "--daso.start", "0.1", "--lr", "3e-4"])
+    assert (config.parts["daso"].start, config.optimizer.lr) == (0.1, 3e-4)
+    assert parse(["digits", "--method", "ssc", "--method", "sscl", "--sscl.mask-queue"]).parts["sscl"].mask_queue
 
 
 def test_info_reports_versions_and_backends():
@@ -198,6 +230,39 @@ def test_predict_prints_a_json_line_a_file_and_names_the_unreadable(run_dir, tmp
     assert result.returncode == 1 and "error" in rows[1] and "Traceback" not in result.stderr
     for row in (rows[0], rows[2], rows[3]):
         assert row["class"] in {str(d) for d in range(10)} and 0 < row["probability"] <= 1
+
+
+def test_a_network_opens_without_the_run_s_configuration(run_dir, tmp_path):
+    """As long as the format is known: what the network is stands beside its weights."""
+    (checkpoint,) = list_checkpoints(run_dir / "checkpoints")[-1:]
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["format"] == FORMAT and state["inference"]["network"]["heads"] == "balanced"
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(state | {"config": {}}, tmp_path / "checkpoints" / checkpoint.name)
+    one, two = open_run(run_dir, "cpu"), open_run(tmp_path, "cpu")
+    images = torch.zeros(2, 3, *one.image_size)
+    assert torch.equal(one.network.predict(images)[1], two.network.predict(images)[1])
+
+
+def test_a_run_of_another_format_is_refused_in_one_line(run_dir, tmp_path):
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    path, (checkpoint, *_) = folder / "config.json", list_checkpoints(folder / "checkpoints")[::-1]
+    values = json.loads(path.read_text())
+    del values["format"]
+    path.write_text(json.dumps(values))
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save({name: value for name, value in state.items() if name != "format"}, checkpoint)
+    words = ["digits", "--run-dir", str(folder), "--steps", "30", "--batch-size", "16", "--resume"]
+    for command in (["train.py", *words], ["-m", "bacon_fast.evaluate", str(folder)]):
+        result = call(*command)
+        assert result.returncode == 2 and result.stderr == (
+            f"error: {checkpoint}: its format is without a number, and this version of bacon_fast reads format 2 only\n"
+        )
+    for file in (folder / "checkpoints").iterdir():
+        file.unlink()
+    result = call("train.py", *words)
+    assert result.returncode == 2 and result.stderr.startswith(f"error: {path}: its format is without a number")
+    assert result.stderr.count("\n") == 1
 
 
 def test_evaluate_and_predict_say_what_is_missing(tmp_path):

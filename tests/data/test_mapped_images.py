@@ -20,6 +20,7 @@ from bacon_fast.data.longtail import PROTOCOLS, make_split
 from bacon_fast.data.pool import HostPool, Window, resident
 from bacon_fast.engine.batches import Batches
 from bacon_fast.engine.config import Config
+from bacon_fast.engine.groups import DataOptions
 
 CPU = torch.device("cpu")
 
@@ -276,16 +277,13 @@ def test_window_holds_the_rows_of_the_step_at_a_fixed_address():
 @pytest.mark.parametrize("views", [("weak", "strong", "strong"), ()])
 def test_batches_are_those_of_resident_images(tmp_path, views):
     write_folder(tmp_path)
-    config = Config(
-        method="fixmatch", dataset="folder", data_dir=tmp_path, image_size=8, protocol="as-is", batch_size=3
-    ).resolved()
+    data = {"dataset": "folder", "data_dir": tmp_path, "image_size": 8, "protocol": "as-is"}
+    config = Config.of("fixmatch", {"data": data, "views": {"batch_size": 3}})
     built = []
     for images in ("memory", "mapped"):
         dataset = load(tmp_path, mapped=images == "mapped")
         split = make_split(dataset, PROTOCOLS["as-is"], 0)
-        built.append(
-            Batches(dataclasses.replace(config, images=images), split, dataset, CPU, views, balanced_view=True)
-        )
+        built.append(Batches(config.replace(images=images), split, dataset, CPU, views, balanced_view=True))
     for step in range(12):  # several epochs
         if step == 8:  # another labeled set, as CReST has
             for batches in built:
@@ -300,6 +298,6 @@ def test_batches_are_those_of_resident_images(tmp_path, views):
 
 def test_configuration_names_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="images: expected memory, except for dataset folder"):
-        Config(images="mapped")
+        DataOptions(images="mapped")
     with pytest.raises(ValueError, match="image_size: expected a side in pixels"):
-        Config(images="mapped", dataset="folder", protocol="as-is", data_dir=tmp_path)
+        DataOptions(images="mapped", dataset="folder", protocol="as-is", data_dir=tmp_path)

@@ -1,6 +1,5 @@
 """What the tests of several processes compute: in this process, and on two ranks by `python rank_cases.py FOLDER`."""
 
-import dataclasses
 import functools
 import os
 import signal
@@ -15,14 +14,16 @@ import torch
 
 from bacon_fast.data.datasets import ImageDataset, load_dataset
 from bacon_fast.engine import distributed
-from bacon_fast.engine.config import METHODS, Config
+from bacon_fast.engine.config import Config
 from bacon_fast.engine.evaluation import predict_together
 from bacon_fast.engine.interrupt import StopRequest
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.engine.trainer import DivergedError, Trainer
+from bacon_fast.methods import METHODS
 from bacon_fast.methods.gather import gather_views, own_views
 from bacon_fast.methods.method import NewGeneration
 from bacon_fast.models.wrn import WideResNet
+from bacon_fast.reproduce.matrix import command_words
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
@@ -34,7 +35,7 @@ LAYOUTS = ((2, 3, 2), (2, 0, 0), (0, 3, 1), (1, 2, 3))
 """Labeled rows and unlabeled rows of a rank, and views."""
 
 
-def tiny(run_dir: Path, **changes) -> Config:
+def tiny(run_dir: Path, *, method: str = "fixmatch+abc+bacon", **changes) -> Config:
     values = {
         "run_dir": run_dir,
         "steps": 12,
@@ -42,12 +43,6 @@ def tiny(run_dir: Path, **changes) -> Config:
         "batch_size": 8,
         "backbone": "wrn-10-1",
         "image_size": 16,
-        "contrast_start": 0.1,  # the first steps are without, the next with what begins later
-        "daso_start": 0.1,
-        "darp_start": 0.1,
-        "cossl_start": 0.1,
-        "crest_generations": 6,
-        "reliable_threshold": 0.15,  # ten classes: reliable rows, and so a contrastive loss, from the first steps
         "threshold": 0.15,
         "eval_every": 4,
         "log_every": 3,
@@ -58,7 +53,14 @@ def tiny(run_dir: Path, **changes) -> Config:
         "sync_batchnorm": True,
         "rank_timeout": 60.0,
     }
-    return dataclasses.replace(PRESETS["digits"].config, **(values | changes))
+    parts = {
+        # The first steps are without, the next with what begins later.
+        **dict.fromkeys(("bacon.contrast_start", "daso.start", "darp.start", "cossl.start"), 0.1),
+        "crest.generations": 6,
+        "bacon.reliable_threshold": 0.15,  # ten classes: reliable rows, and so a contrastive loss, from the first steps
+    }
+    config = PRESETS["digits"].config(method).replace(**(values | changes))
+    return config.replace(**{name: value for name, value in parts.items() if name.split(".")[0] in config.parts})
 
 
 @functools.cache
@@ -227,15 +229,7 @@ def quiet_environment() -> dict[str, str]:
 
 def train_command(config: Config) -> list[str]:
     """The command that trains `config`, a change of the digits preset."""
-    words = [str(ROOT / "train.py"), "digits"]
-    for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
-        if field.name != "preset" and value != getattr(PRESETS["digits"].config, field.name):
-            option = field.name.replace("_", "-")
-            words += (
-                [f"--{option if value else f'no-{option}'}"] if isinstance(value, bool) else [f"--{option}", str(value)]
-            )
-    return words
+    return [str(ROOT / "train.py"), *command_words(config)]
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 120.0) -> None:

@@ -11,8 +11,8 @@ import torch
 from rank_cases import ADAM, LAYOUTS, PREDICTED, RANKS, Trainer, new_generation, tagged, tiny, trajectory
 
 from bacon_fast.engine.checkpoint import list_checkpoints
-from bacon_fast.engine.config import METHODS
 from bacon_fast.engine.evaluation import predict
+from bacon_fast.methods import METHODS
 from bacon_fast.reference.memory_bank import SCALE
 
 

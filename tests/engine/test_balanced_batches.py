@@ -1,7 +1,5 @@
 """The class-balanced labeled rows of a batch: whose they are, how they look, and that the other rows do not change."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -22,7 +20,7 @@ def data():
 
 
 def batch(data, step: int = 7, balanced_view: bool = True, **changes):
-    config = dataclasses.replace(PRESETS["digits"].config, batch_size=6, unlabeled_ratio=2, seed=3, **changes)
+    config = PRESETS["digits"].config().replace(batch_size=6, unlabeled_ratio=2, seed=3, **changes)
     batches = Batches(config, data[1], data[0], CPU, ("weak", "strong"), balanced_view)
     batches.prepare(step)
     return batches, batches.batch(torch.tensor(step))

@@ -1,13 +1,10 @@
 """Runs of the class balancers: what is resumed is what would have been, with state, phases and refreshes."""
 
-import dataclasses
-
 import pytest
 import torch
 from run_cases import assert_equal_states, final_state, tiny
 
 from bacon_fast.engine import build
-from bacon_fast.engine.builders import build_method
 from bacon_fast.engine.trainer import Trainer
 
 BALANCERS = ("daso", "darp", "crest", "crest+pda", "cossl")  # of both bases
@@ -20,13 +17,13 @@ BALANCED = ["fixmatch+debiaspl", "fixmatch+saw"] + [
 def test_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(tmp_path, method):
     config = tiny(tmp_path / "whole", method=method, steps=8, eval_every=8)
     Trainer(config).fit()
-    first = Trainer(dataclasses.replace(config, run_dir=tmp_path / "parts"))
+    first = Trainer(config.replace(run_dir=tmp_path / "parts"))
     for _ in range(5):
         first.train_step()
     first.save()
     first.train_step()  # lost with the process
     first.logger.close()
-    second = Trainer(dataclasses.replace(config, run_dir=tmp_path / "parts", resume=True))
+    second = Trainer(config.replace(run_dir=tmp_path / "parts", resume=True))
     assert second.step == 5
     addresses = {key: value.data_ptr() for key, value in second.method.named_buffers()}
     second.fit()
@@ -41,15 +38,16 @@ def test_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(tmp_path, 
     "method, step", [("fixmatch+crest", 4), ("remixmatch+crest+pda", 4), ("fixmatch+cossl", 6), ("remixmatch+cossl", 6)]
 )
 def test_a_run_stopped_right_before_a_refresh_ends_as_an_uninterrupted_one(tmp_path, method, step):
-    config = tiny(tmp_path / "whole", method=method, steps=8, eval_every=8, crest_generations=2, cossl_start=0.75)
+    parts = {"crest.generations": 2, "cossl.start": 0.75}
+    config = tiny(tmp_path / "whole", method=method, steps=8, eval_every=8, parts=parts)
     Trainer(config).fit()
-    first = Trainer(dataclasses.replace(config, run_dir=tmp_path / "parts"))
+    first = Trainer(config.replace(run_dir=tmp_path / "parts"))
     for _ in range(step):
         first.train_step()
     assert first.method.refresh_due(step)
     first.save()
     first.logger.close()
-    second = Trainer(dataclasses.replace(config, run_dir=tmp_path / "parts", resume=True))
+    second = Trainer(config.replace(run_dir=tmp_path / "parts", resume=True))
     second.fit()
     one, two = final_state(tmp_path / "whole"), final_state(tmp_path / "parts")
     del one["rows"], two["rows"]
@@ -70,7 +68,7 @@ def test_each_has_its_place_in_remixmatch(tmp_path, name):
 
 
 def test_evaluations_of_a_new_generation_are_told_apart(tmp_path):
-    config = tiny(tmp_path, method="fixmatch+crest", crest_generations=3, steps=12, eval_every=2)
+    config = tiny(tmp_path, method="fixmatch+crest", parts={"crest.generations": 3}, steps=12, eval_every=2)
     trainer = Trainer(config)
     summary = trainer.fit()
     rows = trainer.history.rows
@@ -85,7 +83,8 @@ def test_evaluations_of_a_new_generation_are_told_apart(tmp_path):
 def test_usb_compat_reaches_the_method(tmp_path, name):
     totals = []
     for usb_compat in (False, True):
-        config = tiny(tmp_path / str(usb_compat), method=f"fixmatch+{name}", usb_compat=usb_compat, cossl_start=0.1)
+        parts = {"cossl.start": 0.1}
+        config = tiny(tmp_path / str(usb_compat), method=f"fixmatch+{name}", usb_compat=usb_compat, parts=parts)
         trainer = Trainer(config)
         totals.append([trainer.train_step()[0]["total"].item() for _ in range(3)])
         trainer.logger.close()
@@ -94,7 +93,7 @@ def test_usb_compat_reaches_the_method(tmp_path, name):
 
 @pytest.mark.parametrize("method", ["fixmatch+crest", "remixmatch+crest"])
 def test_a_generation_starts_from_a_fresh_network_on_the_labeled_set_and_what_was_chosen(tmp_path, method, monkeypatch):
-    trainer = Trainer(tiny(tmp_path, method=method, crest_generations=3, lr_schedule="cosine"))
+    trainer = Trainer(tiny(tmp_path, method=method, parts={"crest.generations": 3}, lr_schedule="cosine"))
     buffers, start_generation = {}, trainer._start_generation
 
     def recorded(new):
@@ -109,7 +108,7 @@ def test_a_generation_starts_from_a_fresh_network_on_the_labeled_set_and_what_wa
         rates.append(trainer.program.rate.item())
         if step == 4:  # the first of the second generation
             build.seed_everything(trainer.config.seed + 1)
-            fresh = build_method(trainer.config, trainer._info)
+            fresh = build.build_method(trainer.config, trainer._info)
             for start, now in zip(fresh.parameters(), trainer.method.parameters()):
                 if now.dim() == 1:  # without weight decay; Nesterov's first step is of 1.9 gradients
                     torch.testing.assert_close(now, start - 1.9 * rates[-1] * now.grad)
@@ -131,7 +130,7 @@ def test_a_generation_starts_from_a_fresh_network_on_the_labeled_set_and_what_wa
 
 
 def test_the_teacher_of_cossl_starts_late_and_then_predicts(tmp_path):
-    trainer = Trainer(tiny(tmp_path, method="fixmatch+cossl", cossl_start=0.5))
+    trainer = Trainer(tiny(tmp_path, method="fixmatch+cossl", parts={"cossl.start": 0.5}))
     online, averaged = trainer.method.network, trainer.ema.network
     images = trainer.batches.augment.normalize(trainer.dataset.test_images[:20])
     start = online.balanced_head.weight.detach().clone()

@@ -23,7 +23,7 @@ def data():
 
 
 def build(data, views, **changes):
-    config = dataclasses.replace(PRESETS["digits"].config, batch_size=5, unlabeled_ratio=3, seed=3, **changes)
+    config = PRESETS["digits"].config().replace(batch_size=5, unlabeled_ratio=3, seed=3, **changes)
     return Batches(config, data[1], data[0], CPU, views)
 
 

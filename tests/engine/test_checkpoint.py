@@ -15,6 +15,7 @@ from bacon_fast.engine.checkpoint import (
     save_checkpoint,
     set_aside_after,
 )
+from bacon_fast.engine.config import FORMAT
 
 
 def state(step: int) -> dict:
@@ -62,7 +63,7 @@ def test_a_flipped_bit_is_never_used(tmp_path):
 
 
 def test_a_checkpoint_without_a_digest_is_refused(tmp_path):
-    torch.save(state(1), tmp_path / "step-00000001.pt")
+    torch.save(state(1) | {"format": FORMAT}, tmp_path / "step-00000001.pt")
     with pytest.warns(UserWarning), pytest.raises(CheckpointError, match=r"step-00000001\.pt: expected a digest"):
         load_latest(tmp_path)
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from run_cases import tiny
 
-from bacon_fast.engine.config import METHODS
 from bacon_fast.engine.trainer import Trainer
+from bacon_fast.methods import METHODS
 
 # All parts of a method take part from the third or fourth step on; CReST's second generation lies behind the last.
-STARTS = dict.fromkeys(("contrast_start", "daso_start", "darp_start", "cossl_start"), 0.1)
-STEPS = {"steps": 20, "crest_generations": 2}
+PARTS = dict.fromkeys(("bacon.contrast_start", "daso.start", "darp.start", "cossl.start"), 0.1)
+PARTS["crest.generations"] = 2
 
 
 @pytest.mark.slow
@@ -18,7 +18,7 @@ def test_every_method_is_one_graph_with_the_gradients_of_the_eager_step(tmp_path
     """By the compiler's own split into forward and backward, which recomputes: what it reads again must not have been
     overwritten by the step in between."""
     torch._dynamo.reset()
-    eager, compiled = (Trainer(tiny(tmp_path / name, method=method, **STEPS, **STARTS)) for name in ("a", "b"))
+    eager, compiled = (Trainer(tiny(tmp_path / name, method=method, steps=20, parts=PARTS)) for name in ("a", "b"))
     options = {"backend": "aot_eager_decomp_partition", "fullgraph": True}
     compiled.program.forward = torch.compile(compiled.method, **options)
     for _ in range(5):

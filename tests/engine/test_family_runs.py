@@ -1,7 +1,5 @@
 """Runs of ReMixMatch and SSC: resumed bit for bit, evaluated by what predicts, in half precision."""
 
-import dataclasses
-
 import pytest
 import torch
 from run_cases import assert_equal_states, final_state, tiny
@@ -15,13 +13,13 @@ from bacon_fast.engine.trainer import Trainer
 def test_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(tmp_path, method, state):
     config = tiny(tmp_path / "whole", method=method, eval_every=12)
     Trainer(config).fit()
-    first = Trainer(dataclasses.replace(config, run_dir=tmp_path / "parts"))
+    first = Trainer(config.replace(run_dir=tmp_path / "parts"))
     for _ in range(7):
         first.train_step()
     first.save()
     first.train_step()  # lost with the process
     first.logger.close()
-    second = Trainer(dataclasses.replace(config, run_dir=tmp_path / "parts", resume=True))
+    second = Trainer(config.replace(run_dir=tmp_path / "parts", resume=True))
     assert second.step == 7
     second.fit()
     one, two = final_state(tmp_path / "whole"), final_state(tmp_path / "parts")
@@ -31,17 +29,16 @@ def test_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(tmp_path, 
 
 
 def test_a_run_resumes_from_the_preset_s_own_words(tmp_path):
-    """The saved configuration has the family's defaults in it, the command line has not."""
+    """What the method wants of its own is in both."""
     config = tiny(tmp_path / "run", method="remixmatch")
-    assert config.unlabeled_ratio is None
     first = Trainer(config)
-    assert (first.config.unlabeled_ratio, first.config.lambda_u) == (1, 1.5)
+    assert (first.config.views.unlabeled_ratio, first.config.parts["remixmatch"].lambda_u) == (1, 1.5)
     first.train_step()
     first.save()
     first.logger.close()
-    second = Trainer(dataclasses.replace(config, resume=True))
+    second = Trainer(config.replace(resume=True))
     second.logger.close()
-    assert second.step == 1 and second.config.unlabeled_ratio == 1
+    assert second.step == 1 and second.config.views.unlabeled_ratio == 1
 
 
 def test_the_rotation_head_is_trained_but_not_part_of_what_is_evaluated(tmp_path):

@@ -105,7 +105,7 @@ def test_a_resumed_run_captures_after_it_was_restored(tmp_path, graphed):
 
 
 def test_results_of_a_phase_come_back_in_the_same_tensors(tmp_path, graphed):
-    trainer = graphed(tiny(tmp_path, contrast_start=1.0))
+    trainer = graphed(tiny(tmp_path, parts={"bacon.contrast_start": 1.0}))
     seen = [trainer.train_step()[0]["total"] for _ in range(WARM_UP + 3)]
     trainer.logger.close()
     assert len({value.data_ptr() for value in seen[WARM_UP:]}) == 1
@@ -118,11 +118,11 @@ def test_work_between_steps_keeps_the_graphs_unless_a_buffer_moves(tmp_path, gra
 
     def fit(trainer: Trainer) -> Trainer:
         def refresh(context) -> None:
-            new = trainer.method.base.keep / 2
+            new = trainer.method.base.abc.keep / 2
             if moves:
-                trainer.method.base.keep = new
+                trainer.method.base.abc.keep = new
             else:
-                trainer.method.base.keep.copy_(new)
+                trainer.method.base.abc.keep.copy_(new)
 
         trainer.method.refresh_due, trainer.method.refresh = (lambda step: step == 5), refresh
         for _ in range(8):

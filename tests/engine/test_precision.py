@@ -1,6 +1,5 @@
 """The network's arithmetic by name, and what "auto" stands for."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -46,10 +45,11 @@ def test_names_stay_and_tf32_needs_a_gpu():
 
 def test_the_run_records_what_auto_was(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    config = dataclasses.replace(PRESETS["digits"].config, run_dir=tmp_path / "run", precision="auto", threads=1)
+    config = PRESETS["digits"].config().replace(run_dir=tmp_path / "run", precision="auto", threads=1)
     trainer = Trainer(config)
     trainer.logger.close()
-    assert trainer.config.precision == "bf16" and '"precision": "bf16"' in (tmp_path / "run/config.json").read_text()
+    assert trainer.config.engine.precision == "bf16"
+    assert '"precision": "bf16"' in (tmp_path / "run/config.json").read_text()
     features = []
     trainer.method.network.head.register_forward_hook(lambda module, inputs, output: features.append(output.dtype))
     trainer.train_step()
@@ -57,9 +57,9 @@ def test_the_run_records_what_auto_was(tmp_path, monkeypatch):
 
 
 def test_auto_agrees_with_what_a_run_recorded_and_a_name_does_not():
-    auto = PRESETS["digits"].config
-    assert auto.precision == "auto"
-    recorded = dataclasses.replace(auto, precision="bf16").resolved().to_dict()
+    auto = PRESETS["digits"].config()
+    assert auto.engine.precision == "auto"
+    recorded = auto.replace(precision="bf16")
     assert auto.differences(recorded) == []
-    named = dataclasses.replace(auto, precision="fp32")
+    named = auto.replace(precision="fp32")
     assert named.differences(recorded) == ["precision: checkpoint 'bf16', now 'fp32'"]

@@ -1,6 +1,6 @@
 """Presets: their splits against the lists of methods.md A.1, their hyper-parameters, and any method on any row."""
 
-import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +8,9 @@ import torch
 from bacon_fast.cli import parse
 from bacon_fast.data.datasets import ImageDataset
 from bacon_fast.engine.build import build_split
-from bacon_fast.engine.config import METHODS
+from bacon_fast.engine.config import GROUPS
 from bacon_fast.engine.presets import PRESETS
+from bacon_fast.methods import METHODS, PARTS
 
 # Images per class of the train parts; SVHN: train, then extra.
 SVHN_TRAIN = (4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659)
@@ -63,8 +64,8 @@ def fake(name: str) -> ImageDataset:
 
 @pytest.mark.parametrize("preset", TABLE)
 def test_the_split_of_every_row_has_the_documented_counts(preset):
-    config = PRESETS[preset].config
-    dataset = fake(config.dataset)
+    config = PRESETS[preset].config()
+    dataset = fake(config.data.dataset)
     split = build_split(config, dataset, None)
     labeled, labeled_sum, unlabeled, unlabeled_sum = TABLE[preset]
     found = torch.bincount(dataset.train_labels[torch.as_tensor(split.labeled)], minlength=10).tolist()
@@ -79,7 +80,7 @@ def test_the_split_of_every_row_has_the_documented_counts(preset):
 
 
 def test_cifar100_has_the_documented_counts():
-    split = build_split(PRESETS["bacon-cifar100"].config, fake("cifar100"), None)
+    split = build_split(PRESETS["bacon-cifar100"].config(), fake("cifar100"), None)
     assert split.labeled_counts[:6] == (200, 194, 188, 182, 177, 171)
     assert split.labeled_counts[-5:] == (11, 10, 10, 10, 10) and sum(split.labeled_counts) == 6333
     assert split.unlabeled_counts[:6] == (300, 291, 282, 273, 265, 257)
@@ -90,14 +91,16 @@ def test_cifar100_has_the_documented_counts():
 @pytest.mark.parametrize("per_class", [4, 25])
 def test_ssc_s_presets(dataset, classes, per_class):
     """methods.md G.5, and the balanced split: so many labels a class, every image unlabeled."""
-    config = PRESETS[f"ssc-{dataset}-{classes * per_class}"].config.resolved()
-    assert (config.method, config.ssc_reduction, config.lr_schedule) == ("ssc", "pml", "cosine")
-    assert (config.batch_size, config.unlabeled_ratio, config.steps) == (64, 7, 524_288)
-    assert (config.lr, config.ema, config.threshold) == (0.03, 0.999, 0.95)
-    assert config.weight_decay == (1e-3 if dataset == "cifar100" else 5e-4)
-    assert (config.ssc_temperature, config.ssc_pl_temperature) == (0.1, 0.08)
-    assert (config.ssc_lambda_proto, config.ssc_lambda_up, config.ssc_lambda_down) == (1, 1, 0.2)
-    assert (config.backbone, config.image_size) == (("wrn-37-2", 96) if dataset == "stl10" else ("wrn-28-2", None))
+    config = PRESETS[f"ssc-{dataset}-{classes * per_class}"].config()
+    assert (config.method, config.parts["ssc"].reduction, config.optimizer.lr_schedule) == ("ssc", "pml", "cosine")
+    assert (config.views.batch_size, config.views.unlabeled_ratio, config.steps) == (64, 7, 524_288)
+    assert (config.optimizer.lr, config.optimizer.ema, config.shared.threshold) == (0.03, 0.999, 0.95)
+    assert config.optimizer.weight_decay == (1e-3 if dataset == "cifar100" else 5e-4)
+    ssc = config.parts["ssc"]
+    assert (ssc.temperature, ssc.pl_temperature) == (0.1, 0.08)
+    assert (ssc.lambda_proto, ssc.lambda_up, ssc.lambda_down) == (1, 1, 0.2)
+    expected = ("wrn-37-2", 96) if dataset == "stl10" else ("wrn-28-2", None)
+    assert (config.model.backbone, config.data.image_size) == expected
     images = fake(dataset)
     split = build_split(config, images, None)
     assert split.labeled_counts == (per_class,) * classes
@@ -114,41 +117,62 @@ def test_ssc_s_presets(dataset, classes, per_class):
 )
 def test_sscl_s_presets(preset, lambdas, queue, threshold, gamma, recipe):
     """methods.md F.5; D=128 on ImageNet is MoCo v2's."""
-    config = PRESETS[preset].config.resolved()
-    assert (config.lambda_con, config.lambda_u) == lambdas
-    assert (config.sscl_queue, config.threshold, config.sscl_gamma) == (queue, threshold, gamma)
-    found = config.backbone, config.proj_dim, config.lr, config.weight_decay, config.lr_schedule, config.batch_size
-    assert found == recipe
-    assert (config.method, config.unlabeled_ratio, config.sscl_margin, config.sscl_form) == ("sscl", 4, -0.25, "prod")
-    assert (config.epochs, config.sscl_refresh_epochs, config.optimizer) == (200, 5, "sgd")
+    config = PRESETS[preset].config()
+    sscl, optimizer = config.parts["sscl"], config.optimizer
+    assert (sscl.lambda_con, sscl.lambda_u) == lambdas
+    assert (sscl.queue, config.shared.threshold, sscl.gamma) == (queue, threshold, gamma)
+    found = config.model.backbone, sscl.proj_dim, optimizer.lr, optimizer.weight_decay, optimizer.lr_schedule
+    assert (*found, config.views.batch_size) == recipe
+    assert (config.method, config.views.unlabeled_ratio, sscl.margin, sscl.form) == ("sscl", 4, -0.25, "prod")
+    assert (config.shared.epochs, sscl.refresh_epochs, optimizer.optimizer) == (200, 5, "sgd")
 
 
 @pytest.mark.parametrize("preset", [*TABLE, "bacon-cifar100"])
 def test_every_row_takes_every_method_by_its_name(preset):
     steps = 300_000 if preset.startswith("bacon") else 262_144
     for method in METHODS:
-        config = parse([preset, "--method", method, "--run-dir", "run"]).resolved()
+        config = parse([preset, "--method", method, "--run-dir", "run"])
         assert (config.preset, config.method, config.steps) == (preset, method, steps)
-        defaults = (config.unlabeled_ratio, config.contrast_start, config.lambda_u)
-        if method.startswith("remixmatch"):
-            assert defaults == (1, 1 / 30, 1.5)
-        elif method.startswith("fixmatch"):
-            assert defaults == (2, 0.5, 1.0)
+        mu, start, lambda_u = (1, 1 / 30, 1.5) if method.startswith("remixmatch") else (2, 0.5, 1.0)
+        assert config.views.unlabeled_ratio == mu
+        assert config.flat().get("bacon.contrast_start", start) == start
+        base = method.split("+")[0]
+        assert config.flat().get(f"{base}.lambda_u", lambda_u) == lambda_u
 
 
 def test_what_is_given_goes_before_the_method_s_default():
     words = ["bacon-cifar10", "--method", "remixmatch+abc+bacon", "--run-dir", "run"]
-    config = parse([*words, "--contrast-start", "0.2", "--lambda-u", "1", "--unlabeled-ratio", "1"]).resolved()
-    assert (config.contrast_start, config.lambda_u, config.unlabeled_ratio) == (0.2, 1.0, 1)
-    with pytest.raises(ValueError, match="unlabeled_ratio: expected 1 for ReMixMatch, found 2"):
-        dataclasses.replace(config, unlabeled_ratio=2)
+    config = parse([*words, "--bacon.contrast-start", "0.2", "--remixmatch.lambda-u", "1", "--unlabeled-ratio", "1"])
+    assert (config.parts["bacon"].contrast_start, config.parts["remixmatch"].lambda_u) == (0.2, 1.0)
+    with pytest.raises(ValueError, match="unlabeled_ratio: expected 1 for remixmatch, found 2"):
+        config.replace(unlabeled_ratio=2)
 
 
-def test_resolving_is_idempotent_and_what_a_resumed_run_is_compared_by():
-    config = PRESETS["bacon-cifar10"].config
-    resolved = config.resolved()
-    assert resolved != config and resolved.resolved() == resolved
-    assert not config.differences(resolved.to_dict())
-    assert config.differences(dataclasses.replace(resolved, unlabeled_ratio=1).to_dict()) == [
-        "unlabeled_ratio: checkpoint 1, now 2"
+def test_a_preset_s_mu_gives_way_to_a_base_that_takes_only_one():
+    assert PRESETS["ssc-cifar10-40"].config("remixmatch+abc").views.unlabeled_ratio == 1
+    assert PRESETS["ssc-cifar10-40"].config("fixmatch+abc").views.unlabeled_ratio == 7
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_overrides_are_options_of_groups_and_parts(preset):
+    for name, values in preset.overrides.items():
+        options = GROUPS[name] if name in GROUPS else PARTS[name].options
+        options(**values)
+
+
+def test_overrides_of_a_part_act_where_the_method_has_it():
+    preset = PRESETS["digits"]
+    assert preset.config("remixmatch+bacon").parts["bacon"].contrast_start == 0.25
+    assert preset.config("fixmatch+crest+pda").parts["crest"].generations == 2
+    assert list(preset.config("fixmatch").parts) == ["fixmatch"]
+
+
+def test_a_resumed_run_is_compared_by_what_computes_something_else():
+    config = PRESETS["bacon-cifar10"].config()
+    moved = config.replace(run_dir=Path("x"), data_dir=Path("y"), resume=True, log_every=1, graph="off", report=False)
+    assert config.differences(moved) == []
+    other = config.replace(**{"unlabeled_ratio": 1, "bacon.top_k": 5})
+    assert config.differences(other) == ["unlabeled_ratio: checkpoint 1, now 2", "bacon.top_k: checkpoint 5, now 3"]
+    assert config.differences(PRESETS["bacon-cifar10"].config("fixmatch+daso")) == [
+        "method: checkpoint 'fixmatch+daso', now 'fixmatch+abc+bacon'"
     ]

@@ -1,6 +1,5 @@
 """Several runs in one process: each is the run it would be alone."""
 
-import dataclasses
 import io
 import os
 import re
@@ -28,7 +27,7 @@ def seeds(folder: Path, **changes) -> list[Config]:
 
 def assert_same_runs(one: list[Config], two: list[Config]) -> None:
     for a, b in zip(one, two, strict=True):
-        states = final_state(a.run_dir), final_state(b.run_dir)
+        states = final_state(a.run.run_dir), final_state(b.run.run_dir)
         for state in states:
             state["rows"] = [row for row in state["rows"] if row["kind"] == "eval"]
         assert_equal_states(*states)
@@ -51,7 +50,7 @@ def test_runs_that_take_turns_end_bit_for_bit_as_alone(tmp_path, alone, capsys):
     for config, outcome in zip(configs, outcomes):
         assert outcome.error is None and outcome.summary["seed"] == config.seed
         for name in ("summary.json", "metrics.csv", "metrics.jsonl", "config.json", "split.json"):
-            assert (config.run_dir / name).exists()
+            assert (config.run.run_dir / name).exists()
     lines = capsys.readouterr().err.splitlines()
     assert all(re.match(r"seed [03]: step \d", line) for line in lines)
     for step in ("3/12", "12/12"):
@@ -71,9 +70,9 @@ def test_a_signal_saves_all_and_each_goes_on_from_its_own_step(tmp_path, alone, 
         fit_together(configs)
     assert stop.value.signum == signal.SIGINT
     # The second run got the signal after its step 4, the first one after its step 5.
-    assert [final_state(config.run_dir)["step"] for config in configs] == [5, 4]
+    assert [final_state(config.run.run_dir)["step"] for config in configs] == [5, 4]
     monkeypatch.undo()
-    fit_together([dataclasses.replace(config, resume=True) for config in configs])
+    fit_together([config.replace(resume=True) for config in configs])
     assert_same_runs(configs, alone)
 
 
@@ -81,14 +80,14 @@ def test_under_resume_a_run_that_does_not_exist_begins(tmp_path, alone):
     configs = seeds(tmp_path, resume=True)
     with pytest.raises(CheckpointError, match="nothing to resume"):
         fit_together(configs)
-    Trainer(dataclasses.replace(configs[0], resume=False)).fit()
+    Trainer(configs[0].replace(resume=False)).fit()
     fit_together(configs)
     assert_same_runs(configs, alone)
 
 
 def test_a_run_that_diverges_leaves_the_others_alone(tmp_path, alone, capsys):
     first, second = seeds(tmp_path)
-    broken, good = fit_together([dataclasses.replace(first, lr=1e25), second])
+    broken, good = fit_together([first.replace(lr=1e25), second])
     assert broken.summary is None and isinstance(broken.error, DivergedError)
     assert good.error is None and good.summary["steps"] == 12
     assert_same_runs([second], alone[1:])
@@ -97,13 +96,13 @@ def test_a_run_that_diverges_leaves_the_others_alone(tmp_path, alone, capsys):
 
 def test_no_directory_is_touched_when_one_holds_a_run(tmp_path):
     first, second = seeds(tmp_path)
-    second.run_dir.mkdir()
-    (second.run_dir / "config.json").write_text("{}")
+    second.run.run_dir.mkdir()
+    (second.run.run_dir / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a run already"):
         fit_together([first, second])
-    assert not first.run_dir.exists()
+    assert not first.run.run_dir.exists()
     with pytest.raises(ValueError, match=r"image_size: .*None.*8|image_size: .*8.*None"):
-        fit_together([first, dataclasses.replace(second, image_size=8)])
+        fit_together([first, second.replace(image_size=8)])
 
 
 def test_the_bar_counts_all_runs(monkeypatch):
@@ -163,7 +162,7 @@ def test_wrong_seeds_are_named(words, expected):
 
 def test_one_seed_is_one_run():
     (config,) = parse_runs(["--seeds", "7", "--run-dir", "x"])
-    assert type(config) is Config and config.seed == 7 and config.run_dir == Path("x-seed7")
+    assert type(config) is Config and config.seed == 7 and config.run.run_dir == Path("x-seed7")
     assert parse(["--seeds", "7", "--run-dir", "x"]) == config
     with pytest.raises(ValueError, match="seeds: expected one"):
         parse(["--seeds", "7,8"])

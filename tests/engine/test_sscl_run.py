@@ -1,6 +1,5 @@
 """Runs of SsCL: resumed between refreshes, and its ImageNet presets on a small folder, by one process and by two."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -16,6 +15,7 @@ from bacon_fast.engine.checkpoint import list_checkpoints
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.engine.trainer import Trainer
+from bacon_fast.reproduce.matrix import command_words
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE = 72
@@ -25,11 +25,10 @@ SIDE = 72
 def digits(run_dir: Path, **changes) -> Config:
     values = {
         "run_dir": run_dir,
-        "method": "sscl",
         "steps": 9,
         "epochs": 9,
-        "sscl_refresh_epochs": 3,
-        "sscl_queue": 50,
+        "sscl.refresh_epochs": 3,
+        "sscl.queue": 50,
         "batch_size": 8,
         "eval_every": 9,
         "checkpoint_every": 3,
@@ -37,7 +36,7 @@ def digits(run_dir: Path, **changes) -> Config:
         "threads": 1,
         "precision": "fp32",  # whatever the machine
     }
-    return dataclasses.replace(PRESETS["digits"].config, **(values | changes))
+    return PRESETS["digits"].config("sscl").replace(**(values | changes))
 
 
 def final_method(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -76,9 +75,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatc
 def test_epochs_and_their_refresh_come_from_the_presets(tmp_path):
     """Every 5 epochs; of the digits run's 100 epochs of 15 steps, of 1,024 steps on CIFAR-10, of 1,251 on ImageNet."""
     for preset, expected in (("digits", 75), ("sscl-cifar10", 5120), ("sscl-imagenet-1pct", 6255)):
-        config = PRESETS[preset].config
-        assert round(config.sscl_refresh_epochs * config.steps / config.epochs) == expected
-    trainer = Trainer(digits(tmp_path / "run", steps=1500, epochs=100, sscl_refresh_epochs=5))
+        config = PRESETS[preset].config("sscl")
+        assert round(config.parts["sscl"].refresh_epochs * config.steps / config.shared.epochs) == expected
+    trainer = Trainer(digits(tmp_path / "run", steps=1500, epochs=100, **{"sscl.refresh_epochs": 5}))
     trainer.logger.close()
     assert trainer.method.refresh_every == 75
 
@@ -86,13 +85,13 @@ def test_epochs_and_their_refresh_come_from_the_presets(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("sscl_queue", 0),
-        ("sscl_refresh_epochs", 0),
-        ("sscl_extra_keys", -1),
-        ("sscl_momentum", 1.1),
-        ("sscl_gamma", 0.0),
-        ("sscl_temperature", -1.0),
-        ("sscl_margin", float("nan")),
+        ("sscl.queue", 0),
+        ("sscl.refresh_epochs", 0),
+        ("sscl.extra_keys", -1),
+        ("sscl.momentum", 1.1),
+        ("sscl.gamma", 0.0),
+        ("sscl.temperature", -1.0),
+        ("sscl.margin", float("nan")),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, field, value):
@@ -123,8 +122,8 @@ def small_imagenet(root: Path, run_dir: Path, **changes) -> Config:
         "batch_size": 2,
         "steps": 2,
         "epochs": 2,
-        "sscl_refresh_epochs": 1,
-        "sscl_queue": 30,
+        "sscl.refresh_epochs": 1,
+        "sscl.queue": 30,
         "log_every": 1,
         "eval_every": 2,
         "checkpoint_every": 2,
@@ -133,7 +132,7 @@ def small_imagenet(root: Path, run_dir: Path, **changes) -> Config:
         "threads": 1,
         "sync_batchnorm": True,
     }
-    return dataclasses.replace(PRESETS["sscl-imagenet-10pct"].config, **(values | changes))
+    return PRESETS["sscl-imagenet-10pct"].config().replace(**(values | changes))
 
 
 @pytest.mark.filterwarnings("ignore:the views are made by PyTorch")
@@ -154,13 +153,10 @@ def losses(run_dir: Path) -> list[dict[str, float]]:
 def test_two_processes_train_the_preset_as_one_does(tmp_path, image_folder):
     one = small_imagenet(image_folder, tmp_path / "one", backbone="resnet18")
     Trainer(one).fit()
-    names = ("image_size", "batch_size", "steps", "epochs", "sscl_refresh_epochs", "sscl_queue", "log_every")
-    names += ("eval_every", "checkpoint_every", "lr", "threads", "backbone", "data_dir")
-    words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(one, name)))]
-    words += ["--run-dir", str(tmp_path / "two"), "--sync-batchnorm", "--no-report"]
+    words = command_words(one.replace(run_dir=tmp_path / "two"))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
-        [*launcher, str(ROOT / "train.py"), "sscl-imagenet-10pct", *words],
+        [*launcher, str(ROOT / "train.py"), *words],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
         check=True,

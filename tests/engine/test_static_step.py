@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bacon_fast import _C
 from bacon_fast.engine.build import build_optimizer
-from bacon_fast.engine.config import METHODS
 from bacon_fast.engine.meter import Meter
 from bacon_fast.engine.step import TrainStep
 from bacon_fast.engine.trainer import Trainer
+from bacon_fast.methods import METHODS
 from bacon_fast.ops import augment
 
 # Of torch's generators, whose state a run does not save; and of shapes that depend on values.

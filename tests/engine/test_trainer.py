@@ -19,8 +19,9 @@ from run_cases import assert_equal_states, final_state, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bacon_fast.engine.checkpoint import CheckpointError, list_checkpoints
-from bacon_fast.engine.config import METHODS, Config
+from bacon_fast.engine.config import Config
 from bacon_fast.engine.trainer import DivergedError, StoppedError, Trainer
+from bacon_fast.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,7 +53,7 @@ def test_every_method_trains_and_writes_the_files_of_a_run(tmp_path, method):
 
 
 def test_the_contrastive_loss_starts_when_it_should_and_trains_the_projection(tmp_path):
-    trainer = Trainer(tiny(tmp_path / "run", contrast_start=0.5))
+    trainer = Trainer(tiny(tmp_path / "run", parts={"bacon.contrast_start": 0.5}))
     projection = trainer.method.regularizer.projection.weight
     start = projection.detach().clone()
     for _ in range(7):  # t = 0..6: active only for t > 0.5 * 12
@@ -67,7 +68,7 @@ def test_the_contrastive_loss_starts_when_it_should_and_trains_the_projection(tm
 def test_the_contrastive_loss_reaches_the_backbone(tmp_path):
     gradients = []
     for weight in (0.0, 1.0):
-        trainer = Trainer(tiny(tmp_path / str(weight), contrast_start=0.0, lambda_con=weight))
+        trainer = Trainer(tiny(tmp_path / str(weight), parts={"bacon.contrast_start": 0.0, "bacon.lambda_con": weight}))
         for _ in range(3):
             trainer.train_step()
         gradients.append(trainer.method.network.backbone.stem.weight.grad.clone())
@@ -434,7 +435,9 @@ def test_one_step_is_the_specified_sgd_update(tmp_path):
 def test_compiled_step_computes_the_same_losses(tmp_path):
     results = []
     for compiled in (False, True):
-        trainer = Trainer(tiny(tmp_path / str(compiled), steps=4, contrast_start=0.2, compile=compiled))
+        trainer = Trainer(
+            tiny(tmp_path / str(compiled), steps=4, parts={"bacon.contrast_start": 0.2}, compile=compiled)
+        )
         results.append(torch.stack([trainer.train_step()[0]["total"] for _ in range(3)]))
         trainer.logger.close()
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)

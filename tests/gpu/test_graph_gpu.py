@@ -1,6 +1,5 @@
 """The captured training step on a GPU: equal to the eager one, one launch, no wait; and several runs at once."""
 
-import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -10,10 +9,11 @@ from run_cases import assert_equal_states, final_state, tiny
 from torch.profiler import ProfilerActivity, profile
 
 from bacon_fast.engine import several
-from bacon_fast.engine.config import METHODS, Config
+from bacon_fast.engine.config import Config
 from bacon_fast.engine.graph import WARM_UP
 from bacon_fast.engine.step import TrainStep
 from bacon_fast.engine.trainer import Trainer
+from bacon_fast.methods import METHODS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset")
@@ -40,9 +40,9 @@ def run(folder: Path, graph: str, **changes) -> Config:
 
 
 def assert_same_end(one: Config, two: Config, rows: bool = True) -> None:
-    states = final_state(one.run_dir), final_state(two.run_dir)
+    states = final_state(one.run.run_dir), final_state(two.run.run_dir)
     for state in states:
-        del state["config"]["graph"]
+        del state["config"]["engine"]["graph"]
         if not rows:
             del state["rows"]
     assert_equal_states(*states)
@@ -51,7 +51,8 @@ def assert_same_end(one: Config, two: Config, rows: bool = True) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_200_graphed_steps_end_bit_for_bit_as_200_eager_ones(tmp_path, deterministic, precision):
     """Over epoch borders, the start of the contrastive loss, evaluations and checkpoints."""
-    changes = {"precision": precision, "steps": 200, "contrast_start": 0.5, "eval_every": 60, "checkpoint_every": 70}
+    changes = {"precision": precision, "steps": 200, "eval_every": 60, "checkpoint_every": 70}
+    changes["parts"] = {"bacon.contrast_start": 0.5}
     configs = [run(tmp_path, graph, **changes) for graph in ("on", "off")]
     for config in configs:
         trainer = Trainer(config)
@@ -98,7 +99,7 @@ def test_every_method_waits_for_nothing_and_agrees_with_its_graph(tmp_path, dete
 def test_with_the_fastest_algorithms_the_first_steps_agree(tmp_path):
     losses = []
     for graph in ("on", "off"):
-        trainer = Trainer(run(tmp_path, graph, contrast_start=1.0, precision="fp32"))
+        trainer = Trainer(run(tmp_path, graph, parts={"bacon.contrast_start": 1.0}, precision="fp32"))
         losses.append([trainer.train_step()[0]["total"].item() for _ in range(WARM_UP + 4)])
         trainer.logger.close()
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
@@ -123,7 +124,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, deterministic):
     first.save()
     first.train_step()  # lost with the process
     first.logger.close()
-    second = Trainer(dataclasses.replace(parts, resume=True))
+    second = Trainer(parts.replace(resume=True))
     assert second.step == 22
     second.fit()
     assert_same_end(whole, parts, rows=False)
@@ -180,7 +181,7 @@ def steady(trainer: Trainer, steps: int) -> None:
 
 
 def test_a_step_is_one_launch_and_no_wait(tmp_path):
-    trainer = Trainer(run(tmp_path, "on", batch_size=2, steps=1000, contrast_start=0.0))
+    trainer = Trainer(run(tmp_path, "on", batch_size=2, steps=1000, parts={"bacon.contrast_start": 0.0}))
     steady(trainer, 10)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         with trainer.on_stream():  # as in `fit`
@@ -196,7 +197,7 @@ def test_a_step_is_one_launch_and_no_wait(tmp_path):
 
 
 def test_nothing_waits_over_epoch_borders_and_no_memory_is_lost(tmp_path):
-    trainer = Trainer(run(tmp_path, "on", steps=1000, contrast_start=0.0))
+    trainer = Trainer(run(tmp_path, "on", steps=1000, parts={"bacon.contrast_start": 0.0}))
     steady(trainer, 1)
     used = torch.cuda.memory_allocated()
     torch.cuda.set_sync_debug_mode("error")

@@ -8,7 +8,7 @@ import torch
 from bacon_fast.data.pool import HostPool, Window
 from bacon_fast.data.simclr import SimCLRDistortion
 from bacon_fast.methods.outputs import Batch
-from bacon_fast.methods.sscl import SsCL
+from bacon_fast.methods.sscl.method import SsCL
 from bacon_fast.models.heads import projection_head
 from bacon_fast.models.network import Network
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from balancer_cases import B, F, K, U, batch, cross_entropy, random_labels
 
-from bacon_fast.methods.balancer import Targets
+from bacon_fast.methods.balancers.base import Targets
 from bacon_fast.methods.fixmatch import FixMatch
 from bacon_fast.methods.outputs import Outputs
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bacon_fast.data.philox import Stream, uniform
+from bacon_fast.methods.abc import ABC
 from bacon_fast.methods.fixmatch import FixMatch
 from bacon_fast.methods.fixmatch_abc import FixMatchABC
 from bacon_fast.methods.outputs import Batch, Outputs
@@ -31,8 +32,9 @@ def outputs(scale: float = 4.0, seed: int = 0, dtype: torch.dtype = torch.float3
 
 
 def balanced(counts: torch.Tensor, **changes) -> FixMatchABC:
-    values = {"threshold": 0.95, "lambda_u": 1.0, "lambda_abc": 1.0, "steps": STEPS, "epochs": EPOCHS, "seed": 0}
-    return FixMatchABC(counts, **(values | changes))
+    lambda_u = changes.pop("lambda_u", 1.0)
+    values = {"threshold": 0.95, "lambda_abc": 1.0, "steps": STEPS, "epochs": EPOCHS, "seed": 0}
+    return FixMatchABC(ABC(counts, **(values | changes)), lambda_u=lambda_u)
 
 
 def labels() -> torch.Tensor:
@@ -118,7 +120,7 @@ def test_abc_against_a_loop(step):
 
 def test_abc_masks_have_the_specified_probabilities_and_change_every_step():
     counts = torch.tensor([100, 10])
-    abc = balanced(counts, threshold=0.0, steps=1000, epochs=1000, seed=1)
+    abc = balanced(counts, threshold=0.0, steps=1000, epochs=1000, seed=1).abc
     steps = torch.arange(1000)
     draws = torch.stack([uniform(1, s, Stream.ABC_LABELED, torch.arange(50)) for s in steps])
     kept = (draws < abc.keep[0]).float()

@@ -10,10 +10,10 @@ from no_synchronization import NoSynchronization
 from torch import nn
 
 from bacon_fast.data.philox import Stream, uniform
-from bacon_fast.losses.bacon import BaConLoss
 from bacon_fast.methods.abc import ABC
 from bacon_fast.methods.alignment import DistributionAlignment
-from bacon_fast.methods.balanced import Phase
+from bacon_fast.methods.bacon import BaCon
+from bacon_fast.methods.extended import Phase
 from bacon_fast.methods.mixup import draw_quarter_turns
 from bacon_fast.methods.outputs import Batch
 from bacon_fast.methods.remixmatch import ReMixMatch
@@ -50,16 +50,17 @@ class Network(nn.Module):
         return features, self.head(features), None if self.balanced_head is None else self.balanced_head(features)
 
 
-def build(*parts: str, dtype: torch.dtype = torch.float64, **changes) -> ReMixMatch:
+def build(*parts: str, dtype: torch.dtype = torch.float64, contrast_start: float = 1 / 30, **changes) -> ReMixMatch:
     torch.manual_seed(0)
     abc = regularizer = None
     if "abc" in parts:
         abc = ABC(COUNTS, threshold=0.6, lambda_abc=0.7, steps=STEPS, epochs=10, seed=SEED)
     if "bacon" in parts:
-        regularizer = BaConLoss(
-            FEATURES, K, N_LB, N_ULB, proj_dim=3, reliable_threshold=0.4, count_threshold=0.4, backend="reference"
-        )
-    options = {"lambda_u": 1.7, "lambda_kl": 0.6, "lambda_rot": 0.4, "alignment_momentum": 0.8, "lambda_con": 0.9}
+        sizes, thresholds = (FEATURES, K, N_LB, N_ULB), {"reliable_threshold": 0.4, "count_threshold": 0.4}
+        when = {"steps": STEPS, "lambda_con": 0.9, "contrast_start": contrast_start}
+        regularizer = BaCon(*sizes, **when, **thresholds, proj_dim=3, backend="reference")
+    options = {"lambda_u": 1.7, "lambda_kl": 0.6, "lambda_rot": 0.4, "alignment_momentum": 0.8}
+    options |= {"rampup": 1 / 64, "sharpening": 0.5, "mixup_alpha": 0.75}
     options |= {"steps": STEPS, "seed": SEED, "abc": abc, "regularizer": regularizer} | changes
     return ReMixMatch(Network("abc" in parts), COUNTS, **options).to(dtype)
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from refresh_cases import context_of
 from test_remixmatch import FEATURES, STEPS, B, K, Network, build, make_batch
 
-from bacon_fast.methods.balanced import Phase
-from bacon_fast.methods.balancer import Balancer, Targets
-from bacon_fast.methods.crest import CReST
+from bacon_fast.methods.balancers.base import Balancer, Targets
+from bacon_fast.methods.balancers.crest import CReST
+from bacon_fast.methods.extended import Phase
 
 GIVEN = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.3, 0.4, 0.3], [0.2, 0.5, 0.3], [0.6, 0.3, 0.1]]).double()
 

@@ -27,7 +27,8 @@ def build(dtype: torch.dtype = torch.float64, **changes) -> SSC:
     network.backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE**2, WIDTH), nn.Tanh())
     network.projector = projection_head(WIDTH, WIDTH, 2)
     network.prototypes = nn.Parameter(3 * torch.randn(K, WIDTH))
-    return SSC(network, **changes).to(dtype)
+    options = {"lambda_proto": 1.0, "lambda_up": 1.0, "lambda_down": 0.2, "reduction": "wmean"}
+    return SSC(network, **({"threshold": 0.95, "temperature": T} | options | changes)).to(dtype)
 
 
 def make_batch(labels=(0, 0, 1, 0), dtype: torch.dtype = torch.float64) -> Batch:

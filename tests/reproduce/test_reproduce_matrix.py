@@ -13,10 +13,9 @@ from run_cases import tiny
 
 from bacon_fast.cli import parse
 from bacon_fast.data.longtail import PROTOCOLS
-from bacon_fast.engine.builders.bacon import build_bacon_loss
-from bacon_fast.engine.config import METHODS
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.engine.trainer import Trainer
+from bacon_fast.methods import METHODS, bacon
 from bacon_fast.reproduce import published
 from bacon_fast.reproduce.__main__ import Arguments, reproduce
 from bacon_fast.reproduce.matrix import Options, Run, check_images, command_words, expand, shorten
@@ -49,7 +48,7 @@ def test_a_table_has_unlike_rows_and_columns_and_every_cell_a_run_a_seed(name):
         for run in cell.runs:
             assert run.config.method == cell.row.method and run.config.preset == cell.column.preset
             wanted = {**cell.column.overrides, **cell.row.changes(cell.column)}
-            assert {field: getattr(run.config, field) for field in wanted} == wanted
+            assert {name: run.config.flat()[name] for name in wanted} == wanted
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -59,15 +58,18 @@ def test_the_command_line_of_a_run_gives_its_configuration(name):
 
 
 def test_command_line_words_of_every_kind_of_field():
-    config = dataclasses.replace(
-        PRESETS["folder"].config,
-        classes=("cat", "dog"),
-        gamma_u=-100.0,
-        hflip=False,
-        compile=True,
-        data_dir=Path("/data/a b"),
-        run_dir=Path("/out/x"),
-        neg_mode="paper",
+    config = (
+        PRESETS["folder"]
+        .config()
+        .replace(
+            classes=("cat", "dog"),
+            gamma_u=-100.0,
+            hflip=False,
+            compile=True,
+            data_dir=Path("/data/a b"),
+            run_dir=Path("/out/x"),
+            **{"bacon.neg_mode": "paper"},
+        )
     )
     assert parse(command_words(config)) == config
 
@@ -91,9 +93,9 @@ def test_recipes_of_the_published_tables():
     }
     every = {"bacon-cifar10", "bacon-cifar10-inverse", "bacon-cifar10-150", "bacon-cifar10-150-inverse"}
     starts = {  # completed steps, of BaCon's and of USB's runs
-        "darp_start": (200 * 300, 200 * 1024),
-        "cossl_start": (200 * 300, 200 * 1024),
-        "daso_start": (5120, 5120),
+        "darp.start": (200 * 300, 200 * 1024),
+        "cossl.start": (200 * 300, 200 * 1024),
+        "daso.start": (5120, 5120),
     }
     apart = {"bacon-cifar100", "bacon-stl10", "usb-cifar10-inverse"}
     tables = (("bacon-table1", wide, 300_000), ("bacon-table2", {"fixmatch+crest+pda": every}, 300_000))
@@ -101,22 +103,22 @@ def test_recipes_of_the_published_tables():
         configs = {(c.column.name, c.row.name): c.runs[0].config for c in cells_of(table) if c.runs}
         assert {config.steps for config in configs.values()} == {steps}
         for (column, row), config in configs.items():
-            assert config.backbone == "wrn-28-2-usb"
+            assert config.model.backbone == "wrn-28-2-usb"
             mu = 7 if column in wide_rows.get(row, ()) else 1 if row.startswith("remixmatch") else 2
-            assert config.unlabeled_ratio == mu, (table, column, row)
-            assert config.lr_schedule == ("cosine" if row in ("fixmatch", "remixmatch") else "constant")
+            assert config.views.unlabeled_ratio == mu, (table, column, row)
+            assert config.optimizer.lr_schedule == ("cosine" if row in ("fixmatch", "remixmatch") else "constant")
             for name, values in starts.items():
-                if name.split("_")[0] in row:
-                    assert getattr(config, name) * steps == pytest.approx(values[table == "usb"])
+                if name.split(".")[0] in row:
+                    assert config.flat()[name] * steps == pytest.approx(values[table == "usb"])
             if "daso" in row:
-                assert config.daso_t_dist == (0.3 if column in apart else 1.5)
+                assert config.parts["daso"].t_dist == (0.3 if column in apart else 1.5)
             if "bacon" in row.split("+"):
-                assert config.contrast_start == (1 / 30 if row.startswith("remixmatch") else 0.5)
+                assert config.parts["bacon"].contrast_start == (1 / 30 if row.startswith("remixmatch") else 0.5)
 
 
 def test_sscl_alone_is_without_cutout():
     configs = {cell.row.name: cell.runs[0].config for cell in cells_of("sscl-cifar10")}
-    assert {name: config.cutout for name, config in configs.items()} == {
+    assert {name: config.views.cutout for name, config in configs.items()} == {
         "sscl": False,
         "fixmatch": True,
         "remixmatch": True,
@@ -124,11 +126,13 @@ def test_sscl_alone_is_without_cutout():
 
 
 def test_ablations_reach_the_loss():
-    info = SimpleNamespace(num_classes=10, num_labeled=20, num_unlabeled=30)
+    data = SimpleNamespace(num_classes=10, num_labeled=20, num_unlabeled=30)
     found = {}
     for cell in cells_of("ablation"):
         if "bacon" in cell.row.method.split("+"):
-            found[cell.row.name] = build_bacon_loss(cell.runs[0].config, 128, info)
+            config = cell.runs[0].config
+            setup = SimpleNamespace(data=data, num_features=128, steps=config.steps, shared=config.shared)
+            found[cell.row.name] = bacon.build(config.parts["bacon"], setup)
     standard = found.pop("bacon")
     attributes = ("top_k", "bta", "temperature", "reliable_threshold", "negative_weight", "neg_mode", "centers")
     attributes += ("count_gate", "labeled_counts", "center_slots")
@@ -164,7 +168,8 @@ def test_published_numbers_belong_to_known_protocols_and_methods():
     for table in TABLES.values():
         if table.source is not None:
             protocols = {
-                column.overrides.get("protocol", PRESETS[column.preset].config.protocol) for column in table.columns
+                column.overrides.get("protocol", PRESETS[column.preset].config().data.protocol)
+                for column in table.columns
             }
             assert protocols <= table.source.values.keys()
             for protocol in protocols:
@@ -207,13 +212,13 @@ def test_numbers_that_usb_does_not_give_are_not_there():
 
 
 def test_a_budget_shortens_runs_and_keeps_enough_evaluations():
-    full = PRESETS["bacon-cifar10"].config
+    full = PRESETS["bacon-cifar10"].config()
     assert shorten(full, 1.0) is full
     tenth = shorten(full, 0.1)
     assert (tenth.steps, tenth.eval_every, tenth.log_every) == (30_000, 750, 100)
     tiny = shorten(full, 1e-4)
     assert (tiny.steps, tiny.eval_every, tiny.log_every) == (30, 1, 1)
-    digits = shorten(PRESETS["digits"].config, 0.9)
+    digits = shorten(PRESETS["digits"].config(), 0.9)
     assert (digits.steps, digits.eval_every) == (1350, 33)
 
 
@@ -222,14 +227,15 @@ def test_settings_reach_every_run_with_their_types():
     for cell in cells_of("bacon-table2", dataclasses.replace(DATA, settings=settings)):
         for run in cell.runs:
             config = run.config
-            assert (config.precision, config.eval_every, config.hflip, config.compile) == ("bf16", 7, False, True)
-            assert config.gamma_u == -100.0
+            assert (config.engine.precision, config.engine.compile) == ("bf16", True)
+            assert (config.log.eval_every, config.views.hflip) == (7, False)
+            assert config.data.gamma_u == -100.0
 
 
 def test_an_image_folder_stands_for_one_data_set(tmp_path):
     options = dataclasses.replace(DATA, dataset="folder")
     for cell in cells_of("bacon-table2", options):
-        assert all(run.config.dataset == "folder" and run.config.image_size is None for run in cell.runs)
+        assert all(run.config.data.dataset == "folder" and run.config.data.image_size is None for run in cell.runs)
     with pytest.raises(ValueError, match="one folder cannot stand for cifar10, cifar100, stl10"):
         cells_of("bacon-table1", options)
 
@@ -248,9 +254,11 @@ def test_an_image_folder_stands_for_one_data_set(tmp_path):
         ({"seeds": "0,00"}, "seeds: expected different integers of at least 0 between commas, found '0,00'"),
         ({"seeds": "-1"}, "seeds: expected different integers of at least 0 between commas, found '-1'"),
         ({"set": "precision"}, "set: expected NAME=VALUE, found 'precision'"),
-        ({"set": "precison=bf16"}, "set: expected a field of the configuration .* found 'precison'"),
-        ({"set": "method=fixmatch"}, "set: expected a field that the table leaves open, found 'method'"),
-        ({"set": "resume=true"}, "set: expected a field that the table leaves open, found 'resume'"),
+        ({"set": "precison=bf16"}, "set: expected an option of train.py .* found 'precison'"),
+        ({"set": "method=fixmatch"}, "set: expected an option that the table leaves open, found 'method'"),
+        ({"set": "resume=true"}, "set: expected an option that the table leaves open, found 'resume'"),
+        ({"set": "bacon.top_q=2"}, "set: expected an option of train.py .* found 'bacon.top_q'"),
+        ({"set": "daso.start=0", "methods": "fixmatch"}, "set: no row .* 'daso.start', its methods are fixmatch$"),
         ({"jobs": 0}, "jobs: expected at least 1, found 0"),
         ({"device": "tpu"}, "device: expected auto, cpu"),
         ({"table": "bacon-table2"}, "data_dir: expected where cifar10 lies, found None"),
@@ -275,20 +283,20 @@ def test_a_finished_run_on_other_images_is_not_taken_for_this_one(tmp_path):
     changes = {"dataset": "arrays", "method": "supervised", "steps": 1, "log_every": 1, "data_dir": tmp_path / "a.npz"}
     config = tiny(tmp_path / "run", **changes)
     Trainer(config).fit()
-    check_images([Run(config), Run(dataclasses.replace(config, data_dir=tmp_path / "moved.npz"))])
+    check_images([Run(config), Run(config.replace(data_dir=tmp_path / "moved.npz"))])
     with pytest.raises(
         ValueError, match=r"out: .*run holds a run on other images, those of .*a\.npz; name another --out"
     ):
-        check_images([Run(dataclasses.replace(config, data_dir=tmp_path / "b.npz"))])
+        check_images([Run(config.replace(data_dir=tmp_path / "b.npz"))])
 
 
 def test_a_run_of_another_configuration_is_not_taken_for_this_one(tmp_path):
     run = cells_of("digits", out=tmp_path)[0].runs[0]
     run.folder.mkdir(parents=True)
-    (run.folder / "config.json").write_text(dataclasses.replace(run.config, lr=0.5).to_json())
+    (run.folder / "config.json").write_text(run.config.replace(lr=0.5).to_json())
     with pytest.raises(ValueError, match=r"(?s)out: .* holds a run of another configuration.*lr: checkpoint 0.5, now"):
         cells_of("digits", out=tmp_path)
-    (run.folder / "config.json").write_text(dataclasses.replace(run.config, log_every=3).to_json())
+    (run.folder / "config.json").write_text(run.config.replace(log_every=3).to_json())
     assert cells_of("digits", out=tmp_path)[0].runs[0].state == "started"
     (run.folder / "summary.json").write_text("{}")
     assert run.state == "done"

@@ -26,7 +26,7 @@ def write_run(run, rng, classes=CLASSES, **changes) -> dict:
     (run.folder / "config.json").write_text(run.config.to_json())
     summary = {
         "seed": run.config.seed,
-        "protocol": run.config.protocol,
+        "protocol": run.config.data.protocol,
         "steps": run.config.steps,
         "class_names": list(classes),
         "steps_per_second": 10.0,

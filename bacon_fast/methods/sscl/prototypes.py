@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bacon_fast.data.philox import Stream, philox, to_range, to_uniform
-from bacon_fast.losses.key_bank import by_class
+from bacon_fast.methods.sscl.key_bank import by_class
 
 
 class ClassPrototypes(nn.Module):

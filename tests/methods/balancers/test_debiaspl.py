@@ -7,8 +7,8 @@ import pytest
 import torch
 from balancer_cases import K, U, batch, random_labels, rows, softmax
 
-from bacon_fast.methods.balancer import Rows
-from bacon_fast.methods.debiaspl import DebiasPL
+from bacon_fast.methods.balancers.base import Rows
+from bacon_fast.methods.balancers.debiaspl import DebiasPL
 from bacon_fast.methods.fixmatch import FixMatch
 from bacon_fast.methods.outputs import Outputs
 

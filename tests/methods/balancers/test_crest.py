@@ -5,7 +5,7 @@ import torch
 from balancer_cases import K, U, rows, softmax
 from refresh_cases import context_of
 
-from bacon_fast.methods.crest import CReST, select, selected_fractions, selected_fractions_by_index
+from bacon_fast.methods.balancers.crest import CReST, select, selected_fractions, selected_fractions_by_index
 
 
 def crest(counts=(40, 20, 10, 5), **changes) -> CReST:

@@ -2,13 +2,45 @@
 
 import math
 from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from bacon_fast.methods.alignment import DistributionAlignment
-from bacon_fast.methods.balancer import Balancer, Rows, Targets
+from bacon_fast.methods.balancers.base import Balancer, Rows, Targets
 from bacon_fast.methods.method import NewGeneration, RefreshContext
+from bacon_fast.methods.part import PartOptions, Setup
+
+
+@dataclass(frozen=True)
+class CReSTOptions(PartOptions):
+    """CReST (methods.md H)."""
+
+    part: ClassVar[str] = "crest"
+
+    generations: int = 6
+    """G: each generation has steps/G steps from a fresh network (authors: 65,536 each)."""
+    alpha: float = 3.0
+    """The fraction of pseudo-labels taken from a class is a ratio of counts to the power 1/alpha."""
+
+    def check(self) -> None:
+        self.require_integers(1, "generations")
+        self.require_positive("alpha")
+
+
+@dataclass(frozen=True)
+class PDAOptions(PartOptions):
+    """Progressive distribution alignment, which makes CReST+ of CReST (methods.md H)."""
+
+    part: ClassVar[str] = "pda"
+
+    t_min: float = 0.5
+    """Exponent of the aligned distribution in the last generation; 1 in the first."""
+
+    def check(self) -> None:
+        self.require_fractions("t_min")
 
 
 class CReST(Balancer):
@@ -122,3 +154,16 @@ def select(confidence: Tensor, classes: Tensor, fractions: list[float]) -> tuple
         chosen.append(of_class[: math.floor(fraction * len(of_class) + 1e-9)])  # 1e-9: what rounding took from a whole
     slots = torch.cat(chosen).sort().values
     return slots, classes[slots]
+
+
+def build(options: CReSTOptions, setup: Setup) -> CReST:
+    pda = setup.parts.get("pda")
+    return CReST(
+        setup.data.labeled_counts,
+        steps=setup.steps,
+        generations=options.generations,
+        alpha=options.alpha,
+        t_min=None if pda is None else pda.t_min,
+        momentum=setup.shared.distribution_momentum,
+        usb_compat=setup.shared.usb_compat,
+    )

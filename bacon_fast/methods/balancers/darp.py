@@ -1,15 +1,30 @@
 """DARP, distribution aligning refinery of pseudo-labels (methods.md H; Kim et al., NeurIPS 2020)."""
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from bacon_fast.methods.balancer import Balancer, Rows, Targets
+from bacon_fast.methods.balancers.base import Balancer, Rows, Targets
 from bacon_fast.methods.last_rows import last_of_equal
+from bacon_fast.methods.part import PartOptions, Setup
 
 _SMALLEST_ENTROPY = 1e-6  # a certain row has entropy 0, an infinite weight in the objective
 _DENOISING_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class DARPOptions(PartOptions):
+    """DARP (methods.md H)."""
+
+    part: ClassVar[str] = "darp"
+
+    start: float = 0.4
+    """Fraction of the run after which pseudo-labels are refined (authors: 200 of 500 epochs)."""
+
+    def check(self) -> None:
+        self.require_starts("start")
 
 
 class DARP(Balancer):
@@ -117,3 +132,7 @@ def refine(predictions: Tensor, target_mass: Tensor, *, sweeps: int = 10, newton
             slope = (column.softmax(0) * entropy).sum(0)
             nu = torch.where(alive, nu + surplus / slope, 0)
     return scaled_to_rows(nu).exp()
+
+
+def build(options: DARPOptions, setup: Setup) -> DARP:
+    return DARP(setup.data.labeled_counts, setup.data.num_unlabeled, start=round(options.start * setup.steps))

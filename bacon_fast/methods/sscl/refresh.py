@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bacon_fast.losses.key_bank import LabeledKeyBank
-from bacon_fast.losses.prototypes import ClassPrototypes, class_means, draw_mixtures, mix_pixels, own_cosine
 from bacon_fast.methods.method import RefreshContext
+from bacon_fast.methods.sscl.key_bank import LabeledKeyBank
+from bacon_fast.methods.sscl.prototypes import ClassPrototypes, class_means, draw_mixtures, mix_pixels, own_cosine
 from bacon_fast.models.momentum import MomentumEncoder
 
 MIXED_CHUNK = 512

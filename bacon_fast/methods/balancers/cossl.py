@@ -1,20 +1,43 @@
 """CoSSL, co-learning of representation and classifier (methods.md H; Fan, Dai, Kukleva, Schiele, CVPR 2022)."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bacon_fast.data.philox import Stream, philox, to_uniform
-from bacon_fast.methods.balancer import Balancer, Rows, Targets
-from bacon_fast.methods.cossl_warmup import balanced_features, imprinted_weights, train_head
+from bacon_fast.methods.balancers.base import Balancer, Rows, Targets
+from bacon_fast.methods.balancers.cossl_warmup import balanced_features, imprinted_weights, train_head
 from bacon_fast.methods.method import RefreshContext
 from bacon_fast.methods.outputs import Batch, wide
+from bacon_fast.methods.part import PartOptions, Setup
+
+
+@dataclass(frozen=True)
+class CoSSLOptions(PartOptions):
+    """CoSSL (methods.md H)."""
+
+    part: ClassVar[str] = "cossl"
+
+    start: float = 0.8
+    """Fraction of the run after which the teacher head labels: 0.8 (authors), 0.2 (BaCon's runs)."""
+    lambda_0: float = 0.6
+    """The least share of the labeled image's feature in a blend."""
+
+    def check(self) -> None:
+        self.require_starts("start")
+        self.require_fractions("lambda_0")
+
+    def network(self) -> dict[str, object]:
+        return {"heads": "teacher"}
 
 
 class CoSSL(Balancer):
     """A teacher head on the averaged backbone's features learns from class-balanced, blended rows, and labels for it.
 
-    Until `start` the base learner trains alone. Then the teacher is warmed up (methods/cossl_warmup.py), and from there
+    Until `start` the base learner trains alone. Then the teacher is warmed up (cossl_warmup.py), and from there
     on, beside the base learner, each step takes B labeled images (x, y) drawn class by class, and
 
         with probability (N_1 - N_y) / N_1:   f <- lambda f(x) + (1 - lambda) f(u),   lambda ~ U(lambda_0, 1)
@@ -102,3 +125,13 @@ class CoSSL(Balancer):
                     parameter.copy_(value)
             for network in (self.network, self.averaged):
                 network.teacher_ready.fill_(True)
+
+
+def build(options: CoSSLOptions, setup: Setup) -> CoSSL:
+    return CoSSL(
+        setup.data.labeled_counts,
+        start=round(options.start * setup.steps),
+        lambda_0=options.lambda_0,
+        seed=setup.seed,
+        usb_compat=setup.shared.usb_compat,
+    )

@@ -1,12 +1,22 @@
 """SAW, smoothed adaptive weighting (methods.md H; Lai, Wang, Gunawan, Cheung, Chuah, ICML 2022)."""
 
 from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from bacon_fast.methods.balancer import Balancer, Rows, Targets
+from bacon_fast.methods.balancers.base import Balancer, Rows, Targets
 from bacon_fast.methods.method import RefreshContext
+from bacon_fast.methods.part import PartOptions, Setup
+
+
+@dataclass(frozen=True)
+class SAWOptions(PartOptions):
+    """SAW has no options of its own; --epochs sets how often it counts."""
+
+    part: ClassVar[str] = "saw"
 
 
 class SAW(Balancer):
@@ -58,3 +68,7 @@ def effective_number_weights(counts: Tensor) -> Tensor:
     beta = 1 - 1 / counts.mean()
     weights = (1 - beta) / (1 - beta**counts)
     return (weights * len(counts) / weights.sum()).float()
+
+
+def build(options: SAWOptions, setup: Setup) -> SAW:
+    return SAW(setup.data.labeled_counts, steps=setup.steps, epochs=setup.shared.epochs)

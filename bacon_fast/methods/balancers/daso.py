@@ -1,14 +1,33 @@
 """DASO, distribution-aware semantics-oriented pseudo-labels (methods.md H; Oh, Kim, Kweon, CVPR 2022)."""
 
 from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bacon_fast.methods.balancer import Balancer, Rows, Targets
-from bacon_fast.methods.feature_queue import FeatureQueue
+from bacon_fast.methods.balancers.base import Balancer, Rows, Targets
+from bacon_fast.methods.balancers.feature_queue import FeatureQueue
 from bacon_fast.methods.outputs import Batch
+from bacon_fast.methods.part import PartOptions, Setup
+
+
+@dataclass(frozen=True)
+class DASOOptions(PartOptions):
+    """DASO (methods.md H)."""
+
+    part: ClassVar[str] = "daso"
+
+    start: float = 0.02
+    """Fraction of the run after which it acts (authors: 5,000 of 250,000 steps)."""
+    t_dist: float = 1.5
+    """T_dist: 1.5 where unlabeled classes are distributed as the labeled ones, else 0.3 (CIFAR-10)."""
+
+    def check(self) -> None:
+        self.require_starts("start")
+        self.require_positive("t_dist")
 
 
 class DASO(Balancer):
@@ -109,3 +128,13 @@ class DASO(Balancer):
         due = (completed % self.interval == 0) | (completed == self.start)
         self.distribution.copy_(torch.where(due, self.counts / self.counts.sum(), self.distribution))
         self.counts.masked_fill_(due, 0)
+
+
+def build(options: DASOOptions, setup: Setup) -> DASO:
+    return DASO(
+        setup.data.num_classes,
+        setup.num_features,
+        start=round(options.start * setup.steps),
+        t_dist=options.t_dist,
+        usb_rows=setup.unlabeled_rows if setup.shared.usb_compat else None,
+    )

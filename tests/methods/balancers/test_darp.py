@@ -8,7 +8,7 @@ import torch
 from balancer_cases import B, F, K, U, batch, random_labels, rows
 from scipy import optimize
 
-from bacon_fast.methods.darp import DARP, denoise, refine
+from bacon_fast.methods.balancers.darp import DARP, denoise, refine
 from bacon_fast.methods.fixmatch import FixMatch
 from bacon_fast.methods.outputs import Outputs
 

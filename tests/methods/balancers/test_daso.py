@@ -8,8 +8,8 @@ import pytest
 import torch
 from balancer_cases import B, F, K, U, batch, random_labels, rows, softmax
 
-from bacon_fast.methods.daso import DASO
-from bacon_fast.methods.feature_queue import FeatureQueue
+from bacon_fast.methods.balancers.daso import DASO
+from bacon_fast.methods.balancers.feature_queue import FeatureQueue
 from bacon_fast.methods.last_rows import last_of_equal
 
 

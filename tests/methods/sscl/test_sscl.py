@@ -12,7 +12,7 @@ from torch import nn
 from bacon_fast.data.philox import Stream, philox
 from bacon_fast.methods.method import RefreshContext
 from bacon_fast.methods.outputs import Batch
-from bacon_fast.methods.sscl import SsCL
+from bacon_fast.methods.sscl.method import SsCL
 from bacon_fast.models.heads import projection_head
 from bacon_fast.models.network import Network
 
@@ -257,9 +257,9 @@ def test_under_several_ranks_keys_are_encoded_in_a_drawn_order_and_come_back(mon
     expected = method.key_encoder(images)
     encode = method.key_encoder.forward
     monkeypatch.setattr(method.key_encoder, "forward", lambda rows: seen.append(rows) or encode(rows))
-    monkeypatch.setattr("bacon_fast.methods.sscl.num_ranks", lambda: 2)
-    monkeypatch.setattr("bacon_fast.methods.sscl.gather_views", lambda rows, *sizes: rows.contiguous())
-    monkeypatch.setattr("bacon_fast.methods.sscl.own_views", lambda rows, *sizes: rows)
+    monkeypatch.setattr("bacon_fast.methods.sscl.method.num_ranks", lambda: 2)
+    monkeypatch.setattr("bacon_fast.methods.sscl.method.gather_views", lambda rows, *sizes: rows.contiguous())
+    monkeypatch.setattr("bacon_fast.methods.sscl.method.own_views", lambda rows, *sizes: rows)
     orders = set()
     for step in range(3):
         found = method._encode(images, (B, U), torch.tensor(step))
@@ -366,7 +366,7 @@ def test_refresh_of_more_images_than_one_chunk(monkeypatch):
     whole, parts = build(), build()
     whole.refresh(make_context(0))
     monkeypatch.setattr("bacon_fast.methods.method.CHUNK", 4)
-    monkeypatch.setattr("bacon_fast.methods.sscl_refresh.MIXED_CHUNK", 3)
+    monkeypatch.setattr("bacon_fast.methods.sscl.refresh.MIXED_CHUNK", 3)
     parts.refresh(make_context(0))
     for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values()):
         torch.testing.assert_close(a, b, msg=name)

@@ -1,22 +1,75 @@
 """SsCL, semi-supervised contrastive learning with similarity co-calibration (methods.md F; arXiv 2105.07387)."""
 
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bacon_fast import functional
 from bacon_fast.data.philox import Stream, philox
-from bacon_fast.losses.calibration import CoCalibration
-from bacon_fast.losses.key_bank import LabeledKeyBank
-from bacon_fast.losses.prototypes import ClassPrototypes
-from bacon_fast.losses.queue import KeyQueue
+from bacon_fast.data.simclr import SimCLRDistortion
 from bacon_fast.methods.fixmatch import pseudo_label_stats
 from bacon_fast.methods.gather import gather_batch, gather_views, num_ranks, own_views
 from bacon_fast.methods.method import Method, RefreshContext
 from bacon_fast.methods.outputs import Batch, Outputs, StepOutput, step_output
-from bacon_fast.methods.sscl_refresh import refresh
+from bacon_fast.methods.part import PartOptions, Setup
+from bacon_fast.methods.sscl.calibration import CoCalibration
+from bacon_fast.methods.sscl.key_bank import LabeledKeyBank
+from bacon_fast.methods.sscl.prototypes import ClassPrototypes
+from bacon_fast.methods.sscl.queue import KeyQueue
+from bacon_fast.methods.sscl.refresh import refresh
+from bacon_fast.models.heads import projection_head
 from bacon_fast.models.momentum import MomentumEncoder
 from bacon_fast.models.network import Network
+
+
+@dataclass(frozen=True)
+class SsCLOptions(PartOptions):
+    """SsCL (methods.md F; arXiv 2105.07387)."""
+
+    part: ClassVar[str] = "sscl"
+    operation: ClassVar[str] = "contrastive"
+
+    lambda_u: float = 1.0
+    """Weight of the pseudo-label loss, lambda_pl."""
+    lambda_con: float = 1.0
+    """Weight of the contrastive loss, lambda_ctr."""
+    proj_dim: int = 64
+    """D, width of the contrastive space."""
+    proj_layers: int = 2
+    """Linear layers of the projection head; 0: none."""
+    queue: int = 4096
+    """K_q, keys in the queue (CIFAR-10; 65,536 on ImageNet)."""
+    momentum: float = 0.999
+    """Momentum of the key encoder (MoCo)."""
+    extra_keys: int = 3
+    """Keys of labeled images that are positives of each query, beside its own; 0: MoCo with a margin."""
+    gamma: float = 5.0
+    """One over the temperature of the contrastive loss (5 on CIFAR-10, 10 on ImageNet)."""
+    margin: float = -0.25
+    """m, added to the similarities of the negatives."""
+    form: Literal["prod", "sum"] = "prod"
+    """Equation (5) by its third line, where all positives must be close, or by its second: one suffices."""
+    mask_queue: bool = False
+    """Keys of the query's own class in the queue are no negatives."""
+    calibration: Literal["ratio", "literal"] = "ratio"
+    """Pseudo-labels times an image's similarities to the classes over their average, or, as worded, the average."""
+    temperature: float = 0.1
+    """T_s of the softmax over the similarities to the class prototypes."""
+    soft: bool = False
+    """Train towards the calibrated distribution instead of its largest class."""
+    refresh_epochs: int = 5
+    """Epochs, of steps/epochs steps, between refreshes of prototypes and assignments."""
+
+    def check(self) -> None:
+        self.require_weights("lambda_u", "lambda_con")
+        self.require_integers(1, "proj_dim", "queue", "refresh_epochs")
+        self.require_integers(0, "extra_keys")
+        self.require(self.proj_layers in (0, 1, 2), "proj_layers", "0, 1 or 2")
+        self.require_positive("gamma", "temperature")
+        self.require_fractions("momentum")
 
 
 class SsCL(Method):
@@ -161,3 +214,29 @@ def global_slots(batch: Batch) -> Tensor:
     """Places int64 [U] of this rank's unlabeled rows in the global batch."""
     rows = num_ranks() * batch.num_unlabeled
     return own_views(torch.arange(rows, device=batch.images.device), 0, batch.num_unlabeled)
+
+
+def build(options: SsCLOptions, setup: Setup, network: Network) -> SsCL:
+    return SsCL(
+        network,
+        projection_head(setup.num_features, options.proj_dim, options.proj_layers),
+        SimCLRDistortion(setup.data.mean, setup.data.std, setup.seed),
+        num_labeled=setup.data.num_labeled,
+        num_unlabeled=setup.data.num_unlabeled,
+        threshold=setup.shared.threshold,
+        lambda_u=options.lambda_u,
+        lambda_con=options.lambda_con,
+        soft=options.soft,
+        momentum=options.momentum,
+        queue_size=options.queue,
+        extra_keys=options.extra_keys,
+        gamma=options.gamma,
+        margin=options.margin,
+        form=options.form,
+        mask_queue=options.mask_queue,
+        calibration=options.calibration,
+        temperature=options.temperature,
+        refresh_every=max(1, round(options.refresh_epochs * setup.steps / setup.shared.epochs)),
+        seed=setup.seed,
+        backend=setup.shared.backend,
+    )

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from bacon_fast.methods.balancer import Rows
+from bacon_fast.methods.balancers.base import Rows
 from bacon_fast.methods.outputs import Batch
 
 B, U, K, F = 7, 19, 4, 8

@@ -10,8 +10,8 @@ from refresh_cases import context_of
 from scipy.stats import beta
 
 from bacon_fast.data.philox import Stream, philox
-from bacon_fast.methods.cossl import CoSSL
-from bacon_fast.methods.cossl_warmup import balanced_features, imprinted_weights, train_head
+from bacon_fast.methods.balancers.cossl import CoSSL
+from bacon_fast.methods.balancers.cossl_warmup import balanced_features, imprinted_weights, train_head
 
 COUNTS = [40, 20, 10, 4]
 

@@ -5,9 +5,9 @@ import torch
 from balancer_cases import B, K, U, batch, cross_entropy, random_labels, rows, softmax
 from refresh_cases import context_of
 
+from bacon_fast.methods.balancers.saw import SAW, effective_number_weights
 from bacon_fast.methods.fixmatch import FixMatch
 from bacon_fast.methods.outputs import Outputs
-from bacon_fast.methods.saw import SAW, effective_number_weights
 
 STEP = torch.tensor(0)
 

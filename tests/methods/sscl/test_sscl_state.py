@@ -10,10 +10,10 @@ import torch
 from scipy.stats import chisquare
 
 from bacon_fast.data.philox import Stream, philox
-from bacon_fast.losses.calibration import CoCalibration
-from bacon_fast.losses.key_bank import LabeledKeyBank, by_class
-from bacon_fast.losses.prototypes import ClassPrototypes, class_means, draw_mixtures, mix_pixels, own_cosine
-from bacon_fast.losses.queue import KeyQueue
+from bacon_fast.methods.sscl.calibration import CoCalibration
+from bacon_fast.methods.sscl.key_bank import LabeledKeyBank, by_class
+from bacon_fast.methods.sscl.prototypes import ClassPrototypes, class_means, draw_mixtures, mix_pixels, own_cosine
+from bacon_fast.methods.sscl.queue import KeyQueue
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What FixMatch's and ReMixMatch's methods share: a class balancer, and a contrastive loss that starts late."""
+"""A method with what is added to it: a class balancer, and a contrastive loss that starts late."""
 
 from collections.abc import Hashable
 from typing import NamedTuple
@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bacon_fast.losses.bacon import BaConLoss
-from bacon_fast.methods.balancer import Balancer
+from bacon_fast.methods.bacon import BaCon
+from bacon_fast.methods.balancers.base import Balancer
 from bacon_fast.methods.gather import gather_views
 from bacon_fast.methods.method import Method, NewGeneration, RefreshContext
 from bacon_fast.methods.outputs import Batch, wide
@@ -23,31 +23,18 @@ class Phase(NamedTuple):
     balancer: Hashable = None
 
 
-class BalancedMethod(Method):
+class ExtendedMethod(Method):
     """Method with a balancer and a regularizer, either of which may be None; hands on to the balancer what it decides.
 
     Args:
         network: backbone and heads.
         balancer: what sets the targets of the unlabeled rows.
         regularizer: BaCon's loss.
-        steps: T.
-        lambda_con: weight of the regularizer's loss.
-        contrast_start: fraction of T after which it is added.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        balancer: Balancer | None,
-        regularizer: BaConLoss | None,
-        *,
-        steps: int,
-        lambda_con: float,
-        contrast_start: float,
-    ) -> None:
+    def __init__(self, network: Network, balancer: Balancer | None, regularizer: BaCon | None) -> None:
         super().__init__(network)
         self.balancer, self.regularizer = balancer, regularizer
-        self.steps, self.lambda_con, self.contrast_start = steps, lambda_con, contrast_start
         self.balanced_view = balancer is not None and balancer.balanced_view
 
     def bind(self, averaged: nn.Module) -> None:
@@ -56,7 +43,7 @@ class BalancedMethod(Method):
             self.balancer.bind(self.network, averaged)
 
     def phase(self, step: int) -> Phase:
-        contrast = self.regularizer is not None and step > self.contrast_start * self.steps
+        contrast = self.regularizer is not None and self.regularizer.active(step)
         return Phase(contrast, None if self.balancer is None else self.balancer.phase(step))
 
     def schedule(self, step: int | Tensor, steps: int) -> tuple[int | Tensor, int]:

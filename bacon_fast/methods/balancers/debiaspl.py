@@ -1,13 +1,29 @@
 """DebiasPL (methods.md H; Wang et al., "Debiased learning from naturally imbalanced pseudo-labels", CVPR 2022)."""
 
 from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from bacon_fast.methods.balancer import Balancer, Rows, Targets
+from bacon_fast.methods.balancers.base import Balancer, Rows, Targets
+from bacon_fast.methods.part import PartOptions, Setup
 
 _SMALLEST = 1e-12  # of a mean probability, so that its logarithm stays finite
+
+
+@dataclass(frozen=True)
+class DebiasPLOptions(PartOptions):
+    """DebiasPL (methods.md H)."""
+
+    part: ClassVar[str] = "debiaspl"
+
+    tau: float = 0.4
+    """Strength of the debiasing and of the margin: 0.4 in USB, 1 in the authors' ImageNet runs."""
+
+    def check(self) -> None:
+        self.require_weights("tau")
 
 
 class DebiasPL(Balancer):
@@ -46,3 +62,12 @@ class DebiasPL(Balancer):
 
     def _bias(self) -> Tensor:
         return self.tau * self.mean_prediction.clamp_min(_SMALLEST).log()
+
+
+def build(options: DebiasPLOptions, setup: Setup) -> DebiasPL:
+    return DebiasPL(
+        setup.data.num_classes,
+        tau=options.tau,
+        momentum=setup.shared.distribution_momentum,
+        usb_ema=setup.ema if setup.shared.usb_compat else None,
+    )

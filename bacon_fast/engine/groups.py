@@ -1,0 +1,195 @@
+"""The groups of a configuration: what every run has, whatever its method. Each option stands alone: --lr, --steps."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from bacon_fast.data.datasets import DATASETS
+from bacon_fast.data.longtail import PROTOCOLS
+from bacon_fast.methods.options import Options
+
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+
+BACKBONE_FORMS = "wrn-DEPTH-WIDTH, wrn-DEPTH-WIDTH-usb, resnet18 or resnet50"
+
+_PATH = tyro.conf.arg(metavar="PATH")
+
+
+@dataclass(frozen=True)
+class RunOptions(Options):
+    """Where a run happens. `run_dir` must not hold another run, unless `resume` continues it."""
+
+    run_dir: Annotated[Path | None, _PATH] = None
+    """Default: runs/PRESET-METHOD-seedSEED-TIME. All machines share it."""
+    resume: bool = False
+    """Continue the run in --run-dir from its newest checkpoint."""
+    device: str = "auto"
+    """auto (cuda when there is one), cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
+class DataOptions(Options):
+    """Images and split.
+
+    images: "memory" decodes all images in memory, resident on the device. "mapped" (dataset folder with an image size)
+    decodes them once into a file in data_dir/.bacon_fast, 3 bytes a pixel, from which each step's images are sent.
+    Files there of another size or of images that have changed since may be deleted.
+    """
+
+    dataset: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(DATASETS) + "}")] = "digits"
+    """Source of the images."""
+    data_dir: Annotated[Path | None, _PATH] = None
+    """Where the dataset lies (digits needs none)."""
+    download: bool = False
+    """Let torchvision download the dataset into --data-dir."""
+    image_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Side in pixels to resize to; default: the dataset's own."""
+    classes: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME...")] = None
+    """Classes of a folder, head first; default: classes.txt, or sorted."""
+    images: Literal["memory", "mapped"] = "memory"
+    """In memory, or (folders) decoded once into a file in --data-dir."""
+    protocol: str = "digits"
+    """Long-tailed split; the next five options override values of it."""
+    labeled_head: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """N_1, labeled images of the head class."""
+    unlabeled_head: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """M_1, unlabeled images of the head class."""
+    gamma_l: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Imbalance of the labeled set; negative: reversed, 1: uniform."""
+    gamma_u: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Imbalance of the unlabeled set, likewise."""
+    lb_in_ulb: Annotated[bool | None, tyro.conf.arg(metavar="{True,False}")] = None
+    """Put the labeled images into the unlabeled set too."""
+    split: Annotated[Path | None, _PATH] = None
+    """Reuse this split.json of another run instead of drawing one."""
+
+    def check(self) -> None:
+        self.require(self.dataset in DATASETS, "dataset", f"one of {', '.join(DATASETS)}")
+        if self.images == "mapped":
+            self.require(self.dataset == "folder", "images", "memory, except for dataset folder")
+            self.require(self.image_size is not None, "image_size", "a side in pixels for --images mapped")
+        self.require(self.protocol in PROTOCOLS, "protocol", f"one of {', '.join(PROTOCOLS)}")
+        for name in ("gamma_l", "gamma_u"):
+            value = getattr(self, name)
+            self.require(value is None or abs(value) >= 1, name, "at least 1, or at most -1 to reverse the classes")
+
+
+@dataclass(frozen=True)
+class ViewOptions(Options):
+    """Batch and augmentation."""
+
+    batch_size: int = 64
+    """B, labeled images a step, of all processes together."""
+    unlabeled_ratio: int = 2
+    """mu: unlabeled images a step are mu*B."""
+    hflip: bool = True
+    """Random horizontal flips."""
+    randaugment_ops: int = 3
+    """Operations drawn per strong view."""
+    cutout: bool = True
+    """One Cutout per strong view."""
+
+    def check(self) -> None:
+        self.require_integers(1, "batch_size", "unlabeled_ratio")
+        self.require_integers(0, "randaugment_ops")
+
+
+@dataclass(frozen=True)
+class ModelOptions(Options):
+    """The backbone.
+
+    A WRN's depth is 6n+4, or 8n+5 for 96x96 pixels. With -usb it is USB's, where the first block of each group but the
+    first reads its input without BatchNorm and LeakyReLU.
+    """
+
+    backbone: str = "wrn-28-2"
+    """wrn-DEPTH-WIDTH[-usb], resnet18 or resnet50."""
+    bn_momentum: float = 0.001
+    """Weight of the newest batch in BatchNorm's statistics."""
+
+    def check(self) -> None:
+        backbones = r"wrn-\d+-\d+(-usb)?|resnet18|resnet50"
+        self.require(bool(re.fullmatch(backbones, self.backbone)), "backbone", BACKBONE_FORMS)
+        if self.backbone.startswith("wrn"):
+            depth = int(self.backbone.split("-")[1])
+            expected = "a WRN depth of 6n+4 (10, 16, 22, 28, ...) or 8n+5 (13, 21, 29, 37, ...)"
+            self.require(depth >= 10 and (depth % 6 == 4 or depth % 8 == 5), "backbone", expected)
+        self.require(0 < self.bn_momentum <= 1, "bn_momentum", "a number above 0 and up to 1")
+
+
+@dataclass(frozen=True)
+class OptimizerOptions(Options):
+    """The update of the parameters, and their average.
+
+    optimizer: "sgd" decays tensors of two or more dimensions; under "adam" parameters shrink by (1 - weight_decay*lr)
+    after each step. lr_schedule: "constant" (every imbalanced method of USB and BaCon), "cosine",
+    lr*max(0, cos(7*pi*t/(16*T))) (FixMatch), or "cosine_to_zero", lr*(1 + cos(pi*t/T))/2 (MoCo v2).
+    """
+
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """sgd: Nesterov momentum 0.9; adam: ABC's recipe."""
+    lr: float = 0.03
+    """Learning rate."""
+    weight_decay: float = 5e-4
+    """Weight decay (adam: 0.02 in ABC's recipe)."""
+    lr_schedule: Literal["constant", "cosine", "cosine_to_zero"] = "constant"
+    """cosine is FixMatch's, of 7/16 of a period; cosine_to_zero MoCo v2's."""
+    ema: float = 0.999
+    """Momentum of the parameter average that evaluation uses."""
+    ema_buffers: Literal["copy", "average"] = "copy"
+    """Its BatchNorm statistics: copied (USB), averaged (ABC, CoSSL)."""
+
+    def check(self) -> None:
+        self.require_positive("lr")
+        self.require_weights("weight_decay")
+        self.require_fractions("ema")
+
+
+@dataclass(frozen=True)
+class EngineOptions(Options):
+    """How steps are computed."""
+
+    precision: Precision = "fp32"
+    """Arithmetic of the network: fp32, tf32 (convolutions, on CUDA), bf16 or fp16 autocast. Losses are fp32 always.
+    auto: bf16 where the device computes it natively, else fp32; the run records which."""
+    channels_last: bool = True
+    """Memory format of the convolutions."""
+    compile: bool = False
+    """Compile network and losses with torch.compile."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """The whole step as one CUDA graph launch: auto (on a single GPU, unless the capture fails), on (an error where it
+    is impossible), or off (the same step, launch by launch)."""
+    threads: int = 0
+    """CPU threads; 0: the cores this process may use."""
+    sync_batchnorm: bool = False
+    """Under torchrun: normalize with the statistics of the whole batch, so that the run is that of a single process.
+    Without, each process normalizes its own rows, and the running statistics of the first are evaluated and saved."""
+    rank_timeout: float = 600.0
+    """Under torchrun: seconds a process waits for the others before it gives up."""
+
+    def check(self) -> None:
+        self.require_integers(0, "threads")
+        self.require_positive("rank_timeout")
+
+
+@dataclass(frozen=True)
+class LogOptions(Options):
+    """What a run writes, and when."""
+
+    eval_every: int = 1000
+    """Steps between evaluations of the averaged model on the test part."""
+    log_every: int = 100
+    """Steps between log rows; the only moments at which the host waits for the device."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    report: bool = True
+    """Write report.html at the end."""
+
+    def check(self) -> None:
+        self.require_integers(1, "eval_every", "log_every", "checkpoint_every")
+        self.require(self.keep_checkpoints >= 2, "keep_checkpoints", "at least 2 (one may be damaged)")

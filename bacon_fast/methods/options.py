@@ -1,0 +1,159 @@
+"""Options: frozen dataclasses that check themselves. Groups of a configuration and parts of a method are such."""
+
+import sys
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from types import UnionType
+from typing import ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base of all options. A value that is not of its field's annotated type, or out of range, is refused by name.
+
+    Raises:
+        ValueError: names the field, what it takes and what was found.
+
+    Example:
+        >>> SharedOptions(threshold=2.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: threshold: expected a number between 0 and 1, found 2.0
+    """
+
+    part: ClassVar[str] = ""
+    """Name of the part of a method, which stands before its fields: daso in --daso.start. Empty: fields stand alone."""
+
+    def __post_init__(self) -> None:
+        for name, kind in _kinds(type(self)).items():
+            self.require(_is_of(kind, getattr(self, name)), name, _words(kind))
+        self.check()
+
+    def check(self) -> None:
+        """Refuses values out of range; a subclass with such fields overrides it."""
+
+    def require(self, condition: bool, name: str, expected: str) -> None:
+        """Raises ValueError, which names the field `name`, unless the condition holds."""
+        if not condition:
+            label = f"{self.part}.{name}" if self.part else name
+            raise ValueError(f"{label}: expected {expected}, found {getattr(self, name)!r}")
+
+    def require_integers(self, low: int, *names: str) -> None:
+        """These fields are None or at least `low`."""
+        for name in names:
+            value = getattr(self, name)
+            self.require(value is None or value >= low, name, f"an integer of at least {low}")
+
+    def require_positive(self, *names: str) -> None:
+        """These fields are None or above 0."""
+        for name in names:
+            value = getattr(self, name)
+            self.require(value is None or value > 0, name, "a number above 0")
+
+    def require_weights(self, *names: str) -> None:
+        """These fields are None or at least 0."""
+        for name in names:
+            value = getattr(self, name)
+            self.require(value is None or value >= 0, name, "a number of at least 0")
+
+    def require_fractions(self, *names: str) -> None:
+        """These fields lie in [0, 1]."""
+        for name in names:
+            self.require(0 <= getattr(self, name) <= 1, name, "a number between 0 and 1")
+
+    def require_starts(self, *names: str) -> None:
+        """These fields, fractions of a run, lie in [0, 1)."""
+        for name in names:
+            self.require(0 <= getattr(self, name) < 1, name, "a number from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class SharedOptions(Options):
+    """Options that several parts of methods read.
+
+    usb_compat reaches DebiasPL, DASO, CoSSL, and CReST, which in USB acts where the labeled counts do not fall from
+    class to class.
+    """
+
+    threshold: float = 0.95
+    """Confidence from which a pseudo-label, and BaCon's count, counts."""
+    epochs: int = 1000
+    """E: ABC anneals, SAW counts and SsCL refreshes by epochs."""
+    distribution_momentum: float = 0.999
+    """Of the running mean of predictions (ReMixMatch, CReST+, DebiasPL)."""
+    usb_compat: bool = False
+    """Bring back errors of USB's code that published numbers contain."""
+    loss_backend: Literal["auto", "reference", "cpp", "triton"] = "auto"
+    """Implementation of the fused losses."""
+
+    def check(self) -> None:
+        self.require_fractions("threshold", "distribution_momentum")
+        self.require_integers(1, "epochs")
+
+    @property
+    def backend(self) -> str | None:
+        """`loss_backend` as operations take it: None for the best one."""
+        return None if self.loss_backend == "auto" else self.loss_backend
+
+
+@cache
+def _kinds(options: type) -> dict[str, object]:
+    """What each field may hold, as annotated."""
+    hints = get_type_hints(options)
+    return {field.name: hints[field.name] for field in fields(options)}
+
+
+def _is_of(kind: object, value: object) -> bool:
+    """Whether a value is what an annotation says. An integer may stand for a float, True and False for no number."""
+    origin, of = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_is_of(one, value) for one in of)
+    if origin is Literal:
+        return isinstance(value, str) and value in of
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_of(of[0], entry) for entry in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, origin or kind) and (kind is bool or not isinstance(value, bool))
+
+
+_WORDS = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string", Path: "a pathlib.Path"}
+
+
+def _words(kind: object) -> str:
+    """An annotation in words."""
+    origin, of = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(_words(one) for one in of)
+    if origin is Literal:
+        return f"one of {', '.join(of)}"
+    if origin is tuple:
+        return "a tuple of strings"
+    if kind is type(None):
+        return "None"
+    return _WORDS.get(kind) or f"{(origin or kind).__name__}"
+
+
+def from_json(options: type[Options], values: dict) -> Options:
+    """Options from their JSON values: texts become paths, and lists tuples, where a field takes them.
+
+    Raises ValueError unless there is a value for each field and no other, and for values that do not fit.
+    """
+    kinds, label = _kinds(options), options.part or options.__name__
+    for what, names in (("unknown", set(values) - set(kinds)), ("missing", set(kinds) - set(values))):
+        if names:
+            raise ValueError(f"{label}: {what} fields {', '.join(sorted(names))}")
+    given = {}
+    for name, value in values.items():
+        taken = (kinds[name], *get_args(kinds[name]))
+        if Path in taken and isinstance(value, str):
+            value = Path(value)
+        given[name] = tuple(value) if isinstance(value, list) else value
+    return options(**given)
+
+
+def to_json(options: Options) -> dict:
+    """Inverse of `from_json`: values that JSON has."""
+    values = {name: getattr(options, name) for name in _kinds(type(options))}
+    return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}

@@ -1,0 +1,1 @@
+"""SsCL (methods.md F): the method, and what it keeps between steps."""

@@ -1,0 +1,42 @@
+"""What defines a network, so that it can be built again from a checkpoint without the run's configuration."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bacon_fast.models.network import Network, TeacherNetwork
+from bacon_fast.models.ssc import PrototypeNetwork
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """A network in numbers and words.
+
+    Attributes:
+        backbone: name for `build_backbone`.
+        num_classes: K.
+        bn_momentum: weight of the newest batch in BatchNorm's running statistics.
+        heads: "main" is one classifier; "balanced" adds the auxiliary one (ABC), "teacher" CoSSL's; "prototypes" has
+            SSC's in the place of a classifier.
+        temperature: of the prototypes' similarities.
+    """
+
+    backbone: str
+    num_classes: int
+    bn_momentum: float
+    heads: Literal["main", "balanced", "teacher", "prototypes"] = "main"
+    temperature: float | None = None
+
+
+def build_network(spec: NetworkSpec) -> Network | PrototypeNetwork:
+    """The network, freshly initialized from torch's generator: what is averaged and evaluated.
+
+    Example:
+        >>> build_network(NetworkSpec("wrn-10-1", num_classes=10, bn_momentum=0.1)).head.out_features
+        10
+    """
+    sizes = {"num_classes": spec.num_classes, "bn_momentum": spec.bn_momentum}
+    if spec.heads == "prototypes":
+        return PrototypeNetwork(spec.backbone, temperature=spec.temperature, **sizes)
+    if spec.heads == "teacher":
+        return TeacherNetwork(spec.backbone, **sizes)
+    return Network(spec.backbone, balanced_head=spec.heads == "balanced", **sizes)

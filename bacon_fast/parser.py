@@ -1,0 +1,105 @@
+"""The command line of a configuration, made for the method at hand: its groups, and the options of its parts."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+import tyro
+
+from bacon_fast import methods
+from bacon_fast.engine.config import GROUPS, Config
+
+# What --help leaves out: how a run is computed and logged, not what it computes.
+RARE = ("engine", "log")
+STEPS_HELP = "T, optimizer steps. Schedules run on t/T."
+SEED_HELP = "Of split, initialization, sampling order and augmentation draws."
+
+Extra = Mapping[str, tuple[object, object]]
+"""Further options by name: annotated type and default."""
+
+
+def method_in(words: Sequence[str]) -> str | None:
+    """The method that command-line words name, the last one given; None without any."""
+    found = None
+    for word, value in zip(words, (*words[1:], None)):
+        if word == "--method":
+            found = value
+        elif word.startswith("--method="):
+            found = word.removeprefix("--method=")
+    return found
+
+
+def override(
+    default: Config, words: Sequence[str], *, prog: str, description: str = "", extra: Extra | None = None
+) -> tuple[Config, dict[str, object]]:
+    """The configuration with what command-line words change in it, and the values of the extra options.
+
+    Under --help it prints the options of the method's parts and of all groups but `RARE`, under --help-all those of
+    every part and group, and exits.
+
+    Raises:
+        ValueError: an option belongs to a part that the method does not have.
+        SystemExit: tyro refused the words.
+    """
+    extra, parts, groups = extra or {}, default.parts, list(GROUPS)
+    if "--help-all" in words:
+        parts = {name: part.options() for name, part in methods.PARTS.items()} | parts
+        words = ["--help"]
+    elif {"-h", "--help"} & set(words):
+        groups = [name for name in groups if name not in RARE]
+        description = f"{description}\n\nOptions of the engine, of logging and of other methods: --help-all"
+        words = ["--help"]
+    else:
+        _refuse_other_parts(default.method, words)
+    fields = [_method(default), _field("steps", int, default, STEPS_HELP), _field("seed", int, default, SEED_HELP)]
+    fields += [(name, kind, dataclasses.field(default=value)) for name, (kind, value) in extra.items()]
+    for name in groups:
+        options = getattr(default, name)
+        fields.append((name, Annotated[type(options), tyro.conf.arg(name="")], dataclasses.field(default=options)))
+    fields += [(name, type(o), dataclasses.field(default=o)) for name, o in parts.items() if dataclasses.fields(o)]
+    kind = dataclasses.make_dataclass("Arguments", fields, frozen=True)
+    found = tyro.cli(kind, args=list(words), prog=prog, description=description)
+    given = {name: getattr(found, name, options) for name, options in parts.items()}
+    values = {name: getattr(found, name) for name in ("steps", "seed", *groups)}
+    config = dataclasses.replace(default, **values, parts=given)
+    return config, {name: getattr(found, name) for name in extra}
+
+
+def words_of(config: Config, default: Config) -> list[str]:
+    """The words that make `config` of `default`, which has the same method."""
+    words, values = [], default.flat()
+    for name, value in config.flat().items():
+        if value == values[name]:
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool) and isinstance(values[name], bool):
+            before, _, last = flag.rpartition(".")
+            words.append(f"--{flag}" if value else f"--{before}{'.' if before else ''}no-{last}")
+        elif isinstance(value, tuple):
+            words += [f"--{flag}", *map(str, value)]
+        else:
+            words += [f"--{flag}", str(value)]
+    return words
+
+
+def _method(default: Config) -> tuple:
+    names = methods.names()
+    added: dict[str, list[str]] = {}
+    for name in names:
+        base, _, others = name.partition("+")
+        added.setdefault(base, []).extend([f"+{others}"] if others else [])
+    help_text = "; ".join(f"{base} alone or {', '.join(others)}" if others else base for base, others in added.items())
+    kind = Annotated[Literal[names], tyro.conf.arg(metavar="METHOD", help=f"{help_text}.")]
+    return "method", kind, dataclasses.field(default=default.method)
+
+
+def _field(name: str, kind: type, default: Config, text: str) -> tuple:
+    return name, Annotated[kind, tyro.conf.arg(help=text)], dataclasses.field(default=getattr(default, name))
+
+
+def _refuse_other_parts(method: str, words: Sequence[str]) -> None:
+    own = methods.parts_of(method)
+    for word in words:
+        part, dot, _ = word.removeprefix("--").partition(".")
+        if word.startswith("--") and dot and part in methods.PARTS and part not in own:
+            raise ValueError(methods.missing_part(method, part))
