@@ -8,6 +8,7 @@ Environment:
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,8 @@ def visible_architectures() -> str:
     """Of the GPUs of this machine, as TORCH_CUDA_ARCH_LIST has them; "" without one."""
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
-        found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
+        found = re.findall(r"^\d+\.\d+$", answer, re.MULTILINE)
     except (OSError, subprocess.SubprocessError):  # a container may have the driver without the program
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         found = ["{}.{}".format(*torch.cuda.get_device_capability(index)) for index in range(count)]

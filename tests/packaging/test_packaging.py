@@ -58,6 +58,8 @@ def test_sdist_and_the_wheel_built_from_it(source, tmp_path):
         kernels = {name for name in file.namelist() if name.startswith("bacon_fast/kernels/")}
         file.extractall(tmp_path / "site")
     assert {top for top in tops if not top.endswith(".dist-info")} == {"bacon_fast"}
+    (library,) = (tmp_path / "site/bacon_fast").glob("_C*")
+    assert library.stat().st_size < 5e6  # stripped: its debug information alone has 26 MB
     assert {f"bacon_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")} == kernels
     where = run(sys.executable, "-c", IMPORT, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert Path(where.strip()) == tmp_path / "site" / "bacon_fast"
