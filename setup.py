@@ -73,6 +73,8 @@ if CUDA_HOME is not None:
     os.environ["CUDA_HOME"] = str(CUDA_HOME)  # cpp_extension reads it when it is imported
 # Two compilers at a time on a small machine: one nvcc for four architectures needs about 2 GB.
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+# An environment that is not activated has its ninja beside its Python.
+os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
 
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler  # noqa: E402
 
@@ -112,6 +114,10 @@ def extension():
 
 class Build(BuildExtension):
     """Builds the extension or says in one line why there is none; an older one does not stay in its place."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.force = True  # what there is may be of another BACON_FAST_CUDA, however old the sources are
 
     def build_extensions(self) -> None:
         try:
