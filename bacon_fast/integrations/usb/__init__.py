@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"bacon_fast.integrations.usb needs USB, which cannot be imported here ({error}). "
-        "Install it with: pip install 'bacon_fast[usb]' (semilearn 0.3.2 with timm 1.0.31)"
+        "Install it from the checkout: pip install '.[usb]' (semilearn 0.3.2 with timm 1.0.31)"
     ) from error
 
 from bacon_fast.integrations.usb.algorithms import ABC, BaCon, FixMatch
