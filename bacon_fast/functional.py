@@ -206,6 +206,10 @@ def bank_select_(
         bank, written: [n,D] float32 and [n] bool, the features, and which slots hold one.
         slots, labels, gate: [R] int64, [R] int64, [R] bool, the batch: slots in 0..n-1, classes in 0..K-1.
         backend: None for the best one, "reference", "cpp" or "cuda".
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, or a slot of the batch has a class that does not exist, as a
+            damaged checkpoint may have it; the message names it. On a GPU such a slot is left as it is.
     """
     _check_bank_arguments(
         selected_label=selected_label,
@@ -247,6 +251,10 @@ def bank_write_(
         centers, has_center: [K,D] float32 and [K] bool, the means, and which classes have one; changed.
         slots, features, gate: [R] int64, [R,D] float32, [R] bool, the batch.
         backend: None for the best one, "reference", "cpp" or "cuda".
+
+    Raises:
+        TypeError, ValueError: as in `bank_select_`. On a GPU a slot of a class that does not exist makes all centers
+            NaN, and so the next loss.
     """
     _check_bank_arguments(
         bank=bank,
