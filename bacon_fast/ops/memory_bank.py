@@ -37,6 +37,10 @@ def bank_select_(
         slots, labels, gate: [R] int64, [R] int64, [R] bool, the batch: slots in 0..n-1, classes in 0..K-1.
         backend: None for the best one, "reference", "cpp" or "cuda".
 
+    Raises:
+        TypeError, ValueError: an argument does not fit, or a slot of the batch has a class that does not exist, as a
+            damaged checkpoint may have it; the message names it. On a GPU such a slot is left as it is.
+
         >>> from bacon_fast.losses import MemoryBank
         >>> bank = MemoryBank(num_slots=3, num_classes=2, dim=2)  # owns the buffers and calls this
         >>> bank.select_(torch.tensor([0, 2]), torch.tensor([1, 0]), torch.tensor([True, False]))
@@ -83,6 +87,10 @@ def bank_write_(
         centers, has_center: [K,D] float32 and [K] bool, the means, and which classes have one; changed.
         slots, features, gate: [R] int64, [R,D] float32, [R] bool, the batch.
         backend: None for the best one, "reference", "cpp" or "cuda".
+
+    Raises:
+        TypeError, ValueError: as in `bank_select_`. On a GPU a slot of a class that does not exist makes all centers
+            NaN, and so the next loss.
 
         >>> from bacon_fast.losses import MemoryBank
         >>> bank = MemoryBank(num_slots=3, num_classes=2, dim=2)  # owns the buffers and calls this
