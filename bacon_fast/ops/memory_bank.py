@@ -41,6 +41,7 @@ def bank_select_(
         TypeError, ValueError: an argument does not fit, or a slot of the batch has a class that does not exist, as a
             damaged checkpoint may have it; the message names it. On a GPU such a slot is left as it is.
 
+    Example:
         >>> from bacon_fast.losses import MemoryBank
         >>> bank = MemoryBank(num_slots=3, num_classes=2, dim=2)  # owns the buffers and calls this
         >>> bank.select_(torch.tensor([0, 2]), torch.tensor([1, 0]), torch.tensor([True, False]))
@@ -92,6 +93,7 @@ def bank_write_(
         TypeError, ValueError: as in `bank_select_`. On a GPU a slot of a class that does not exist makes all centers
             NaN, and so the next loss.
 
+    Example:
         >>> from bacon_fast.losses import MemoryBank
         >>> bank = MemoryBank(num_slots=3, num_classes=2, dim=2)  # owns the buffers and calls this
         >>> slots, gate = torch.tensor([0, 2]), torch.tensor([True, True])
@@ -146,6 +148,7 @@ def class_centers(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
 
+    Example:
         >>> bank = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 9.0]])
         >>> class_centers(bank, torch.tensor([0, 0, -1]), num_classes=2)
         (tensor([[2., 0.],
