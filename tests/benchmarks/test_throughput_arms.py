@@ -108,7 +108,7 @@ def test_our_trainer_makes_the_references_steps(bench):
         for backend in ("auto", "reference")
     ]
     check_trainer(*arms, bench.state, "fp32")
-    arms[0].trainer.method.lambda_con = 1.01
+    arms[0].trainer.method.regularizer.lambda_con = 1.01
     with pytest.raises(RedGateError, match="total is"):
         check_trainer(*arms, bench.state, "fp32")
 
