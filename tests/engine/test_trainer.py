@@ -352,7 +352,7 @@ def test_a_stop_by_signal_adds_no_log_row(tmp_path):
         if signals:
             with pytest.raises(StoppedError, match="stopped at step 5"):
                 trainer.fit()
-            trainer = Trainer(dataclasses.replace(config, resume=True))
+            trainer = Trainer(config.replace(resume=True))
         trainer.fit()
         rows[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
     assert_equal_states(rows["stopped"], rows["whole"])
@@ -379,7 +379,7 @@ def test_tensorboard_shows_every_step_once_after_a_kill(tmp_path, monkeypatch, c
     killed.logger.close()
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + clock)
-    Trainer(dataclasses.replace(config, resume=True)).fit()
+    Trainer(config.replace(resume=True)).fit()
     assert board_steps(tmp_path / "run", "train/loss/total") == list(range(1, 13))
 
 
