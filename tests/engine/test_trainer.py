@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import dataclasses
 import errno
 import json
 import os
