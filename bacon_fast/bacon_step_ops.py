@@ -1,4 +1,4 @@
-"""BaCon's whole step by kernels/bacon_step.py as torch.library ops: schema, fake, autograd, and when it applies.
+"""BaCon's whole step by kernels/bacon_step_phases.py as torch.library ops: schema, fake, autograd, and when it applies.
 
 The step changes the bank, and torch.library gives autograd to ops that change nothing only. So one op takes the step
 and returns the gradient along with the loss, and an autograd function ties the two to the features; its backward is an
@@ -58,7 +58,7 @@ def _step(
     count_gate: str,
     labeled_counts: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from .kernels.bacon_step import bacon_step
+    from .kernels.bacon_step_design import bacon_step
 
     return bacon_step(
         features,

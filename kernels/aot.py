@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import launch
-from .bacon_step import bacon_step
+from .bacon_step_design import DESIGNS
 from .batch_norm import batch_norm_backward, batch_norm_forward
 from .contrastive_backward import contrastive_backward
 from .contrastive_forward import contrastive_forward
@@ -187,13 +187,15 @@ def batch_norm(arch: int, images: int, channels: int, size: int, dtype: torch.dt
     batch_norm_backward(activated, other, x, weight, bias, *vectors, 0.1, arch=arch)
 
 
-def step(arch: int, rows: int, dim: int, num_classes: int, dtype: torch.dtype, precision: str) -> None:
+def step(
+    arch: int, rows: int, dim: int, num_classes: int, dtype: torch.dtype, precision: str, design: str = "phases"
+) -> None:
     """One step of BaCon with its bank, a third of the rows labeled."""
     meta = functools.partial(torch.empty, device="meta")
     index = functools.partial(meta, dtype=torch.int64)
     flag = functools.partial(meta, dtype=torch.bool)
     batch, slots = rows // 3, 12_000
-    bacon_step(
+    DESIGNS[design](
         meta(rows, dim, dtype=dtype),
         index(batch),
         meta(rows, num_classes, dtype=dtype),
@@ -252,9 +254,10 @@ def subjects() -> dict[str, Callable[[int], None]]:
         for instance, shape in instances.items():
             found[f"{instance}-{name}"] = functools.partial(run, **shape)
         for rows, dim, num_classes in ((192, 16, 10), (192, 32, 10), (192, 64, 100), (1024, 128, 1000)):
-            found[f"bacon-step-{rows}x{dim}x{num_classes}-{name}"] = functools.partial(
-                step, rows=rows, dim=dim, num_classes=num_classes, dtype=dtype, precision=precision
-            )
+            for design in DESIGNS:
+                found[f"bacon-step-{design}-{rows}x{dim}x{num_classes}-{name}"] = functools.partial(
+                    step, rows=rows, dim=dim, num_classes=num_classes, dtype=dtype, precision=precision, design=design
+                )
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for num_classes in (10, 100) if dtype == torch.float64 else (10, 100, 1000, 8192):
             name = f"heads-320x{num_classes}-{str(dtype).removeprefix('torch.')}"
