@@ -3,18 +3,18 @@
 The step of kernels/bacon_step.py (methods E.2 to E.6, J.2) with its guarantees, cut so that no program walks over all
 rows or classes, ranks what another one ranks, or waits for its own atomics:
 
-1. `_rank_kernel`, a few rows a program, changes nothing: it reads logits once and ranks them in registers. It leaves a
-   row's classes, gates, inverse norm, the unit center of its class, its cosine with that, and the class that its slot
-   was selected as.
+1. `_rank_kernel`, a few rows a program, reads logits once and ranks them in registers. It leaves a row's classes,
+   gates and inverse norm.
 2. `_compare_kernel`, a tile of rows x columns a program, compares classes by number. It leaves the pairs' logits [R,R],
    EMPTY where the column is no negative of the row, and by split of the columns each row's log-sum over its negatives
-   and their number. Programs of their own find the last row that names each slot, count classes and write the bank.
+   and their number. Programs of their own find the last row that names each slot, count classes and write the bank;
+   they leave the unit center of each row's class and its cosine with that.
 3. `_groups_kernel`, a few rows a program, sums over the rows of a row's class by comparing numbers: log-sum, slopes,
    the row's term in the loss, its weight in the gradient. Programs of their own set the centers from the sums.
 4. `_gradient_kernel`, a block of rows a program: a pair's logit as (row, column) and as (column, row) is all it needs.
 
 The result does not depend on the order of programs: what is added up by atomics is integer, the rest is reduced in the
-order of rows. The centers that the loss pulls to are those of the step before: phase 1 has kept them before phase 3
+order of rows. The centers that the loss pulls to are those of the step before: phase 2 has kept them before phase 3
 sets new ones. The gradient is linear in the upstream one: the backward multiplies.
 """
 
@@ -54,13 +54,12 @@ MAX_REGISTERS = 255  # of a thread: the grid is smaller than the card, no use in
 
 # What a row leaves in rows_int [NUM_INT + splits, R]; its numbers of negatives by split follow.
 GATES = tl.constexpr(0)
-OLD_LABEL = tl.constexpr(1)
+HAS_CENTER = tl.constexpr(1)  # whether its class has one
 NUM_INT = tl.constexpr(2)
 RELIABLE = tl.constexpr(1)  # bits of GATES
 COUNTED = tl.constexpr(2)
 INVALID = tl.constexpr(4)
 WRITES = tl.constexpr(8)  # reliable and finite in the bank's dtype
-HAS_CENTER = tl.constexpr(16)
 
 # And in rows_float [NUM_FLOAT + splits, R]; its log-sums by split follow.
 COSINE = tl.constexpr(0)  # with the center of its class
@@ -79,13 +78,9 @@ def _rank_kernel(
     logits,
     labeled_slots,
     unlabeled_slots,
-    selected_label,
-    centers,
-    has_center,
     codes,
     rows_int,
     rows_float,
-    unit_centers,
     num_rows,
     batch,
     num_labeled,
@@ -114,16 +109,13 @@ def _rank_kernel(
     slot = read_slots(labeled_slots, unlabeled_slots, row, inside, batch, num_labeled)
     label, is_labeled, valid = read_labels(labels, row, inside, batch, num_classes)
     valid = valid & (slot >= 0) & (slot < num_slots)
-    old = tl.load(selected_label + slot, mask=inside & valid, other=-1)
+    # What an invalid row ranks does not matter. That the ranking needs to know makes ptxas read all at once before it.
+    tile = tl.where(valid[:, None], tile, 0.0)
 
     ranked = tl.where(tile == tile, tl.maximum(tile, -3.0e38), float("inf"))  # above the -inf of what is no candidate
     ranked = tl.where(is_class, ranked, float("-inf"))
     largest, code = tl.max(ranked, axis=1, return_indices=True)
-    own_class = tl.where(is_labeled, label, code)
-    tl.store(codes + row * TOP_K, own_class, mask=inside)
-    keep = inside & (own_class >= 0)
-    center = load_vectors(centers, own_class, keep, dim, dim, 1, BLOCK_D).to(ACC)
-    has = tl.load(has_center + own_class, mask=keep, other=0) != 0
+    tl.store(codes + row * TOP_K, tl.where(is_labeled, label, code), mask=inside)
     for t in tl.static_range(1, TOP_K):
         ranked = tl.where(k == code[:, None], float("-inf"), ranked)
         value, code = tl.max(ranked, axis=1, return_indices=True)
@@ -138,16 +130,10 @@ def _rank_kernel(
         counted = probability >= COUNT_FROM
     reliable = probability >= RELIABLE_FROM
     gates = reliable.to(tl.int32) * RELIABLE + (counted | is_labeled).to(tl.int32) * COUNTED
-    gates += (reliable & can_be_written(x)).to(tl.int32) * WRITES + has.to(tl.int32) * HAS_CENTER
+    gates += (reliable & can_be_written(x)).to(tl.int32) * WRITES
     tl.store(rows_int + GATES * num_rows + row, tl.where(valid, gates, INVALID), mask=inside)
-    tl.store(rows_int + OLD_LABEL * num_rows + row, old.to(tl.int32), mask=inside)
-
     _, inverse = norms(x, EPS_COSINE)
-    _, center_inverse = norms(center, EPS_COSINE)
-    center = center * center_inverse[:, None]
-    store_vectors(unit_centers, row, inside, dim, dim, center, BLOCK_D)
     tl.store(rows_float + INVERSE * num_rows + row, inverse, mask=inside)
-    tl.store(rows_float + COSINE * num_rows + row, tl.sum(x * inverse[:, None] * center, axis=1), mask=inside)
 
 
 @triton.jit
@@ -162,8 +148,12 @@ def _move_bank(
     class_counts,
     class_sums,
     class_sizes,
+    centers,
+    has_center,
     codes,
     rows_int,
+    rows_float,
+    unit_centers,
     num_rows,
     batch,
     num_labeled,
@@ -172,11 +162,15 @@ def _move_bank(
     stride_dim,
     WITH_PSEUDO: tl.constexpr,
     TOP_K: tl.constexpr,
+    ACC: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
-    """Selects and writes slots. The last row that does either to a slot owns it: no other row touches its buffers."""
+    """Selects and writes slots. The last row that does either to a slot owns it: no other row touches its buffers.
+
+    Also compares rows with the centers of the step before, which phase 3 will replace.
+    """
     row = program * BLOCK_W + tl.arange(0, BLOCK_W)
     inside = row < num_rows
     column = tl.arange(0, BLOCK_A)
@@ -186,7 +180,8 @@ def _move_bank(
     slot = read_slots(labeled_slots, unlabeled_slots, row, inside, batch, num_labeled)
     column_slot = read_slots(labeled_slots, unlabeled_slots, column, column_inside, batch, num_labeled)
     label = tl.load(codes + row * TOP_K, mask=inside, other=-1)
-    old = tl.load(rows_int + OLD_LABEL * num_rows + row, mask=inside, other=-1)
+    x = load_vectors(features, row, inside, dim, stride, stride_dim, BLOCK_D).to(ACC)
+    inverse = tl.load(rows_float + INVERSE * num_rows + row, mask=inside, other=0.0)
 
     valid = inside & ((gates & INVALID) == 0)
     same = valid[:, None] & (slot[:, None] == column_slot[None, :])
@@ -198,14 +193,13 @@ def _move_bank(
     writes = same & ((column_gates & WRITES) != 0)[None, :]
     last_written = tl.max(tl.where(writes, column[None, :], -1), axis=1)
 
-    one = tl.full([BLOCK_W], 1, tl.int64)
-    counts = (last_selected == row) & (old != label)
-    tl.atomic_add(class_counts + label, one, mask=counts, sem="relaxed")
-    tl.atomic_add(class_counts + old, -one, mask=counts & (old >= 0), sem="relaxed")
-
     changes = valid & (tl.maximum(last_selected, last_written) == row)
     selects = changes & (last_selected >= 0)
     writes = changes & (last_written >= 0)
+    known = inside & (label >= 0)
+    center = load_vectors(centers, label, known, dim, dim, 1, BLOCK_D).to(ACC)
+    has = tl.load(has_center + label, mask=known, other=0)
+    old = tl.load(selected_label + slot, mask=changes, other=-1).to(tl.int32)
     new = tl.where(selects, tl.load(codes + last_selected * TOP_K, mask=selects, other=-1), old)
     flag = tl.load(written + slot, mask=changes, other=0)
     d = tl.arange(0, BLOCK_D)
@@ -213,8 +207,18 @@ def _move_bank(
     place = bank + slot[:, None] * dim + d[None, :]
     before = tl.load(place, mask=changes[:, None] & within, other=0.0)
     incoming = load_vectors(features, last_written, writes, dim, stride, stride_dim, BLOCK_D).to(tl.float32)
+
+    _, center_inverse = norms(center, EPS_COSINE)
+    center = center * center_inverse[:, None]
+    store_vectors(unit_centers, row, inside, dim, dim, center, BLOCK_D)
+    tl.store(rows_float + COSINE * num_rows + row, tl.sum(x * inverse[:, None] * center, axis=1), mask=inside)
+    tl.store(rows_int + HAS_CENTER * num_rows + row, (has != 0).to(tl.int32), mask=inside)
+
     was_written, is_first = flag != 0, flag == 0
     stays, moves = old == new, old != new
+    one = tl.full([BLOCK_W], 1, tl.int64)
+    tl.atomic_add(class_counts + new, one, mask=selects & moves, sem="relaxed")
+    tl.atomic_add(class_counts + old, -one, mask=selects & moves & (old >= 0), sem="relaxed")
     changes = changes & (writes | moves)
     joins = changes & (writes | was_written) & (new >= 0)
     leaves = changes & was_written & moves & (old >= 0)
@@ -301,9 +305,12 @@ def _compare_kernel(
     class_counts,
     class_sums,
     class_sizes,
+    centers,
+    has_center,
     codes,
     rows_int,
     rows_float,
+    unit_centers,
     pairs,
     num_rows,
     batch,
@@ -332,8 +339,8 @@ def _compare_kernel(
     if program < bank_programs:
         _move_bank(
             program, features, labeled_slots, unlabeled_slots, bank, written, selected_label, class_counts, class_sums,
-            class_sizes, codes, rows_int, num_rows, batch, num_labeled, dim, stride, stride_dim,
-            WITH_PSEUDO, TOP_K, BLOCK_W, BLOCK_D, BLOCK_A,
+            class_sizes, centers, has_center, codes, rows_int, rows_float, unit_centers, num_rows, batch, num_labeled,
+            dim, stride, stride_dim, WITH_PSEUDO, TOP_K, ACC, BLOCK_W, BLOCK_D, BLOCK_A,
         )  # fmt: skip
     else:
         _compare(
@@ -392,20 +399,29 @@ def _groups(
     column_inside = column < num_rows
     label = tl.load(codes + row * TOP_K, mask=inside, other=-1)
     gates = tl.load(rows_int + GATES * num_rows + row, mask=inside, other=0)
+    has = tl.load(rows_int + HAS_CENTER * num_rows + row, mask=inside, other=0)
     cosine = tl.load(rows_float + COSINE * num_rows + row, mask=inside, other=0.0)
     negatives = tl.zeros([BLOCK_R], tl.int32)
     for split in tl.static_range(SPLITS):
         negatives += tl.load(rows_int + (NUM_INT + split) * num_rows + row, mask=inside, other=0)
     column_gates = tl.load(rows_int + GATES * num_rows + column, mask=column_inside, other=0)
+    if AUTHORS:
+        column_label = tl.load(codes + column * TOP_K, mask=column_inside, other=-1)
+        column_cosine = tl.load(rows_float + COSINE * num_rows + column, mask=column_inside, other=0.0)
+        column_n = _log_sum(rows_float, column, column_inside, num_rows, SPLITS)
+    else:
+        row_n = _log_sum(rows_float, row, inside, num_rows, SPLITS)
     k = tl.arange(0, BLOCK_K)
-    most = tl.max(tl.load(class_counts + k, mask=k < num_classes, other=0), axis=0)
-    known = inside & (label >= 0)
-    count = tl.load(class_counts + label, mask=known, other=0)
+    counts = tl.load(class_counts + k, mask=k < num_classes, other=0)
     if progress is None:
         remaining = 1.0 - progress_number
     else:
         remaining = 1.0 - tl.load(progress).to(tl.float32)
+    known = inside & (label >= 0)
+    count = tl.load(class_counts + label, mask=known, other=0)
+    tl.debug_barrier()  # ptxas moves no read past it: all are on their way before the first value is waited for
 
+    most = tl.max(counts, axis=0)
     num_reliable = tl.sum(column_gates & RELIABLE, axis=0)
     num_invalid = tl.sum((column_gates & INVALID) // INVALID, axis=0)
     if program == 0:
@@ -417,7 +433,7 @@ def _groups(
     temperature = TEMPERATURE * (1.0 - adjustment * tl.sqrt(share_of_most))
     temperature = tl.maximum(temperature, MIN_TEMPERATURE).to(ACC)
 
-    has_terms = known & ((gates & HAS_CENTER) != 0) & (negatives > 0)
+    has_terms = known & (has != 0) & (negatives > 0)
     contributes = has_terms & ((gates & RELIABLE) != 0)
     number = tl.maximum(negatives, 1).to(ACC)
     if LOG_WEIGHT is None:  # the sum over the negatives of one row: their number times the mean
@@ -426,9 +442,6 @@ def _groups(
         log_weight = tl.full([BLOCK_R], LOG_WEIGHT, ACC)
     floor = tl.full([BLOCK_R], LOG_FLOOR, ACC)
     if AUTHORS:
-        column_label = tl.load(codes + column * TOP_K, mask=column_inside, other=-1)
-        column_cosine = tl.load(rows_float + COSINE * num_rows + column, mask=column_inside, other=0.0)
-        column_n = _log_sum(rows_float, column, column_inside, num_rows, SPLITS)
         same = known[:, None] & (label[:, None] == column_label[None, :])
         number *= tl.maximum(tl.sum(same.to(tl.int32), axis=1), 1).to(ACC)
         some = same & (column_n != EMPTY)[None, :]
@@ -441,7 +454,7 @@ def _groups(
         slopes = sigmoid(denominator[:, None] - column_cosine[None, :] / temperature[:, None])
         slope = tl.sum(tl.where(anchor, slopes, 0.0), axis=1)
     else:
-        n = _log_sum(rows_float, row, inside, num_rows, SPLITS)
+        n = row_n
         negative = log_weight - tl.log(number) + n
         denominator = log_add_exp(negative, floor)
         slope = tl.where(contributes, sigmoid(denominator - cosine / temperature), 0.0)
@@ -512,12 +525,12 @@ def _groups_kernel(
 
 
 @triton.jit
-def _gradient_kernel(
+def _gradient(
+    program,
     features,
     rows_float,
     unit_centers,
     pairs,
-    loss,
     gradient,
     num_rows,
     dim,
@@ -530,14 +543,9 @@ def _gradient_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_A: tl.constexpr,
 ):
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = program * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = row < num_rows
-    if tl.program_id(0) == 0:
-        every = tl.arange(0, BLOCK_A)
-        terms = tl.load(rows_float + LOSS * num_rows + every, mask=every < num_rows, other=0.0)
-        tl.store(loss, tl.sum(terms, axis=0))
     n = tl.load(rows_float + LOG_SUM * num_rows + row, mask=inside, other=0.0)
     weight = tl.load(rows_float + WEIGHT * num_rows + row, mask=inside, other=0.0)
     pull = tl.load(rows_float + PULL * num_rows + row, mask=inside, other=0.0)
@@ -570,6 +578,40 @@ def _gradient_kernel(
     unit = tl.where(finite[:, None], x, 0.0) * inverse[:, None]
     along = tl.where(norm > EPS_COSINE, tl.sum(unit_gradient * unit, axis=1), 0.0)
     store_vectors(gradient, row, inside, dim, dim, (unit_gradient - along[:, None] * unit) * inverse[:, None], BLOCK_D)
+
+
+@triton.jit
+def _gradient_kernel(
+    features,
+    rows_float,
+    unit_centers,
+    pairs,
+    loss,
+    gradient,
+    num_rows,
+    gradient_programs,
+    dim,
+    stride,
+    stride_dim,
+    TEMPERATURE: tl.constexpr,
+    ACC: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+):
+    """The last program sums the loss."""
+    program = tl.program_id(0)
+    if program < gradient_programs:
+        _gradient(
+            program, features, rows_float, unit_centers, pairs, gradient, num_rows, dim, stride, stride_dim,
+            TEMPERATURE, ACC, DOT, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
+        )  # fmt: skip
+    else:
+        row = tl.arange(0, BLOCK_A)
+        tl.store(loss, tl.sum(tl.load(rows_float + LOSS * num_rows + row, mask=row < num_rows, other=0.0), axis=0))
 
 
 def bacon_step_by_phases(
@@ -630,13 +672,9 @@ def bacon_step_by_phases(
         logits,
         labeled_slots,
         unlabeled_slots,
-        selected_label,
-        centers,
-        has_center,
         codes,
         rows_int,
         rows_float,
-        unit_centers,
         num_rows,
         batch,
         num_labeled,
@@ -671,9 +709,12 @@ def bacon_step_by_phases(
         class_counts,
         class_sums,
         class_sizes,
+        centers,
+        has_center,
         codes,
         rows_int,
         rows_float,
+        unit_centers,
         pairs,
         num_rows,
         batch,
@@ -733,9 +774,10 @@ def bacon_step_by_phases(
         num_warps=config.num_warps,
         maxnreg=MAX_REGISTERS,
     )
+    gradient_programs = triton.cdiv(num_rows, config.gradient_rows)
     launch(
         _gradient_kernel,
-        (triton.cdiv(num_rows, config.gradient_rows),),
+        (gradient_programs + 1,),
         features,
         rows_float,
         unit_centers,
@@ -743,6 +785,7 @@ def bacon_step_by_phases(
         loss,
         gradient,
         num_rows,
+        gradient_programs,
         dim,
         *features.stride(),
         TEMPERATURE=temperature,
