@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bacon_fast import functional, reference
+from bacon_fast.ops.bacon_step import fuses_bacon_step
 from benchmarks.common import (
     RESULTS,
     append_csv,
@@ -37,12 +38,14 @@ from benchmarks.common import (
 )
 from benchmarks.loss_arms import (
     TEMPERATURE,
+    TOP_K,
     BaConBatch,
     bacon_batch,
     bacon_class_loop,
     bacon_ours,
     bacon_vectorized,
     class_loop_step,
+    fused_step,
     info_nce_vectorized,
     loss_call,
     our_backends,
@@ -93,7 +96,13 @@ def bacon_cases(rows: int, num_classes: int, dim: int, device: str) -> list[Case
         "class loop": lambda: class_loop_step(batch()),
         "eager": lambda: vectorized_step(batch(), compiled=False),
         "torch.compile": lambda: vectorized_step(batch(), compiled=True),
-    } | {f"bacon_fast {name}": lambda name=name: our_step(batch(), name) for name in backends}
+    }
+    sizes = torch.empty(rows, dim, device=device), torch.empty(rows, num_classes, device=device)
+    if fuses_bacon_step(None, *sizes, TOP_K):
+        from bacon_fast.kernels.bacon_step_design import DESIGNS
+
+        step_arms |= {f"bacon_fast fused, {name}": lambda name=name: fused_step(batch(), name) for name in DESIGNS}
+    step_arms |= {f"bacon_fast {name}": lambda name=name: our_step(batch(), name) for name in backends}
     # The loop keeps four arrays of anchors x negatives x features for the backward.
     classes = bacon_batch(rows, num_classes, dim).logits.argmax(dim=1)
     pairs = int(torch.bincount(classes).sum()) * rows

@@ -15,6 +15,7 @@ from torch import Tensor
 from bacon_fast import functional
 from bacon_fast.losses import MemoryBank
 from bacon_fast.ops.backends import BACKENDS
+from bacon_fast.ops.bacon_step import bacon_step_
 
 TEMPERATURE, BTA, NEGATIVE_WEIGHT, TOP_K, EPS = 0.1, 0.005, 64.0, 3, 1e-8
 RELIABLE, COUNTED = 0.98, 0.95
@@ -225,14 +226,20 @@ def vectorized_step(batch: BaConBatch, compiled: bool) -> Callable[[], tuple[Ten
     return call
 
 
+def filled_bank(batch: BaConBatch) -> MemoryBank:
+    """bacon_fast's memory bank, holding what the batch's bank holds."""
+    bank = MemoryBank(batch.bank.shape[0], batch.centers.shape[0], batch.bank.shape[1]).to(batch.features.device)
+    slots = torch.arange(batch.bank.shape[0], device=batch.features.device)
+    bank.select_(slots, batch.selected_label.clamp_min(0), batch.selected_label >= 0)
+    bank.write_(slots, batch.bank, torch.ones_like(slots, dtype=torch.bool))
+    return bank
+
+
 def our_step(batch: BaConBatch, backend: str) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
     """The step with bacon_fast's memory bank, which touches the rows of the batch only."""
     features = batch.features.requires_grad_()
     loss_of = bacon_ours(backend)
-    bank = MemoryBank(batch.bank.shape[0], batch.centers.shape[0], batch.bank.shape[1]).to(features.device)
-    slots = torch.arange(batch.bank.shape[0], device=features.device)
-    bank.select_(slots, batch.selected_label.clamp_min(0), batch.selected_label >= 0)
-    bank.write_(slots, batch.bank, torch.ones_like(slots, dtype=torch.bool))
+    bank = filled_bank(batch)
 
     def call() -> tuple[Tensor, Tensor, Tensor]:
         reliable, select, classes = _gates(batch)
@@ -240,6 +247,46 @@ def our_step(batch: BaConBatch, backend: str) -> Callable[[], tuple[Tensor, Tens
         loss = loss_of(features, batch.labels, batch.logits, batch.centers, reliable, bank.class_counts, batch.progress)
         (gradient,) = torch.autograd.grad(loss, features)
         bank.write_(batch.slots, features.detach(), reliable)
+        return loss, gradient, bank.centers
+
+    return call
+
+
+def fused_step(batch: BaConBatch, design: str) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    """The step as training takes it on a GPU: one op, in one of its designs (kernels.bacon_step_design)."""
+    from bacon_fast.kernels.bacon_step_design import use_design
+
+    features, labeled = batch.features.requires_grad_(), batch.labels.shape[0]
+    bank = filled_bank(batch)
+    bank.centers.copy_(batch.centers)  # the other arms' loss pulls to these
+    bank.has_center.fill_(True)
+    options = {
+        "num_labeled": 0,  # all slots are counted from 0
+        "temperature": TEMPERATURE,
+        "bta": BTA,
+        "min_temperature": 0.0,
+        "negative_weight": NEGATIVE_WEIGHT,
+        "neg_mode": "authors",
+        "top_k": TOP_K,
+        "reliable_threshold": RELIABLE,
+        "count_threshold": COUNTED,
+        "count_gate": "prob",
+        "labeled_counts": "always",
+    }
+
+    def call() -> tuple[Tensor, Tensor, Tensor]:
+        with use_design(design):
+            loss, _ = bacon_step_(
+                features,
+                batch.labels,
+                batch.logits,
+                batch.slots[:labeled],
+                batch.slots[labeled:],
+                dict(bank.named_buffers()),
+                progress=batch.progress,
+                **options,
+            )
+        (gradient,) = torch.autograd.grad(loss, features)
         return loss, gradient, bank.centers
 
     return call

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import launch
-from .bacon_step import bacon_step
+from .bacon_step_design import DESIGNS
 from .contrastive_backward import contrastive_backward
 from .contrastive_forward import contrastive_forward
 
@@ -164,13 +164,15 @@ def contrastive(
     contrastive_backward(row(), stats, inverse, mean, *arguments, **options, **needs)
 
 
-def step(arch: int, rows: int, dim: int, num_classes: int, dtype: torch.dtype, precision: str) -> None:
+def step(
+    arch: int, rows: int, dim: int, num_classes: int, dtype: torch.dtype, precision: str, design: str = "phases"
+) -> None:
     """One step of BaCon with its bank, a third of the rows labeled."""
     meta = functools.partial(torch.empty, device="meta")
     index = functools.partial(meta, dtype=torch.int64)
     flag = functools.partial(meta, dtype=torch.bool)
     batch, slots = rows // 3, 12_000
-    bacon_step(
+    DESIGNS[design](
         meta(rows, dim, dtype=dtype),
         index(batch),
         meta(rows, num_classes, dtype=dtype),
@@ -229,9 +231,10 @@ def subjects() -> dict[str, Callable[[int], None]]:
         for instance, shape in instances.items():
             found[f"{instance}-{name}"] = functools.partial(run, **shape)
         for rows, dim, num_classes in ((192, 16, 10), (192, 32, 10), (192, 64, 100), (1024, 128, 1000)):
-            found[f"bacon-step-{rows}x{dim}x{num_classes}-{name}"] = functools.partial(
-                step, rows=rows, dim=dim, num_classes=num_classes, dtype=dtype, precision=precision
-            )
+            for design in DESIGNS:
+                found[f"bacon-step-{design}-{rows}x{dim}x{num_classes}-{name}"] = functools.partial(
+                    step, rows=rows, dim=dim, num_classes=num_classes, dtype=dtype, precision=precision, design=design
+                )
     for module in iter_modules([str(Path(__file__).parent)]):
         of_kernel = import_module(f".{module.name}", __package__)
         found |= getattr(of_kernel, "aot_subjects", dict)()

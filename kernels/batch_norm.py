@@ -138,15 +138,19 @@ def _normalize_kernel(
         tl.store(mean_out + channel, mean, mask=is_channel)
         tl.store(inverse_out + channel, inverse, mask=is_channel)
         if running_mean is not None:
-            old = tl.load(running_mean + channel, mask=is_channel).to(ACC)
-            new = old + MOMENTUM * (mean - old)
-            tl.store(running_mean + channel, new.to(running_mean.dtype.element_ty), mask=is_channel)
-            old = tl.load(running_var + channel, mask=is_channel).to(ACC)
-            new = old + MOMENTUM * (squared / (num_rows - 1) - old)
-            tl.store(running_var + channel, new.to(running_var.dtype.element_ty), mask=is_channel)
+            old_mean = tl.load(running_mean + channel, mask=is_channel).to(ACC)
+            old_var = tl.load(running_var + channel, mask=is_channel).to(ACC)
         if num_batches_tracked is not None:
             once = tl.program_id(1) == 0
-            tl.store(num_batches_tracked, tl.load(num_batches_tracked, mask=once) + 1, mask=once)
+            before = tl.load(num_batches_tracked, mask=once)
+        tl.debug_barrier()  # a value is held by several warps: all have read it before one writes
+        if running_mean is not None:
+            new = old_mean + MOMENTUM * (mean - old_mean)
+            tl.store(running_mean + channel, new.to(running_mean.dtype.element_ty), mask=is_channel)
+            new = old_var + MOMENTUM * (squared / (num_rows - 1) - old_var)
+            tl.store(running_var + channel, new.to(running_var.dtype.element_ty), mask=is_channel)
+        if num_batches_tracked is not None:
+            tl.store(num_batches_tracked, before + 1, mask=once)
 
     scale = tl.load(weight + channel, mask=is_channel, other=0.0).to(ACC) * inverse
     shift = tl.load(bias + channel, mask=is_channel, other=0.0).to(ACC)

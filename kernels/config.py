@@ -102,6 +102,66 @@ def bacon_step_config(
 
 
 @dataclass(frozen=True)
+class BaconPhasesConfig:
+    """Tiles of BaCon's step by phases: rows a program by phase, and what a program holds at once."""
+
+    rank_rows: int
+    bank_rows: int
+    group_rows: int
+    gradient_rows: int
+    block_rows: int  # of a tile of pairs
+    block_columns: int
+    gradient_columns: int
+    block_slice: int  # elements of a vector that are multiplied at a time
+    block_dim: int  # elements of a vector, padded
+    block_classes: int  # all of them, padded
+    block_all: int  # all rows, padded
+    block_centers: int  # elements of centers a program
+    splits: int  # of the columns, in the comparison
+    rank_warps: int
+    num_warps: int  # of the other phases
+
+
+def bacon_phases_config(
+    rows: int, dim: int, num_classes: int, dtype: torch.dtype, input_precision: str, arch: int
+) -> BaconPhasesConfig:
+    """Many small programs: the time of a phase is that of its longest chain of reads, not of its bytes.
+
+    A tile of pairs is read once: with few rows all tiles are programs of their own, with many a program takes several
+    of its row block, of which the third phase merges what up to eight splits have found.
+    """
+    padded, classes = block_dim(dim), block_dim(num_classes)
+    exact = dtype in (torch.float32, torch.float64) and input_precision != "tf32"
+    block_slice = min(padded, 32) if exact else padded
+    rank_rows, rank_warps = (4 if classes <= 64 else 2), (1 if classes <= 128 else 4)
+    bank_rows, group_rows, num_warps = 4, (2 if rows <= 512 else 4), 4
+    block_rows, block_columns, gradient_columns = 16, 64, 64 if padded <= 32 else 32
+    if arch == INTERPRETER:
+        rank_rows = bank_rows = group_rows = block_columns = gradient_columns = 16
+        rank_warps = num_warps = 1
+    programs, tiles = -(-rows // block_rows), -(-rows // block_columns)
+    most = 2 if arch == INTERPRETER else min(8, 2 * MULTIPROCESSORS.get(arch, 132) // programs)
+    columns_a_split = -(-tiles // max(1, min(tiles, most)))
+    return BaconPhasesConfig(
+        rank_rows=rank_rows,
+        bank_rows=bank_rows,
+        group_rows=group_rows,
+        gradient_rows=16,
+        block_rows=block_rows,
+        block_columns=block_columns,
+        gradient_columns=gradient_columns,
+        block_slice=block_slice,
+        block_dim=padded,
+        block_classes=classes,
+        block_all=block_dim(rows),
+        block_centers=128,
+        splits=-(-tiles // columns_a_split),
+        rank_warps=rank_warps,
+        num_warps=num_warps,
+    )
+
+
+@dataclass(frozen=True)
 class BatchNormConfig:
     """How [rows, channels] are divided: a program treats one split of the rows of one channel block, tile by tile."""
 

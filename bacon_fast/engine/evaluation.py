@@ -13,6 +13,7 @@ from bacon_fast.engine.metrics import confusion_matrix
 
 EVALUATION_BATCH = 500
 CALIBRATION_BINS = 15
+SUM_ROWS = 8192  # rows a product: its one-hot matrix has as many
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,18 @@ def calibration_bins(logits: Tensor, labels: Tensor) -> Tensor:
     confidence, predicted = logits.double().softmax(1).max(1)
     bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
     rows = torch.stack([torch.ones_like(confidence), confidence, (predicted == labels).double()], dim=1)
-    return rows.new_zeros(CALIBRATION_BINS, 3).index_add_(0, bins, rows)
+    return _sums(rows, bins, CALIBRATION_BINS)
+
+
+def _sums(rows: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """Sums [num_groups,F] of the rows [N,F] of each group [N].
+
+    By products: `index_add_` adds on a GPU in any order, and float64 sums then differ from run to run.
+    """
+    total = rows.new_zeros(num_groups, rows.shape[1])
+    for part, groups in zip(rows.split(SUM_ROWS), group.split(SUM_ROWS)):
+        total += F.one_hot(groups, num_groups).to(rows.dtype).T @ part
+    return total
 
 
 def calibration_error(bins: Tensor) -> float:
@@ -98,7 +110,7 @@ def intra_class_variance(features: Tensor, labels: Tensor, num_classes: int) -> 
     Arguments: features float [N,F], labels int64 [N].
     """
     unit = F.normalize(features.double(), dim=1)
-    sums = unit.new_zeros(num_classes, unit.shape[1]).index_add_(0, labels, unit)
-    images = unit.new_zeros(num_classes).index_add_(0, labels, unit.new_ones(len(labels)))
+    sums = _sums(unit, labels, num_classes)
+    images = _sums(unit.new_ones(len(labels), 1), labels, num_classes)[:, 0]
     variance = 1 - (sums / images.clamp(min=1)[:, None]).square().sum(1)
     return torch.where(images > 0, variance, 0).sum() / (images > 0).sum()

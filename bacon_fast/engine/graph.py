@@ -47,6 +47,9 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        # A broken capture's graph goes only with the run: torch's cache of pinned host memory still knows its pool, and
+        # asks about it when it next hands out a block.
+        self._broken: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, run: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         graph = torch.cuda.CUDAGraph()
@@ -56,6 +59,7 @@ class CudaCapture:
             with torch.cuda.graph(graph, self._pool, **options):
                 result = run()
         except Exception:
+            self._broken.append(graph)
             # Best effort: the eager step draws nothing from torch's generators and can do without.
             with suppress(Exception):
                 self._clear_broken_capture()

@@ -202,7 +202,7 @@ class BaConLoss(nn.Module):
         unlabeled_slots: Tensor,
         progress: float | Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Loss and share of reliable rows, by two launches of kernels/bacon_step.py."""
+        """Loss and share of reliable rows, by the kernels of BaCon's step."""
         with torch.autocast(projected.device.type, enabled=False):
             return bacon_step_(
                 projected,

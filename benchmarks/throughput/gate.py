@@ -28,8 +28,11 @@ from .step import Flags
 from .vectorized import NAMES, VectorizedStep
 
 STEPS = 3
-# Of float64 steps, which hold the bank's float32 features and temperatures of integer counts.
-LOSS_TOLERANCE, UPDATE_TOLERANCE = 1e-5, 1e-4
+# Of float64 steps, which hold the bank's float32 features and temperatures of integer counts: rounded by 6e-8. Losses
+# and bank show little more. An update shows it times the curvature of the sharpened heads, once a step: up to 7e-4 of
+# a tensor's largest element after three, in another tensor each run, from states that float32 convolutions on an H200
+# have trained. What the gate is there for, as a wrong gradient, momentum, decay or average, is off by more than 1e-2.
+LOSS_TOLERANCE, BANK_TOLERANCE, UPDATE_TOLERANCE = 1e-5, 1e-4, 5e-3
 DRAWN = ("abc_labeled", "abc_unlabeled", "abc", "total")
 TOLERANCES = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 1e-1, "fp16": 2e-2}
 
@@ -132,7 +135,7 @@ def check_steps(truth: Truth, update: Callable[[HostBatch, Callable], dict[str, 
         start, expected = getattr(truth.state, part), getattr(truth.end, part)
         _compare(f"update of {part}", _moved(start, getattr(state, part)), _moved(start, expected), UPDATE_TOLERANCE)
     for name in ("centers", "class_counts", "selected_label", "written"):
-        _compare("bank", {name: state.bank[name]}, {name: truth.end.bank[name]}, UPDATE_TOLERANCE)
+        _compare("bank", {name: state.bank[name]}, {name: truth.end.bank[name]}, BANK_TOLERANCE)
 
 
 def check_usb_style(problem: Problem, truth: Truth) -> None:
