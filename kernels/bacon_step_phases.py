@@ -1,7 +1,7 @@
 """One step of BaCon by phases: four launches, each of which reads what the one before it has found.
 
-The step of kernels/bacon_step.py (methods.md E.2 to E.6, J.2) with its guarantees, cut so that no program walks over all
-rows or classes, ranks what another one ranks, or waits for its own atomics:
+The step of kernels/bacon_step.py (methods.md E.2 to E.6, J.2) with its guarantees, cut so that no program walks over
+all rows or classes, ranks what another one ranks, or waits for its own atomics:
 
 1. `_rank_kernel`, a few rows a program, reads logits once and ranks them in registers. It leaves a row's classes,
    gates and inverse norm.

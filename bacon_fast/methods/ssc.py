@@ -55,8 +55,8 @@ class SSC(Method):
         temperature: T of the loss.
         lambda_proto, lambda_up, lambda_down: weight of the prototypes' rows, of confident and of unconfident ones;
             labeled rows have weight 1.
-        reduction: "wmean", the weighted mean over the rows that have a positive, or "pml", what the authors' code makes
-            of it with pytorch-metric-learning (methods.md G.3).
+        reduction: "wmean", the weighted mean over the rows that have a positive, or "pml", what the authors' code
+            computes with pytorch-metric-learning (methods.md G.3).
         backend: of `functional.sup_con_loss`.
     """
 
