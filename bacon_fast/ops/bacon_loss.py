@@ -51,7 +51,7 @@ def bacon_loss(
     `reference.bacon_loss.bacon_loss`.
 
     Training on a GPU does not call this: there `losses.BaConLoss` takes the whole step, loss, gradient and memory bank,
-    in two launches of kernels/bacon_step.py (`ops.bacon_step`).
+    in four launches of kernels/bacon_step_phases.py (`ops.bacon_step`).
 
     Args:
         features: [R,D] float, projections, the B labeled rows first, then R-B weakly augmented unlabeled rows. Need not
