@@ -19,7 +19,7 @@ Extra = Mapping[str, tuple[object, object]]
 
 
 def method_in(words: Sequence[str]) -> str | None:
-    """The method that command-line words name, the last one given; None without any."""
+    """The method that command-line words name, the last one if there are several; None without any."""
     found = None
     for word, value in zip(words, (*words[1:], None)):
         if word == "--method":
@@ -66,7 +66,7 @@ def override(
 
 
 def words_of(config: Config, default: Config) -> list[str]:
-    """The words that make `config` of `default`, which has the same method."""
+    """The command-line words that turn `default` into `config`, which has the same method."""
     words, values = [], default.flat()
     for name, value in config.flat().items():
         if value == values[name]:

@@ -69,8 +69,8 @@ def _moments_kernel(
     start = split * rows_per_split
     end = tl.minimum(start + rows_per_split, num_rows)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    # Sums of values that are far from zero would lose what sets them apart: means are compared with row 0, and values
-    # with the first one that their place of the block sees, of which there are few.
+    # Sums of values far from zero would lose their small differences: means are taken relative to row 0, and values
+    # relative to the first one at their place of the block, of which there are few.
     origin = _sum(x, residual, channel, channel < num_channels, ACC).to(ACC)
     offsets, inside = _tile(start, end, num_channels, BLOCK_R, BLOCK_C)
     value = _sum(x, residual, offsets, inside, ACC)
@@ -407,7 +407,7 @@ def _compile(arch: int, images: int, channels: int, size: int, dtype: torch.dtyp
 
 
 def aot_subjects() -> dict[str, Callable[[int], None]]:
-    """What `kernels.aot` compiles, by name."""
+    """The launches that `kernels.aot` compiles, by name."""
     layers = ((16, 32, False), (32, 32, True), (128, 8, True), (640, 8, False), (33, 7, True))
     return {
         f"batch-norm-320x{channels}x{size}-{str(dtype).removeprefix('torch.')}": functools.partial(

@@ -121,7 +121,7 @@ class Config(Options):
         return cls(**top | {"method": method}, **groups, parts=parts)
 
     def replace(self, **changes: object) -> "Config":
-        """The same with other values, named as on the command line: seed, lr, and of parts bacon.top_k.
+        """The same configuration with other values, named as on the command line: seed, lr, bacon.top_k.
 
         Raises ValueError for a part that the method does not have, TypeError for a name that is no field.
         """
@@ -178,9 +178,9 @@ class Config(Options):
         return cls.from_dict(values)
 
     def differences(self, other: "Config") -> list[str]:
-        """Values in which `other`, a saved configuration, would compute something else, as readable lines.
+        """Readable lines, one for each value by which `other`, a saved configuration, computes something else.
 
-        A run records what "auto" became on its device, so "auto" agrees with whatever it was.
+        A run records what "auto" became on its device, so "auto" agrees with whatever was recorded.
         """
         mine, theirs = self.flat(), other.flat()
         if self.engine.precision == "auto":

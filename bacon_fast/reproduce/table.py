@@ -1,4 +1,4 @@
-"""The table as Markdown and CSV: ours beside the published number, and in each row how both came about."""
+"""The table as Markdown and CSV: ours beside the published number, and in each row how both were obtained."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ def markdown(table: Table, results: Sequence[Result], options: Options, command:
 
 
 def caveats(table: Table, options: Options) -> list[str]:
-    """What the numbers must not be mistaken for."""
+    """Warnings: what the numbers are not."""
     notes = []
     if options.budget < 1:
         note = f"Every run has only {100 * options.budget:g} % of its preset's steps."
