@@ -1,4 +1,4 @@
-"""What README and docs/ tell a reader to type: Python blocks run, command lines parse."""
+"""README, CONTRIBUTING and docs/ are true: Python blocks run, command lines parse, files and rooms exist."""
 
 import contextlib
 import importlib
@@ -34,7 +34,7 @@ def commands(markdown: str) -> list[str]:
 
 
 def check(command: str) -> None:
-    """Raises unless this is a command line that would be understood."""
+    """Raises unless this command line would be understood."""
     words = [word for word in shlex.split(command) if word != "..."]
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         words.pop(0)

@@ -250,7 +250,7 @@ def test_memory_refuses_batches_that_do_not_fit():
 
 
 class Watch(TorchDispatchMode):
-    """Largest tensor that is made, and how often a host would have to wait for its device."""
+    """The largest tensor that is made, and how often a host would have to wait for its device."""
 
     def __init__(self):
         super().__init__()
