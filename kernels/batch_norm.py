@@ -43,7 +43,7 @@ def _sum(x, residual, offsets, inside, ACC: tl.constexpr):
 
 @triton.jit
 def _merge(count, mean, squares):
-    """Mean and sum of squared deviations of all, from those of the parts along axis 0 (Chan et al. 1979)."""
+    """Joins means and sums of squared deviations of parts, along axis 0 (Chan et al. 1979)."""
     average = tl.sum(count * mean, axis=0) / tl.sum(count, axis=0)
     deviation = mean - average[None, :]
     return average, tl.sum(squares + count * deviation * deviation, axis=0)
@@ -300,7 +300,7 @@ def batch_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Activated [N,C,H,W], the sum likewise (empty without a residual), mean and inverse deviation [C].
 
-    ``arch``: the architecture to be configured for; None for that of the device.
+    ``arch``: the architecture to configure for; None for the device's.
     """
     rows, channels, config = _configuration(x, arch)
     dtype = accumulator_dtype(x.dtype)

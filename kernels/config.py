@@ -86,7 +86,7 @@ class BaconStepConfig:
 def bacon_step_config(
     rows: int, dim: int, num_classes: int, dtype: torch.dtype, input_precision: str, arch: int
 ) -> BaconStepConfig:
-    """Small blocks: a batch has few rows, and the time of a launch is that of its slowest program."""
+    """Small blocks: a batch has few rows, and a launch takes as long as its slowest program."""
     padded = block_dim(dim)
     exact = dtype in (torch.float32, torch.float64) and input_precision != "tf32"
     block, block_classes, block_scan = 16, min(64, block_dim(num_classes)), 256

@@ -276,7 +276,7 @@ def _gradient_kernel(
 
 @triton.jit
 def _through_norm(gradient, unit, norm, inverse, EPS: tl.constexpr):
-    """Gradient of vectors from that of the normalized vectors; untouched vectors get 0 even if they are not finite."""
+    """Gradient of vectors from the normalized vectors' gradient; unused vectors get 0 even if they are not finite."""
     radial = tl.where(norm > EPS, tl.sum(gradient * unit, axis=1), 0.0)
     touched = tl.max((gradient != 0.0).to(tl.int32), axis=1) == 1
     return tl.where(touched[:, None], (gradient - radial[:, None] * unit) * inverse[:, None], 0.0)

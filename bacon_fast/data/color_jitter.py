@@ -1,7 +1,7 @@
 """torchvision's ColorJitter with its own draw for every image of a batch, without the host reading any.
 
-Images are float [N, 3, H, W], RGB in 0..1; every factor is float [N]. The arithmetic is that of
-torchvision.transforms.v2.functional on float images.
+Images are float [N, 3, H, W], RGB in 0..1; every factor is float [N]. The arithmetic is torchvision's on float images
+(torchvision.transforms.v2.functional).
 """
 
 import torch

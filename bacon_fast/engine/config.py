@@ -39,7 +39,7 @@ STEPS = 300_000
 # Every name on the command line that stands alone, and its group.
 GROUP_OF: dict[str, str] = {f.name: group for group, options in GROUPS.items() for f in dataclasses.fields(options)}
 
-# Fields that say where a run happens and how it talks, not what it computes: a resumed run may change them.
+# Fields that do not change the result of a run, but where it happens and what it prints: a resumed run may change them.
 RESUME_MAY_CHANGE = {
     "run": ("run_dir", "resume"),
     "data": ("data_dir", "download", "split", "images"),

@@ -50,7 +50,7 @@ class CudaCapture:
 
     def __call__(self, run: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads, such as that of TensorBoard, may do what they like meanwhile.
+        # thread_local: other threads, such as TensorBoard's, may use the GPU meanwhile.
         options = {"stream": torch.cuda.current_stream(), "capture_error_mode": "thread_local"}
         try:
             with torch.cuda.graph(graph, self._pool, **options):

@@ -45,7 +45,7 @@ from bacon_fast.models.batchnorm import synchronize
 
 
 class DivergedError(RuntimeError):
-    """The loss, or what the run would save, is no longer finite."""
+    """The loss, or a tensor that the run would save, is no longer finite."""
 
 
 class StoppedError(RuntimeError):
@@ -83,7 +83,7 @@ class Trainer:
     Args:
         config: of the run.
         dataset: the one that `config` names, if it is loaded already.
-        progress, name: the display that this run shares with others, and what it is called there.
+        progress, name: a display that this run shares with others, and the run's name there.
 
     Raises:
         ValueError: a wrong setting, a split that does not fit the data, or a run directory that holds another run or
@@ -236,7 +236,7 @@ class Trainer:
         self.generation += 1
         build.seed_everything(self.config.seed + self.generation)
         fresh = build.build_method(self.config, self._info)
-        with torch.no_grad():  # the method's own buffers stay, those of the network do not
+        with torch.no_grad():  # the method's own buffers stay, the network's do not
             for own, new_start in zip(self.method.parameters(), fresh.parameters(), strict=True):
                 own.copy_(new_start)
         self.method.network.load_state_dict(fresh.network.state_dict())

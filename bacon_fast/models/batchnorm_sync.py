@@ -86,9 +86,9 @@ def sync_batch_norm(
 ) -> Tensor:
     """Training-mode batch normalization of x [N,C,H,W] over the batches of all ranks of ``group`` (None: all ranks).
 
-    Output, gradient and running statistics equal those of one process with the whole batch. Every rank of the group
-    must call it, and run its backward pass. The gradients of ``weight`` and ``bias`` are of the rank's own part. Given
-    running statistics are updated, the same on all ranks.
+    Output, gradient and running statistics are as in one process with the whole batch. Every rank of the group must
+    call it, and run its backward pass. The gradients of ``weight`` and ``bias`` cover the rank's own part. Running
+    statistics, if given, are updated, the same on all ranks.
 
     Raises:
         RuntimeError: torch.distributed is not initialized.

@@ -127,7 +127,7 @@ _FORWARD = (
     "-> (Tensor activated, Tensor sum, Tensor mean, Tensor inverse)"
 )
 # sum is here what was normalized, x without a residual; grad_sum the gradient that reaches it from elsewhere, if any.
-# grad_x is also that of the residual. activated, sum and grad_x are channels_last, whatever the inputs are.
+# grad_x is the residual's gradient too. activated, sum and grad_x are channels_last, whatever the inputs are.
 _BACKWARD = (
     "(Tensor grad_activated, Tensor? grad_sum, Tensor sum, Tensor weight, Tensor bias, Tensor mean, Tensor inverse, "
     "float negative_slope) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"

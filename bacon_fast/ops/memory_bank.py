@@ -203,7 +203,7 @@ torch.library.define(
 @torch.library.register_fake("bacon_fast::bank_select_")
 @torch.library.register_fake("bacon_fast::bank_write_")
 def _(*arguments: Any) -> None:
-    """Nothing is returned; what changes is in the schema."""
+    """Returns nothing; the schema says which tensors change."""
 
 
 def _select(*arguments: Tensor) -> None:

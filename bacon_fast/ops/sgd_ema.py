@@ -98,7 +98,7 @@ torch.library.define(
 
 @torch.library.register_fake("bacon_fast::sgd_ema_")
 def _(*arguments: Any) -> None:
-    """Nothing is returned; what changes is in the schema."""
+    """Returns nothing; the schema says which tensors change."""
 
 
 def _run(*arguments: Any) -> None:

@@ -94,7 +94,7 @@ def draw_views(
 ) -> Draws:
     """Draws of ``count`` views of images of ``size`` (H, W), slots first_slot .. first_slot + count - 1.
 
-    The other arguments are those of `augment_views`.
+    `augment_views` explains the other arguments.
     """
     slots = torch.arange(first_slot, first_slot + count, device=ranges.device)
     words = philox(seed, step, stream, slots, WEAK_WORDS + (3 + 2 * num_ops if strong else 0))

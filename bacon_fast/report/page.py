@@ -60,7 +60,7 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
             html.section("Data", html.settings(data.dataset)),
             html.section("Run", html.settings(_scalars(data.summary))),
             html.section("Configuration", html.settings(data.config)),
-            "<footer>Accuracies are those of the averaged (EMA) model on the test set. "
+            "<footer>Accuracies belong to the averaged (EMA) model on the test set. "
             "The pictures are also in the folder figures.</footer>",
         ]
     )

@@ -201,7 +201,7 @@ def check_images(runs: Sequence[Run]) -> None:
             Split.load(run.folder / "split.json").verify(datasets[source])
         except ValueError as error:
             raise ValueError(
-                f"out: {run.folder} holds a run on other images, those of {recorded}; name another --out. {error}"
+                f"out: {run.folder} holds a run on other images, from {recorded}; name another --out. {error}"
             ) from error
 
 

@@ -106,7 +106,7 @@ def _published_only(table: Table, protocol: str | None, width: int) -> list[list
 
 
 def _also_published(table: Table, protocol: str | None) -> list[str]:
-    """Other published numbers: of the same protocol, and those that only look alike."""
+    """Other published numbers: of the same protocol, and of protocols that only look alike."""
     lines = []
     for source in SOURCES:
         if source is not table.source and (values := source.values.get(protocol)):

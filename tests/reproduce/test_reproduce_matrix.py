@@ -285,7 +285,7 @@ def test_a_finished_run_on_other_images_is_not_taken_for_this_one(tmp_path):
     Trainer(config).fit()
     check_images([Run(config), Run(config.replace(data_dir=tmp_path / "moved.npz"))])
     with pytest.raises(
-        ValueError, match=r"out: .*run holds a run on other images, those of .*a\.npz; name another --out"
+        ValueError, match=r"out: .*run holds a run on other images, from .*a\.npz; name another --out"
     ):
         check_images([Run(config.replace(data_dir=tmp_path / "b.npz"))])
 
