@@ -134,10 +134,12 @@ def test_contributing_has_the_arrows_between_the_rooms():
     assert arrows == {name: ARROWS[name] for name in arrows}
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md", "docs/adding-a-method.md"])
+@pytest.mark.parametrize(
+    "page", ["CONTRIBUTING.md", "docs/architecture.md", "docs/adding-a-method.md", "docs/methods.md"]
+)
 def test_file_names_lead_to_files(page):
     """On the pages about the code, `folder/file.py` is a file of the repository or of the package."""
-    names = set(re.findall(r"`([\w.]+/[\w./]+)`", (ROOT / page).read_text()))
+    names = set(re.findall(r"`([\w.]+/[\w./]*(?:/|\.[a-z]+))`", (ROOT / page).read_text()))
     assert len(names) > 10
     made_up = [name for name in names if "NAME" in name or "toy" in name]
     roots = (ROOT, ROOT / "bacon_fast")
