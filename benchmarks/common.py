@@ -1,4 +1,4 @@
-"""What every benchmark needs: who measures, timing in interleaved rounds, peak memory, CSV rows, a table."""
+"""Shared by the benchmarks: commit and machine, timing in interleaved rounds, peak memory, CSV rows, a table."""
 
 import csv
 import ctypes
@@ -79,7 +79,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """Median over the rounds of the ratio within each: what slows the machine down for a round slows both."""
+    """Median over the rounds of the ratio within each: a slow round slows both arms."""
     return statistics.median(a / b for a, b in zip(numerator, denominator))
 
 
@@ -180,7 +180,7 @@ def peak_memory(call: Call, device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now the present
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now the current memory
     before = _resident("VmRSS")
     call()
     return _resident("VmHWM") - before

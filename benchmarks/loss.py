@@ -2,7 +2,7 @@
 
     python -m benchmarks.loss --device cpu [--quick] [--only TEXT] [--threads N] [--out FILE.csv]
 
-Nothing is timed that is not right: every arm's loss and gradient (and, of a whole step, class centers) are compared
+Only correct arms are timed: every arm's loss and gradient (and, of a whole step, class centers) are compared
 with float64 first, and an arm that is off gets no speed. Arms run in turns, in rounds; times are medians over the
 rounds with their 20th and 80th percentile, ratios are medians of the ratios within the rounds. On a GPU an arm is
 replayed as a CUDA graph where it can be captured. Rows are added to benchmarks/results/loss_DEVICE.csv.
@@ -206,7 +206,7 @@ def all_cases(device: str, quick: bool) -> list[Case]:
 
 
 def wrong(outputs: Outputs, truth: Outputs) -> str | None:
-    """How an arm's outputs differ from float64 more than they may; None if they do not."""
+    """Why an arm's outputs differ too much from float64; None if they do not."""
     for name, output, expected in zip(("loss", "gradient", "centers"), outputs, truth):
         tolerance = LOSS_TOLERANCE if name == "loss" else GRADIENT_TOLERANCE
         error = (output.detach().cpu().double() - expected.detach()).abs().max().item()
@@ -226,7 +226,7 @@ def free_memory(device: str) -> int:
 
 
 def usable_arms(case: Case, device: str) -> tuple[dict[str, Callable], dict[str, str]]:
-    """The arms of a case that fit and are right, ready to be timed, and the reason of each other one."""
+    """The arms of a case that fit and are right, ready to be timed, and the reasons against the others."""
     truth = case.truth()
     calls, reasons = {}, {}
     for name, build in case.arms.items():

@@ -83,9 +83,9 @@ def temperatures(class_counts: Tensor, progress: Tensor) -> Tensor:
 def bacon_class_loop(
     features, labels, logits, centers, reliable, class_counts, progress, has_center: Sequence[bool] | None = None
 ) -> Tensor:
-    """As the authors' code is built: a Python loop over classes, rows picked by boolean masks, broadcast cosines.
+    """Structured like the authors' code: a Python loop over classes, rows picked by boolean masks, broadcast cosines.
 
-    Classes without a center are left out, if there are any: the host knows which from the loop that made the centers.
+    Classes without a center are left out: the host knows them from the loop that made the centers.
     """
     batch = labels.shape[0]
     top = logits[batch:].topk(TOP_K, dim=1).indices
@@ -120,7 +120,7 @@ def bacon_vectorized(
     unit = F.normalize(features, dim=1, eps=EPS)
     positive = (unit * F.normalize(centers, dim=1, eps=EPS)[classes]).sum(dim=1)
     positive = positive / temperatures(class_counts, progress)[classes]
-    # Cosines over 0.1 are at most 10: their exponentials need no maximum subtracted.
+    # Cosines over 0.1 are at most 10: their exponentials do not overflow without subtracting a maximum.
     exponential = torch.where(is_negative[classes], torch.exp(unit @ unit.T / TEMPERATURE), 0)
     row_sum = exponential.sum(dim=1)
     class_sum = row_sum.new_zeros(num_classes).index_add(0, classes, row_sum)
@@ -205,7 +205,7 @@ def vectorized_step(batch: BaConBatch, compiled: bool) -> Callable[[], tuple[Ten
         reliable, select, classes = _gates(batch)
         num_classes = batch.centers.shape[0]
         batch.selected_label[batch.slots] = torch.where(select, classes, batch.selected_label[batch.slots])
-        # Slots that were never selected are counted in a class of their own.
+        # Slots that were never selected count as an extra class.
         slot_class = torch.where(batch.selected_label >= 0, batch.selected_label, num_classes)
         counts = batch.class_counts.new_zeros(num_classes + 1).index_add(0, slot_class, torch.ones_like(slot_class))
         counts = counts[:num_classes]

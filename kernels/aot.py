@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for GPUs that need not be here, and says what each costs.
+"""Compiles every Triton kernel for GPUs that this machine need not have, and prints the cost of each.
 
     python -m bacon_fast.kernels.aot [--arch 80 90] [--only NAME]
 
@@ -44,7 +44,7 @@ POINTERS = {
 
 
 class Launch(NamedTuple):
-    """A kernel with what decides its machine code; equal launches compile to the same."""
+    """A kernel with all that decides its machine code: equal launches compile to the same."""
 
     kernel: object
     signature: tuple[tuple[str, str], ...]
@@ -56,7 +56,7 @@ class Launch(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What one program takes: registers a thread, bytes of local memory a thread, bytes of shared memory."""
+    """Cost of one program: registers a thread, bytes of local memory a thread, bytes of shared memory."""
 
     registers: int
     local: int
@@ -67,7 +67,7 @@ class Usage(NamedTuple):
 
 
 def describe(kernel, arguments, constants, num_warps: int, num_stages: int, maxnreg: int | None) -> Launch:
-    """What Triton's just-in-time compiler specializes on: dtypes, None, the number 1, multiples of 16."""
+    """The properties on which Triton's compiler specializes: dtypes, None, the number 1, multiples of 16."""
     signature, values, aligned = {}, {}, []
     for index, name in enumerate(kernel.arg_names):
         value = constants[name] if name in constants else arguments[index]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Streaming multiprocessors of the usual card of an architecture: how many programs fill it.
+# Streaming multiprocessors of the usual card of an architecture: so many programs fill it.
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 103: 148, 120: 170}
 INTERPRETER = 0  # the "architecture" of Triton's interpreter, where small tiles let small inputs span several
 MAX_DIM = 512  # the most elements of a vector that a program can keep
@@ -16,7 +16,7 @@ MAX_DIM = 512  # the most elements of a vector that a program can keep
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How a kernel tiles similarities: a program keeps one block resident and streams those of its split past it."""
+    """How a kernel tiles similarities: a program keeps one block resident and streams its split's blocks past it."""
 
     block_resident: int
     block_streamed: int
@@ -86,7 +86,7 @@ class BaconStepConfig:
 def bacon_step_config(
     rows: int, dim: int, num_classes: int, dtype: torch.dtype, input_precision: str, arch: int
 ) -> BaconStepConfig:
-    """Small blocks: a batch has few rows, and the time of a launch is that of its slowest program."""
+    """Small blocks: a batch has few rows, and a launch takes as long as its slowest program."""
     padded = block_dim(dim)
     exact = dtype in (torch.float32, torch.float64) and input_precision != "tf32"
     block, block_classes, block_scan = 16, min(64, block_dim(num_classes)), 256
@@ -179,10 +179,10 @@ class BatchNormConfig:
 
 
 def batch_norm_config(rows: int, channels: int, dtype: torch.dtype, arch: int) -> BatchNormConfig:
-    """One program a multiprocessor: each merges what all splits have found, so many splits would cost twice.
+    """One program a multiprocessor: each merges the results of all splits, so many splits would cost twice.
 
-    A thread has eight elements of a tile, 16 bytes in half precision. As many tiles are on their way as three tensors
-    of them fit into shared memory, of which architectures in between have only 99 KiB.
+    A thread has eight elements of a tile, 16 bytes in half precision. Tiles of three tensors are on their way at once,
+    as many as fit into shared memory, of which some architectures have only 99 KiB.
     """
     block_channels, num_warps = min(32, block_dim(channels)), 16
     num_stages = {2: 4, 4: 3 if arch in (80, 90, 100, 103) else 2, 8: 2}[dtype.itemsize]

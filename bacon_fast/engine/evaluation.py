@@ -35,7 +35,7 @@ class Evaluation:
 def predict(network: nn.Module, normalize: Augment, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Features float32 [N,F] and logits float32 [N,K] of uint8 images [N,H,W,3], in batches, in evaluation mode.
 
-    `network` has a method `predict(images) -> (features, logits)` and is left in the mode it came in.
+    `network` has a method `predict(images) -> (features, logits)`. Its mode, training or evaluation, is left as it was.
     """
     was_training = network.training
     network.eval()
@@ -51,13 +51,13 @@ def predict(network: nn.Module, normalize: Augment, images: Tensor, device: torc
 def predict_together(
     network: nn.Module, normalize: Augment, images: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """`predict` with the images divided over the ranks and the results, the same bits, on all of them.
+    """`predict` with the images divided over the ranks. All ranks return the same results, bit for bit.
 
-    Running statistics that are each rank's own have to be made equal before (`copy_statistics_from_main`).
+    If each rank has its own running statistics, make them equal first (`copy_statistics_from_main`).
     """
     part = -(-len(images) // num_ranks())
     own = images[rank() * part : (rank() + 1) * part]
-    # A rank without images predicts one for the shapes of its rows, which `gather_rows` drops.
+    # A rank without images predicts one, for the shapes of its rows; `gather_rows` drops it.
     features, logits = predict(network, normalize, own if len(own) else images[:1], device)
     missing = (0, 0, 0, part - len(features))
     return gather_rows(F.pad(features, missing), len(images)), gather_rows(F.pad(logits, missing), len(images))
@@ -104,7 +104,7 @@ def calibration_error(bins: Tensor) -> float:
 
 
 def intra_class_variance(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Mean over the present classes of the mean squared distance of unit features to their class mean: 0-d float64.
+    """Mean squared distance of unit features to their class mean, averaged over the classes that occur: 0-d float64.
 
     For unit vectors that is 1 - |mean|^2: 0 when a class is one direction, near 1 when it is spread over all.
     Arguments: features float [N,F], labels int64 [N].

@@ -1,4 +1,4 @@
-"""What a method is to the training loop: one static step, and what it may do between steps."""
+"""The base of all methods: one static step, and the work that it may do between steps."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass

@@ -50,7 +50,7 @@ class SSC(Method):
     positives. Any other one has a label of its own, and so its other view as its only positive, as in SimCLR.
 
     Args:
-        network: backbone, projector and prototypes; its temperature is that of the pseudo-labels.
+        network: backbone, projector and prototypes; pseudo-labels have its temperature.
         threshold: confidence from which a pseudo-label counts.
         temperature: T of the loss.
         lambda_proto, lambda_up, lambda_down: weight of the prototypes' rows, of confident and of unconfident ones;

@@ -25,8 +25,8 @@ def bank_select_(
 ) -> None:
     """Marks the gated rows' slots as selected for a class, in place: the first half of a step of BaCon's memory bank.
 
-    A slot that changes class takes the feature it holds along. Where gated rows name one slot twice, the last row wins.
-    A non-gated row changes nothing. `losses.MemoryBank` owns the buffers.
+    A slot that changes class takes its feature along. If gated rows name a slot twice, the last row wins. A row that is
+    not gated changes nothing. `losses.MemoryBank` owns the buffers.
 
     Args:
         selected_label: [n] int64, the class of every slot, -1 for none; changed.
@@ -80,8 +80,8 @@ def bank_write_(
     """Writes the gated rows' features and sets the centers, in place: the second half of a step of BaCon's memory bank.
 
     The center of a class is the mean over the slots that are selected as the class and hold a feature. Features are
-    clamped to ±4096; a row with a component that is not finite is not written. Where gated rows name one slot twice,
-    the last row wins. Sums are exact: no number of writes, in whatever order, makes them drift.
+    clamped to ±4096; a row with a component that is not finite is not written. If gated rows name a slot twice, the
+    last row wins. Sums are exact: they do not drift, however many writes there are, and in whatever order.
 
     Args:
         bank, written, class_sums, class_sizes, selected_label: as in `bank_select_`; all but the last are changed.
@@ -139,7 +139,7 @@ def class_centers(
         bank: [n,D] float, one feature a slot, within ±4096. Not normalized.
         labels: [n] int64, class of each slot, 0..K-1, or -1 for none.
         num_classes: K.
-        written: [n] bool, the slots that hold a feature; None: all do. What the others hold, NaN included, is not read.
+        written: [n] bool, the slots that hold a feature; None: all do. The others are not read, so they may hold NaN.
 
     Returns:
         centers [K,D] float32, 0 where a class has no slot, and has_center [K] bool. The sums are exact, so the order of
@@ -214,7 +214,7 @@ torch.library.define(
 @torch.library.register_fake("bacon_fast::bank_select_")
 @torch.library.register_fake("bacon_fast::bank_write_")
 def _(*arguments: Any) -> None:
-    """Nothing is returned; what changes is in the schema."""
+    """Returns nothing; the schema says which tensors change."""
 
 
 def _select(*arguments: Tensor) -> None:

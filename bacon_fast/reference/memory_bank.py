@@ -5,7 +5,7 @@ center of a class is the mean over its slots that hold a feature (methods.md E.1
 row wins where one is named twice.
 
 Sums are exact. A feature enters them as a 64-bit fixed-point number, so they depend neither on the order of the writes
-nor on how many there were: 30 bits behind the point, values within ±4096, and room for 2^21 slots in one class.
+nor on their number: 30 bits behind the point, values within ±4096, and room for 2^21 slots in one class.
 """
 
 import torch

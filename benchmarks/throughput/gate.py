@@ -1,9 +1,10 @@
-"""No speed without this: every arm computes what we do, and is compared in float64, where no rounding hides a mistake.
+"""The gate before any speed: every arm must compute what we do. Float64 keeps rounding from hiding a mistake.
 
-A peers' arm gets the batches, the state and ABC's masks of our reference backend and has to give its losses over three
-steps, and after them its parameters, average, class centers and counts: on the CPU, where everything exists in float64.
-Then the arm that will be timed, on its device, in its precision and with its own draws, has to give the losses that
-need no draw. Our trainer is compared with one on the reference backend, in float32 and in the precision to be timed.
+A peers' arm gets the batches, the state and ABC's masks of our reference backend. Over three steps it must give the
+same losses, and then the same parameters, average, class centers and counts: on the CPU, where everything exists in
+float64. Then the arm that will be timed, on its device, in its precision and with its own draws, must give the same
+losses, as far as they need no draw. Our trainer is compared with one on the reference backend, in float32 and in the
+precision to be timed.
 """
 
 import copy
@@ -38,12 +39,12 @@ TOLERANCES = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 1e-1, "fp16": 2e-2}
 
 
 class RedGateError(RuntimeError):
-    """An arm computes something else than we do."""
+    """An arm does not compute what we do."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What the reference does from a state on.
+    """Steps of the reference from a state.
 
     Attributes:
         batches, losses, end: of steps in float64, on batches smaller than the run's; the last is the state after them.

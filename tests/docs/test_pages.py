@@ -1,4 +1,4 @@
-"""What README and docs/ tell a reader to type: Python blocks run, command lines parse."""
+"""README, CONTRIBUTING and docs/ are true: Python blocks run, command lines parse, files and rooms exist."""
 
 import contextlib
 import importlib
@@ -34,7 +34,7 @@ def commands(markdown: str) -> list[str]:
 
 
 def check(command: str) -> None:
-    """Raises unless this is a command line that would be understood."""
+    """Raises unless this command line would be understood."""
     words = [word for word in shlex.split(command) if word != "..."]
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         words.pop(0)
@@ -134,10 +134,12 @@ def test_contributing_has_the_arrows_between_the_rooms():
     assert arrows == {name: ARROWS[name] for name in arrows}
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md", "docs/adding-a-method.md"])
+@pytest.mark.parametrize(
+    "page", ["CONTRIBUTING.md", "docs/architecture.md", "docs/adding-a-method.md", "docs/methods.md"]
+)
 def test_file_names_lead_to_files(page):
     """On the pages about the code, `folder/file.py` is a file of the repository or of the package."""
-    names = set(re.findall(r"`([\w.]+/[\w./]+)`", (ROOT / page).read_text()))
+    names = set(re.findall(r"`([\w.]+/[\w./]*(?:/|\.[a-z]+))`", (ROOT / page).read_text()))
     assert len(names) > 10
     made_up = [name for name in names if "NAME" in name or "toy" in name]
     roots = (ROOT, ROOT / "bacon_fast")

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: what the launchers would launch compiles and fits, on GPUs that are not here."""
+"""Ahead-of-time compilation: every launch of the launchers compiles and fits, for GPUs that are not here."""
 
 import os
 import subprocess

@@ -27,7 +27,7 @@ def design(request):
 
 @pytest.fixture(autouse=True)
 def poisoned_allocations(monkeypatch):
-    """What is allocated but not written shows: NaN and integers that are no index."""
+    """Memory that is allocated but not written shows: NaN, and integers that are no index."""
     plain = torch.Tensor.new_empty
 
     def new_empty(self, *arguments, **options):

@@ -1,4 +1,4 @@
-"""What a class balancer sees of a step of FixMatch or ReMixMatch, and what it may change there."""
+"""The base of all class balancers: what they see of a step of FixMatch or ReMixMatch, and what they may change."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field

@@ -70,7 +70,7 @@ class CReST(Balancer):
             index and gamma the largest over the smallest count: right only where classes are in descending order.
 
     Buffers:
-        those of the alignment. The labeled set and the number of the generation are in the run's checkpoint.
+        the alignment's. The run's checkpoint holds the labeled set and the number of the generation.
     """
 
     def __init__(
