@@ -64,7 +64,8 @@ def _coefficients(
     denominator = tl.load(stats + DENOMINATOR * num_rows + row, mask=keep, other=EMPTY)
     positives = tl.load(stats + POSITIVES * num_rows + row, mask=keep, other=EMPTY)
     count = tl.load(stats + POSITIVE_COUNT * num_rows + row, mask=keep, other=0.0)
-    live = (grad != 0.0) & (count > 0.0)
+    inverse = tl.load(stats + INVERSE_NORM * num_rows + row, mask=keep, other=0.0)
+    live = (grad != 0.0) & ((count > 0.0) | (is_finite(inverse) == 0))
 
     uniform = tl.zeros(grad.shape, accumulator)
     shift = positives

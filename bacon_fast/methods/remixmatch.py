@@ -22,6 +22,7 @@ from bacon_fast.methods.method import NewGeneration, RefreshContext
 from bacon_fast.methods.mixup import MixUp, draw_quarter_turns, mix, rotate
 from bacon_fast.methods.outputs import Batch, Outputs, StepOutput, step_output, wide
 from bacon_fast.methods.part import PartOptions, Setup
+from bacon_fast.methods.powers import powers
 from bacon_fast.models.batchnorm import frozen_statistics
 from bacon_fast.models.heads import main_head
 from bacon_fast.models.network import Network
@@ -188,7 +189,7 @@ class ReMixMatch(ExtendedMethod):
             probabilities, losses = balanced.probabilities, balanced.losses
         if balancer is None or not balancer.aligns:
             probabilities = self.alignment(probabilities)
-        targets = probabilities ** (1 / self.sharpening)
+        targets = powers(probabilities, 1 / self.sharpening)
         targets = targets / targets.sum(1, keepdim=True)
         if balancer is not None and balancer.on_targets:
             balanced = balancer(replace(seen, weak_logits=targets.log()), step, phase)

@@ -32,8 +32,8 @@ def _same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _divide(total: Tensor, divisor: Tensor) -> Tensor:
-    """total / divisor, 0 with zero gradient where the divisor is 0."""
-    return torch.where(divisor > 0, total, 0) / torch.where(divisor > 0, divisor, 1)
+    """total / divisor, or the total, which then is 0 or NaN, where the divisor is 0."""
+    return total / torch.where(divisor == 0, 1, divisor)
 
 
 def _has_duplicate(labels: Tensor) -> Tensor:
@@ -79,7 +79,8 @@ def sup_con_loss(
 
     Returns:
         0-d tensor, or with "none" the weighted loss of each row [K+N], prototypes first. Exactly 0 with zero gradient
-        if no row has a positive or all weights are 0; for "pml" also if all labels are equal.
+        if no row has a positive or all weights are 0; for "pml" also if all labels are equal. Not finite if features or
+        weights are not.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -134,15 +135,16 @@ def sup_con_loss(
         form="mean",
         match="positive",
     )
-    weighted = torch.where(weight > 0, weight * row_loss, 0)
+    # Written so that a NaN, of which no comparison holds, stays one.
+    weighted = torch.where(weight <= 0, 0, weight * row_loss)
     if reduction == "none":
         return weighted
     if reduction == "wmean":
         return _divide(weighted.sum(), torch.where(_has_duplicate(labels), weight, 0).sum())
     if labels.shape[0] == 0:
         return weighted.sum()
-    mean_of_positive = _divide(weighted.sum() * labels.shape[0], weight.sum() * (weighted > 0).sum())
-    return torch.where(labels.amax() != labels.amin(), mean_of_positive, 0)
+    mean_of_positive = _divide(weighted.sum() * labels.shape[0], weight.sum() * (~(weighted <= 0)).sum())
+    return torch.where((labels.amax() == labels.amin()) & mean_of_positive.isfinite(), 0, mean_of_positive)
 
 
 def info_nce(
@@ -311,6 +313,8 @@ def sscl_loss(
     own_scale = scale[:, None].expand(rows, keys.shape[1])
     if alpha is not None:
         own_scale = own_scale * alpha.detach()
+    # To the family a scale that is NaN is a key that is not there; one of a key that is there shows in the loss.
+    broken = ~own_scale.isfinite() if key_mask is None else ~own_scale.isfinite() & key_mask
     if key_mask is not None:
         own_scale = own_scale.where(key_mask, math.nan)
     row_loss = run(
@@ -330,4 +334,6 @@ def sscl_loss(
         form=form,
         match="ignore",
     )
+    if alpha is not None:
+        row_loss = torch.where(broken.any(dim=1), math.nan, row_loss)
     return row_loss if reduction == "none" else row_loss.sum() / max(rows, 1)

@@ -136,14 +136,14 @@ def class_centers(
     """Mean feature of each class over a whole memory bank: what `bank_select_` and `bank_write_` keep up to date.
 
     Args:
-        bank: [n,D] float, one feature a slot, within ±4096. Not normalized.
+        bank: [n,D] float, one feature a slot. Not normalized. Clamped to ±4096, as `bank_write_` does.
         labels: [n] int64, class of each slot, 0..K-1, or -1 for none.
         num_classes: K.
         written: [n] bool, the slots that hold a feature; None: all do. The others are not read, so they may hold NaN.
 
     Returns:
-        centers [K,D] float32, 0 where a class has no slot, and has_center [K] bool. The sums are exact, so the order of
-        the slots does not matter.
+        centers [K,D] float32, 0 where a class has no slot, NaN where a slot that counts for it is not finite, and
+        has_center [K] bool. The sums are exact, so the order of the slots does not matter.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -165,9 +165,12 @@ def class_centers(
     check_kind("written", written, "bool")
     check_devices("bank", bank, labels=labels, written=written)
     check_values("labels", labels, f"classes in 0..{num_classes - 1}, or -1", -1, num_classes - 1)
-    return reference.memory_bank.class_centers(
-        *reference.memory_bank.class_sums_and_sizes(bank.detach(), written, labels, num_classes)
-    )
+    bank = bank.detach()
+    sums, sizes = reference.memory_bank.class_sums_and_sizes(bank, written, labels, num_classes)
+    centers, has_center = reference.memory_bank.class_centers(sums, sizes)
+    broken = written & (labels >= 0) & ~bank.isfinite().all(dim=1)
+    num_broken = torch.zeros_like(sizes).index_add_(0, labels.clamp_min(0), broken.long())
+    return torch.where((num_broken > 0)[:, None], torch.nan, centers), has_center
 
 
 def _check_bank_arguments(**tensors: Tensor) -> None:

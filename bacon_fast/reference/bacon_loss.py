@@ -13,7 +13,7 @@ import sys
 import torch
 from torch import Tensor
 
-from .values import accumulator_dtype, check_values
+from .values import accumulator_dtype, check_values, normalize
 
 EPS_COSINE = 1e-8  # smallest norm a vector is divided by
 EPS_LOG = 1e-8  # added to the denominator of the softmax, as in the authors' code
@@ -56,11 +56,6 @@ def negatives_of_classes(codes: Tensor, num_classes: int) -> Tensor:
     """Reliable negative selection: bool [K,R], row j is a negative of class c if it surely is not of class c."""
     classes = torch.arange(num_classes, device=codes.device)
     return (codes[None] != classes[:, None, None]).all(dim=2)
-
-
-def normalize(rows: Tensor) -> Tensor:
-    """Rows divided by their norm, or by `EPS_COSINE` if that is larger."""
-    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(EPS_COSINE)
 
 
 def masked_logsumexp(values: Tensor, mask: Tensor, dim: int) -> Tensor:
@@ -114,8 +109,8 @@ def bacon_loss(
 
     # Rows without a part in the loss are replaced before the first arithmetic on them: NaN · 0 would still be NaN.
     used = enters_mean | (negative_table & live_class[:, None]).any(dim=0)
-    unit = normalize(torch.where(used[:, None], features.to(dtype), 0))
-    unit_centers = normalize(torch.where(live_class[:, None], centers.detach().to(dtype), 0))
+    unit = normalize(torch.where(used[:, None], features.to(dtype), 0), EPS_COSINE)
+    unit_centers = normalize(torch.where(live_class[:, None], centers.detach().to(dtype), 0), EPS_COSINE)
 
     tau = balanced_temperatures(class_counts, progress, temperature, bta, min_temperature).to(dtype)
     positive = (unit * unit_centers[classes]).sum(dim=1) / tau[classes]  # x_r

@@ -9,15 +9,10 @@ import math
 import torch
 from torch import Tensor
 
-from .values import accumulator_dtype
+from .values import accumulator_dtype, normalize
 
 FORMS = ("mean", "sum", "prod")
 MATCHES = ("positive", "ignore")
-
-
-def normalize(vectors: Tensor, eps: float) -> Tensor:
-    """Vectors of the last axis divided by max(norm, eps)."""
-    return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(eps)
 
 
 def masked_logsumexp(values: Tensor, mask: Tensor) -> Tensor:
@@ -89,8 +84,8 @@ def contrastive(
         eps: smallest norm a vector is divided by.
 
     Returns:
-        [R] in float32 (float64 for float64 rows). 0 for rows without a positive. Any other row with non-finite features
-        or own columns has loss NaN, and so has its group, but no NaN reaches the gradients of others.
+        [R] in float32 (float64 for float64 rows). A row with non-finite features or own columns has loss NaN, and so have
+        the others of its group, but no NaN reaches the gradients of others. Any other row without a positive has 0.
 
     Only rows, columns and own receive a gradient. A column's gradient counts its part as negative and as positive.
     """
@@ -115,6 +110,7 @@ def contrastive(
     if own is not None:
         present = ~own_scale.isnan()
         broken = broken | (present & ~own.isfinite().all(dim=2)).any(dim=1)
+    row_broken = broken
     u = normalize(torch.where(broken[:, None], 0, rows.to(dtype)), eps)
     used = (is_negative | is_positive).any(dim=0)
     w = normalize(torch.where(used[:, None], columns.to(dtype), 0), eps)
@@ -157,7 +153,7 @@ def contrastive(
     else:
         sign = 1 if form == "sum" else -1
         exponent = negative - sign * masked_logsumexp(sign * x, is_positive)
-        loss = torch.where(bounded, torch.logaddexp(exponent, torch.zeros_like(exponent)), 0)
+        loss = torch.where(bounded | exponent.isnan(), torch.logaddexp(exponent, torch.zeros_like(exponent)), 0)
     # NaN in the loss of a broken row, and in its gradient, so that a gradient scaler sees it.
     loss = torch.where(broken, rows.to(dtype).sum(dim=1) * torch.where(broken, math.nan, 0), loss)
-    return torch.where(num_positives > 0, loss, 0)
+    return torch.where((num_positives > 0) | row_broken, loss, 0)

@@ -18,8 +18,8 @@ SCALE = 2.0**30  # steps of the fixed-point grid per unit; float32 values of 2^-
 
 
 def fixed_point(features: Tensor) -> Tensor:
-    """Features on the grid of the sums, int64."""
-    return (features.double() * SCALE).round().long()
+    """Features on the grid of the sums, int64: clamped to ±LIMIT, NaN as 0."""
+    return (features.double().nan_to_num(0.0).clamp(-LIMIT, LIMIT) * SCALE).round().long()
 
 
 def class_sums_and_sizes(

@@ -1,4 +1,6 @@
-"""Shared by the references: the dtype to compute in, and a check of a tensor's values."""
+"""Shared by the references: the dtype to compute in, unit vectors, and a check of a tensor's values."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -7,6 +9,18 @@ from torch import Tensor
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which values of ``dtype`` are computed: float32 for half precision and integers, else their own."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def normalize(vectors: Tensor, eps: float) -> Tensor:
+    """Vectors of the last axis divided by max(norm, eps).
+
+    Those whose squares could overflow are shrunk by a power of two first, which changes no bit of the others.
+    """
+    exponent = math.frexp(torch.finfo(vectors.dtype).max)[1]
+    huge = (vectors.detach().abs() > 2.0 ** (exponent * 3 // 8)).any(dim=-1, keepdim=True)
+    factor = vectors.new_ones(()).where(~huge, 2.0 ** -(exponent * 5 // 8))
+    shrunk = vectors * factor
+    return shrunk / torch.linalg.vector_norm(shrunk, dim=-1, keepdim=True).clamp_min(eps * factor)
 
 
 def check_values(name: str, values: Tensor, expected: str, low: float, high: float) -> None:

@@ -56,11 +56,10 @@ T* bacon_similarities(
 
 template <class T>
 void bacon_center_similarity(const BaconBatch<T>& b, std::int64_t row) {
-  const T* center = b.centers + b.classes[row] * b.dim;
-  const T norm = std::sqrt(dot(center, center, b.dim));
-  b.center_scale[row] = 1 / (norm < b.features.eps ? b.features.eps : norm);
-  b.center_similarity[row] =
-      dot(b.features.units + row * padded(b.dim, kFeatureUnit), center, b.dim) * b.center_scale[row];
+  const Measured<T> center(b.centers + b.classes[row] * b.dim, b.dim);
+  const T scale = center.inverse(b.features.eps);
+  b.center_scale[row] = scale * center.shrink;
+  b.center_similarity[row] = dot(b.features.units + row * padded(b.dim, kFeatureUnit), center.data, b.dim) * scale;
 }
 
 // Adds the exponentials of one row's negatives to its sum; leaves in `values` what the gradient needs of them.

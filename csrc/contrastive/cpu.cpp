@@ -145,7 +145,7 @@ class Forward {
     const double share = of_group == kNegativeInfinity ? 0 : std::exp(of_group - negative);
 
     double loss = 0, negative_weight = 0, positive_weight = 0, mean = 0;
-    if (count > 0 && group_broken_[g]) {
+    if (count > 0 ? group_broken_[g] : f.row_vectors.state[r] & kNotFinite) {
       loss = negative_weight = kNaN;
     } else if (count > 0 && a.form == Form::kMean) {
       const double all = log_add(positive, negative);

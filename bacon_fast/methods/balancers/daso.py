@@ -12,6 +12,7 @@ from bacon_fast.methods.balancers.base import Balancer, Rows, Targets
 from bacon_fast.methods.balancers.feature_queue import FeatureQueue
 from bacon_fast.methods.outputs import Batch
 from bacon_fast.methods.part import PartOptions, Setup
+from bacon_fast.methods.powers import powers
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class DASO(Balancer):
         prototypes, present = self.queue.prototypes()
         with torch.no_grad():
             q = self._similarity(rows.weak_features, prototypes, present).softmax(1)
-            share = self.distribution ** (1 / self.t_dist)
+            share = powers(self.distribution, 1 / self.t_dist)
             weight = (share / share.max())[predicted.argmax(1)][:, None]
             semantic = self.previous_q.clone() if self.usb else q
             blended = (1 - weight) * predicted + weight * semantic
