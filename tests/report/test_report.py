@@ -221,14 +221,14 @@ def test_a_second_report_replaces_the_first_and_a_failing_one_leaves_it(tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"confusion": np.zeros((2, 3))}, r"confusion must have shape \[3, 3\]"),
-        ({"labeled_counts": [1, 2]}, "labeled_counts must have one value for each of the 3 classes, got 2"),
-        ({"temperatures": [0.1] * 4}, "temperatures must"),
+        ({"confusion": np.zeros((2, 3))}, r"confusion: expected shape \[3, 3\]"),
+        ({"labeled_counts": [1, 2]}, "labeled_counts: expected 3 values, one a class, found 2"),
+        ({"temperatures": [0.1] * 4}, "temperatures: expected"),
         ({"history": []}, "at least one evaluation"),
         ({"features": np.zeros((4, 2))}, "feature_labels"),
-        ({"projections": np.zeros((4, 2)), "feature_labels": np.zeros(3, dtype=int)}, "projections must"),
-        ({"weak_samples": np.zeros((2, 8, 8, 3))}, "weak_samples must be uint8"),
-        ({"weak_samples": np.zeros((2, 3, 8, 8), dtype=np.uint8)}, "weak_samples must be uint8"),
+        ({"projections": np.zeros((4, 2)), "feature_labels": np.zeros(3, dtype=int)}, "projections: expected"),
+        ({"weak_samples": np.zeros((2, 8, 8, 3))}, "weak_samples: expected uint8"),
+        ({"weak_samples": np.zeros((2, 3, 8, 8), dtype=np.uint8)}, "weak_samples: expected uint8"),
     ],
 )
 def test_wrong_shapes_are_refused_by_name(change, message):
