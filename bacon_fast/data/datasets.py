@@ -114,7 +114,7 @@ class ImageDataset:
 
 
 def _follows(first: Tensor, second: Tensor) -> bool:
-    """Whether the elements of `second` lie in memory right behind those of `first`."""
+    """Whether the elements of `second` follow the elements of `first` in memory without a gap."""
     one_memory = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
     contiguous = first.is_contiguous() and second.is_contiguous()
     return one_memory and contiguous and second.storage_offset() == first.storage_offset() + first.numel()
@@ -137,8 +137,8 @@ def load_dataset(
     - cifar10, cifar100, svhn, stl10: torchvision's, at 32x32 (STL-10 is resized from 96x96, and SVHN's train images
       include its extra part, as in USB and BaCon).
     - folder: image files in train/<class>/, test/<class>/ and, if present, unlabeled/, at any depth; warnings name what
-      is not read. Images are what a viewer shows (`images.read_files`). The class order is that of `classes`, else of
-      the lines of classes.txt, else sorted. Normalized with ImageNet's mean and deviation.
+      is not read. Images are read as a viewer shows them (`images.read_files`). The class order is `classes`, else the
+      lines of classes.txt, else the alphabet. Normalized with ImageNet's mean and deviation.
     - arrays: an .npz file with train_images and test_images (uint8 [N, H, W, 3], [N, H, W, 1] or [N, H, W]),
       train_labels and test_labels (integers [N]), and optionally unlabeled_images and class_names (strings).
       Normalized, like digits, with mean and deviation of the train images.

@@ -102,7 +102,7 @@ def _protocols() -> dict[str, Protocol]:
         ("bacon-cifar10-100-uniform", "cifar10", 1000, 4000, 100, 1, "the same with a uniform unlabeled set"),
         ("bacon-cifar100-20", "cifar100", 200, 300, 20, 20, "[BC]; beta 40 %"),
         ("bacon-svhn-100", "svhn", 1000, 4000, 100, 100, "[BC]; pool train + extra (train alone has too few zeros)"),
-        # USB's long-tailed settings (config/classic_cv_imb), also those of DASO (500) and CDMAD, DARP (1500).
+        # USB's long-tailed settings (config/classic_cv_imb). DASO (500), CDMAD and DARP (1500) have them too.
         ("usb-cifar10-1500-100", "cifar10", 1500, 3000, 100, 100, "[US]"),
         ("usb-cifar10-1500-150", "cifar10", 1500, 3000, 150, 150, "[US]"),
         ("usb-cifar10-1500-100-inverse", "cifar10", 1500, 3000, 100, -100, "[US]"),

@@ -13,7 +13,7 @@ class Options:
     """Base of all options. It refuses a value of another type than annotated, or out of range, and names its field.
 
     Raises:
-        ValueError: names the field, what it takes and what was found.
+        ValueError: names the field, what was expected and what was found.
 
     Example:
         >>> SharedOptions(threshold=2.0)

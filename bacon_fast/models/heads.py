@@ -12,7 +12,7 @@ def main_head(in_features: int, num_classes: int) -> nn.Linear:
 
 
 def auxiliary_head(in_features: int, num_classes: int) -> nn.Linear:
-    """The balanced classifier of ABC and BaCon: Linear with torch's default initialization, as the authors have it."""
+    """The balanced classifier of ABC and BaCon: Linear with torch's default initialization, like the authors'."""
     return nn.Linear(in_features, num_classes)
 
 

@@ -33,11 +33,11 @@ def caveats(table: Table, options: Options) -> list[str]:
     notes = []
     if options.budget < 1:
         note = f"Every run has only {100 * options.budget:g} % of its preset's steps."
-        notes.append(note if table.source is None else f"{note} The published numbers are of full runs.")
+        notes.append(note if table.source is None else f"{note} The published numbers come from full runs.")
     if options.dataset is not None:
         notes.append(
-            "The images were read from an image folder: if they were compressed again (JPEG), their pixels are not "
-            "those of the data set, and numbers can differ for that reason alone."
+            "The images were read from an image folder: if they were compressed again (JPEG), their pixels differ from "
+            "the data set's, and numbers can differ for that reason alone."
         )
     if options.settings:
         changed = ", ".join(f"{name} = {value}" for name, value in options.settings.items())

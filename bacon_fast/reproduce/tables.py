@@ -42,7 +42,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows x columns x seeds. `metric` is what it compares: "bacc" or "error"; `source` is where it was published."""
+    """Rows x columns x seeds. It compares `metric`, "bacc" or "error", and was published in `source`."""
 
     title: str
     rows: tuple[Row, ...]
