@@ -186,7 +186,7 @@ def test_caveats(filled, tmp_path):
     options = Options(0.1, "folder", Path("/data"), settings={"precision": "bf16"})
     cells = expand(table, [0], options, tmp_path / "other")
     text = markdown(table, collect(cells, []), options, "c")
-    assert "only 10 % of its preset's steps. The published numbers are of full runs." in text
+    assert "only 10 % of its preset's steps. The published numbers come from full runs." in text
     assert "image folder" in text and "JPEG" in text and "precision = bf16" in text
     assert "30,000 steps (10 % of 300,000)" in text
 
