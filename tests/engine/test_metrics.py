@@ -56,7 +56,7 @@ def test_confusion_matrix_refuses_wrong_inputs():
         confusion_matrix(torch.tensor([True, False]), labels, 2)
     with pytest.raises(ValueError, match=r"^predictions: expected shape \[N\]"):
         confusion_matrix(labels, torch.zeros(2, 2, dtype=torch.int64), 2)
-    with pytest.raises(ValueError, match="^predictions: expected 2, one a target, found 1"):
+    with pytest.raises(ValueError, match=r"^predictions: expected 2, one a target, found 1"):
         confusion_matrix(labels, labels[:1], 2)
     with pytest.raises(ValueError, match="num_classes"):
         confusion_matrix(labels, labels, 0)
