@@ -85,15 +85,15 @@ def norms(vectors, EPS: tl.constexpr):
 
 
 @triton.jit
-def shortening(inverse, DTYPE: tl.constexpr):
+def shortening(inverse, dtype: tl.constexpr):
     """Powers of two that make vectors shorter than 1/32, by their inverse norms.
 
     No product with another vector of up to MAX_DIM finite elements overflows then. Vectors of float16 keep their
     length: their products cannot overflow, and shorter ones would lose bits.
     """
-    if DTYPE == tl.float16:
+    if dtype == tl.float16:
         power = tl.full(inverse.shape, 1.0, inverse.dtype)
-    elif DTYPE == tl.float64:
+    elif dtype == tl.float64:
         bits = inverse.to(tl.int64, bitcast=True) & 0x7FF0000000000000
         power = tl.maximum(bits.to(tl.float64, bitcast=True), tl.full(inverse.shape, 2.0**-1028, tl.float64)) * 2.0**-6
     else:
