@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: setup train test bench lint format aot clean
+.PHONY: setup train test bench lint format aot sanitize clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
@@ -33,6 +33,18 @@ format: setup
 
 aot: setup
 	$(BIN)/python -m bacon_fast.kernels.aot
+
+# The native code under AddressSanitizer and UndefinedBehaviorSanitizer, in a package of links beside its own _C: the first
+# report ends the run. Leaks are those of Python's own memory at the end.
+SANITIZED := build/sanitize
+SANITIZE_TESTS := tests/ops tests/data/test_augment.py tests/data/test_pixel_ops.py
+sanitize: setup
+	BACON_FAST_SANITIZE=1 BACON_FAST_CUDA=0 $(BIN)/python setup.py --quiet build_ext \
+		--build-temp $(SANITIZED)/temp --build-lib $(SANITIZED)
+	for f in bacon_fast/*; do case $$f in */_C*) ;; *) ln -sfn $(CURDIR)/$$f $(SANITIZED)/bacon_fast/ ;; esac; done
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 PYTHONPATH=$(SANITIZED) \
+		$(BIN)/pytest -q -p no:cacheprovider -o pythonpath=$(SANITIZED) $(or $(ARGS),$(SANITIZE_TESTS))
 
 bench: setup
 	$(BIN)/python -m benchmarks.loss --device cpu $(ARGS)
