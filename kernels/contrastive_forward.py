@@ -1,9 +1,9 @@
 """Forward of the contrastive family: the loss of every row, and the statistics that its backward needs.
 
-Formulas: bacon_fast/reference/contrastive.py. Similarities exist one tile at a time; a program owns a block of rows
-and streams columns past it, keeping each row's log-sums by their running maximum. If the columns need no gradient, it
-also keeps the softmax-weighted mean of the negatives, which is all that the rows' gradient needs: one pass then serves
-forward and backward.
+Formulas: bacon_fast/reference/contrastive.py. Similarities exist one tile at a time. A program owns a block of rows,
+streams columns past it, and keeps each row's log-sums by their running maximum. If the columns need no gradient, it
+also keeps the softmax-weighted mean of the negatives. The rows' gradient needs nothing else, so one pass serves forward
+and backward.
 """
 
 import math

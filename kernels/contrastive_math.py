@@ -1,8 +1,8 @@
-"""What the forward and the backward kernels of the contrastive family share: layouts of their buffers and formulas.
+"""Shared by the forward and the backward kernels of the contrastive family: layouts of their buffers, and formulas.
 
-Logarithms of empty sums are EMPTY, which is finite, so that no inf - inf arises. Values that a mask takes out are
-replaced, never multiplied by 0, so that their NaN goes with them. Every computation takes its dtype from its inputs:
-float64 works wherever float32 does.
+Logarithms of empty sums are EMPTY, which is finite, so that no inf - inf arises. Masked values are replaced, never
+multiplied by 0, so that no NaN stays. Every computation takes its dtype from its inputs: float64 works wherever float32
+does.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 EMPTY = tl.constexpr(-1e30)
 IS_EMPTY = tl.constexpr(-1e29)  # anything below is EMPTY; a NaN is not
 
-# Rows of the statistics [NUM_STATS + M, R] that the forward leaves to the backward; the M own logits follow.
+# Rows of the statistics [NUM_STATS + M, R] that the forward saves for the backward; the M own logits follow.
 INVERSE_NORM = tl.constexpr(0)
 ROW_NEGATIVES = tl.constexpr(1)  # n_r of the row alone
 NEGATIVES = tl.constexpr(2)  # n of its group, or n_r

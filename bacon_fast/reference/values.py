@@ -1,4 +1,4 @@
-"""What the references share: the dtype to compute in, unit vectors, and a check of what stands in a tensor."""
+"""Shared by the references: the dtype to compute in, unit vectors, and a check of a tensor's values."""
 
 import math
 
@@ -24,10 +24,10 @@ def normalize(vectors: Tensor, eps: float) -> Tensor:
 
 
 def check_values(name: str, values: Tensor, expected: str, low: float, high: float) -> None:
-    """Raises ValueError unless all values are within low..high; NaN never is.
+    """Raises ValueError unless all values are within low..high, which NaN is not.
 
-    Reading them costs next to nothing on a CPU, outside of torch.compile. Silent on a GPU, where the host would have to
-    wait for the values, and for tensors that hold none (FakeTensor).
+    Reading them costs next to nothing on a CPU, outside of torch.compile. There is no check on a GPU, where the host
+    would have to wait for the values, nor of tensors that hold none (FakeTensor).
     """
     if values.device.type != "cpu" or type(values) is not Tensor or torch.compiler.is_compiling() or not values.numel():
         return

@@ -101,7 +101,7 @@ void normalize_backward(const Normalization<T>& set, std::int64_t i, const T* gr
   using V = Vector<T>;
   const T* unit = set.units + i * padded(set.dim, kFeatureUnit);
   if (set.state[i] & kNotFinite) {
-    // Nobody used the vector if no gradient reaches it: then it must not turn its own gradient into 0 · NaN.
+    // A vector that no gradient reaches was not used, and must not turn its own gradient into 0 · NaN.
     bool used = false;
     for (std::int64_t d = 0; d < set.dim; ++d) used |= grad_unit[d] != 0;
     for (std::int64_t d = 0; d < set.dim; ++d) grad[d] = used ? std::numeric_limits<T>::quiet_NaN() : T(0);

@@ -15,7 +15,7 @@
 
 namespace bacon_fast::contrastive {
 
-// Columns of fewer numbers than this are copied as units without a look at whether they could be left where they are.
+// Columns of fewer numbers than this are always copied as units, even if they could be left where they are.
 constexpr int64_t kCopyLimit = 1 << 20;
 // Fewer tasks of rows than this are cut into chunks of columns, none smaller than this.
 constexpr int64_t kFewTasks = 16;

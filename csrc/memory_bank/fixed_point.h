@@ -1,5 +1,5 @@
 // The grid on which the memory bank adds features up, shared by host and device (bacon_fast/reference/memory_bank.py).
-// Sums of 64-bit integers depend neither on the order of the additions nor on how many there were.
+// Sums of 64-bit integers depend neither on the order of the additions nor on their number.
 #pragma once
 
 #include <cmath>

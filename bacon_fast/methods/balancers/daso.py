@@ -39,7 +39,7 @@ class DASO(Balancer):
 
     c_k is the mean of the latest averaged features of labeled images of class k; a class without one counts as having
     cosine -1. m is how often each class was the final pseudo-label, confident or not, counted anew every `interval`
-    steps; 1/K before the first count. Confidence and pseudo-label are those of p'. Before `start` p' is p.
+    steps; 1/K before the first count. p' gives confidence and pseudo-label. Before `start` p' is p.
 
     Args:
         num_classes: K.
@@ -51,10 +51,10 @@ class DASO(Balancer):
         interval: steps between counts.
         lambda_align: weight of L_align.
         usb_rows: None, or U, to reproduce USB's code: it blends with q of the previous batch, so with rows of other
-            images, and its confidence is that of p.
+            images, and takes its confidence from p.
 
     Buffers:
-        distribution: m, float32 [K]; counts: int64 [K], since the last count; those of the queue; with `usb_rows`
+        distribution: m, float32 [K]; counts: int64 [K], since the last count; the queue's buffers; with `usb_rows`
         previous_q: float32 [U,K].
     """
 
