@@ -76,12 +76,14 @@ def norms(vectors, EPS: tl.constexpr):
     largest = tl.max(tl.abs(vectors), axis=1)
     wide: tl.constexpr = vectors.dtype == tl.float64
     one = tl.full(largest.shape, 1.0, vectors.dtype)
-    shrink = tl.where(largest > (2.0**384 if wide else 2.0**48), (2.0**-640 if wide else 2.0**-80) * one, one)
+    huge = largest > (2.0**384 if wide else 2.0**48)
+    shrink = tl.where(huge, (2.0**-640 if wide else 2.0**-80) * one, one)
     shrunk = vectors * shrink[:, None]
     norm = tl.sqrt(tl.sum(shrunk * shrunk, axis=1))
     finite = tl.min(is_finite(vectors).to(tl.int32), axis=1) == 1
     inverse = shrink / tl.maximum(norm, EPS * shrink)
-    return norm / shrink, tl.where(finite, inverse, float("nan"))
+    norm *= tl.where(huge, (2.0**640 if wide else 2.0**80) * one, one)
+    return norm, tl.where(finite, inverse, float("nan"))
 
 
 @triton.jit

@@ -165,6 +165,8 @@ def bacon_loss(draw: Draws, backends: Sequence[str]) -> int:
         "top_k": draw.integer(1, 5),
         "neg_mode": draw.choice(("authors", "paper")),
     }
+    if dtype == torch.float64:  # temperatures of integer counts are float32
+        others["class_counts"] = others["class_counts"].double()
     if draw.chance(0.4):
         others["has_center"] = draw.mask(classes)
     vectors = {name: draw.strided(value) for name, value in vectors.items()}
