@@ -9,7 +9,7 @@ from .. import reference
 from ..reference.fixmatch_abc import FixMatchABCLosses
 from ..reference.values import accumulator_dtype
 from .backends import BACKENDS, Backend, always, choose_backend, why_not_cpp, why_not_triton
-from .checks import check_devices, check_integer, check_kind, check_number, check_seed, check_shape
+from .checks import check_devices, check_integer, check_kind, check_number, check_seed, check_shape, check_values
 
 
 class FixMatchABCOutput(NamedTuple):
@@ -56,7 +56,7 @@ def fixmatch_abc_loss(
             rows. float16 and bfloat16 are computed in float32.
         labels: [B] int64, classes of the labeled rows.
         true_labels: [U] int64, -1 where unknown; only for the statistics.
-        keep_labeled: [K] float, probability of keeping a labeled row of each class: N_min / N_c.
+        keep_labeled: [K] float in 0..1, probability of keeping a labeled row of each class: N_min / N_c.
         keep_unlabeled: [K] float, the same for unlabeled rows, by their pseudo-label: 1 - (e/E)(1 - N_min / N_c).
         step: completed optimizer steps, an integer or a 0-d int64 tensor.
         seed: key of the draws, 0..2^64-1. The draws are counters (`data.philox`).
@@ -100,6 +100,8 @@ def fixmatch_abc_loss(
     check_kind("keep_labeled", keep_labeled, "float")
     check_shape("keep_unlabeled", keep_unlabeled, num_classes)
     check_kind("keep_unlabeled", keep_unlabeled, "float")
+    for name, keep in (("keep_labeled", keep_labeled), ("keep_unlabeled", keep_unlabeled)):
+        check_values(name, keep.detach(), "probabilities in 0..1", 0, 1)
     check_number("threshold", threshold, low=0, low_allowed=True)
     check_seed(seed)
     if not isinstance(step, Tensor):

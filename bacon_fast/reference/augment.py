@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .philox import philox, to_range, to_uniform
 from .pixel_ops import FUNCTIONS
+from .values import check_values
 
 OPS: tuple[str, ...] = tuple(FUNCTIONS)
 """The operations of RandAugment; `ops` arguments hold indices into this tuple."""
@@ -156,6 +157,14 @@ def normalize(images: Tensor, table: Tensor, dtype: torch.dtype, channels_last: 
     return normalized if channels_last else normalized.contiguous()
 
 
+def check_indices(indices: Tensor, size: int) -> None:
+    """Raises IndexError, on a CPU, unless they are rows of a pool of this size: -1 is not the last one."""
+    try:
+        check_values("indices", indices, f"values in 0..{size - 1}", 0, size - 1)
+    except ValueError as error:
+        raise IndexError(*error.args) from None
+
+
 def augment_views(
     pool: Tensor,
     indices: Sequence[Tensor],
@@ -177,6 +186,7 @@ def augment_views(
     options = {"ranges": ranges, "padding": padding, "hflip": hflip, "num_ops": num_ops, "cutout": cutout}
     views = []
     for of, stream, is_strong, first_slot in zip(indices, streams, strong, first_slots, strict=True):
+        check_indices(of, len(pool))
         size = pool.shape[1], pool.shape[2]
         draws = draw_views(len(of), seed, step, stream, first_slot, strong=is_strong, size=size, **options)
         views.append(replay(pool, draws, of, padding))

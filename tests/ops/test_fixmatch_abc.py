@@ -364,6 +364,13 @@ def test_cpp_uses_several_threads_where_there_is_work():
         ({"true_labels": torch.zeros(9, 1)}, ValueError, r"true_labels: expected shape \[U\], found \[9, 1\]"),
         ({"keep_labeled": torch.zeros(6)}, ValueError, r"keep_labeled: expected shape \[7\], found \[6\]"),
         ({"keep_unlabeled": torch.zeros(7).long()}, TypeError, "keep_unlabeled: expected dtype float"),
+        (
+            {"keep_labeled": torch.full((7,), 1.5)},
+            ValueError,
+            r"keep_labeled: expected probabilities in 0\.\.1, found 1.5",
+        ),
+        ({"keep_unlabeled": torch.full((7,), -0.5)}, ValueError, "keep_unlabeled: expected probabilities"),
+        ({"keep_unlabeled": torch.full((7,), torch.nan)}, ValueError, "keep_unlabeled: expected probabilities"),
         ({"threshold": -1}, ValueError, "threshold: expected a number >= 0, found -1"),
         ({"seed": -1}, ValueError, r"seed: expected an integer in \[0, 2\^64\), found -1"),
         ({"seed": None}, TypeError, "seed: expected an integer, found NoneType"),
