@@ -17,11 +17,13 @@ class PartOptions(Options):
         part: its name.
         operation: of `bacon_fast.ops`, if `loss_backend` chooses who computes it.
         unlabeled_ratio: of a base, the only mu it takes; None: any.
+        runs_on_length: it follows t/T, reads `Setup.steps`: a run of more steps would be another from its start.
         changes: of a base, other defaults for the options of parts that are added to it, {part: {field: value}}.
     """
 
     operation: ClassVar[str | None] = None
     unlabeled_ratio: ClassVar[int | None] = None
+    runs_on_length: ClassVar[bool] = True
     changes: ClassVar[Mapping[str, Mapping[str, object]]] = {}
 
     def network(self) -> dict[str, object]:
