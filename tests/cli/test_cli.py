@@ -235,7 +235,7 @@ def test_predict_prints_a_json_line_a_file_and_names_the_unreadable(run_dir, tmp
 
 
 def test_a_network_opens_without_the_run_s_configuration(run_dir, tmp_path):
-    """As long as the format is known: what the network is stands beside its weights."""
+    """As long as the format is known: the checkpoint describes the network beside its weights."""
     (checkpoint,) = list_checkpoints(run_dir / "checkpoints")[-1:]
     state = torch.load(checkpoint, weights_only=True)
     assert state["format"] == FORMAT and state["inference"]["network"]["heads"] == "balanced"

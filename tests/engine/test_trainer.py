@@ -335,7 +335,7 @@ def test_a_diverged_run_says_when_it_began(tmp_path):
 
 
 def test_a_stop_by_signal_adds_no_log_row(tmp_path):
-    """Stopped between two log rows and continued, a run writes the rows of one that nobody stopped."""
+    """A run that is stopped between two log rows and continued writes the rows of an uninterrupted one."""
     rows = {}
     for name, signals in (("whole", ()), ("stopped", (5,))):
         config = tiny(tmp_path / name, log_every=4, eval_every=8, checkpoint_every=8, method="fixmatch+abc+bacon")

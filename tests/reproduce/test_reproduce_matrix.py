@@ -284,9 +284,7 @@ def test_a_finished_run_on_other_images_is_not_taken_for_this_one(tmp_path):
     config = tiny(tmp_path / "run", **changes)
     Trainer(config).fit()
     check_images([Run(config), Run(config.replace(data_dir=tmp_path / "moved.npz"))])
-    with pytest.raises(
-        ValueError, match=r"out: .*run holds a run on other images, those of .*a\.npz; name another --out"
-    ):
+    with pytest.raises(ValueError, match=r"out: .*run holds a run on other images, from .*a\.npz; name another --out"):
         check_images([Run(config.replace(data_dir=tmp_path / "b.npz"))])
 
 
