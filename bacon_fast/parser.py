@@ -18,15 +18,27 @@ Extra = Mapping[str, tuple[object, object]]
 """Further options by name: annotated type and default."""
 
 
-def method_in(words: Sequence[str]) -> str | None:
-    """The method that command-line words name, the last one if there are several; None without any."""
+def value_in(words: Sequence[str], option: str) -> str | None:
+    """What command-line words give an option such as --method, the last one if there are several; None without any.
+
+    Example:
+        >>> value_in(["--method", "ssc", "--run_dir=x"], "--run-dir")
+        'x'
+    """
     found = None
     for word, value in zip(words, (*words[1:], None)):
-        if word == "--method":
-            found = value
-        elif word.startswith("--method="):
-            found = word.removeprefix("--method=")
+        name, equals, given = word.partition("=")
+        if name.replace("_", "-") == option:
+            found = given if equals else value
     return found
+
+
+def refuse_empty(words: Sequence[str]) -> None:
+    """Raises ValueError for an option without a value, as --run-dir "" is: an empty path would be the current one."""
+    for word, value in zip(words, (*words[1:], None)):
+        name, equals, given = word.partition("=")
+        if name.startswith("--") and (value == "" or (equals and not given)):
+            raise ValueError(f"{name[2:].replace('-', '_')}: expected a value, found ''")
 
 
 def override(

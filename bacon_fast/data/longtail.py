@@ -4,8 +4,6 @@ Counts and protocols follow methods.md A.1. Source tags: [BC] official BaCon cod
 """
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import torch
 
 from bacon_fast.data.datasets import ImageDataset
 from bacon_fast.data.philox import Stream, check_seed, philox
-from bacon_fast.files import write_atomically
+from bacon_fast.files import digest, read_record, write_record
 
 
 def class_counts(head: int, gamma: float, num_classes: int) -> list[int]:
@@ -178,51 +176,71 @@ class Split:
     @property
     def hash(self) -> str:
         """sha256 (hex) of the content."""
-        return _content_hash(self._content())
+        return digest(self._content())
 
     def save(self, path: str | Path) -> None:
         """Writes the split and its hash as JSON, atomically."""
-        text = json.dumps({"hash": self.hash} | self._content()) + "\n"
-        write_atomically(Path(path), lambda temporary: temporary.write_text(text))
+        write_record(Path(path), self._content(), key="hash", indent=None)
 
     @classmethod
     def load(cls, path: str | Path) -> "Split":
-        """Reads a split written by `save`. Raises ValueError when the file is not one or its content was changed."""
+        """Reads a split written by `save`.
+
+        Raises ValueError, which names the file, when it is none, was damaged or changed, or says what cannot be: an
+        index twice, counts of another sum.
+        """
+        content = read_record(Path(path), key="hash")
         try:
-            content = json.loads(Path(path).read_text())
-            recorded = content.pop("hash")
-            protocol = Protocol(**content["protocol"])
+            counts = content["unlabeled_counts"]
             split = cls(
                 **content
                 | {
-                    "protocol": protocol,
+                    "protocol": Protocol(**content["protocol"]),
                     "labeled": np.asarray(content["labeled"], dtype=np.int64),
                     "unlabeled": np.asarray(content["unlabeled"], dtype=np.int64),
                     "labeled_counts": tuple(content["labeled_counts"]),
-                    "unlabeled_counts": None
-                    if content["unlabeled_counts"] is None
-                    else tuple(content["unlabeled_counts"]),
+                    "unlabeled_counts": None if counts is None else tuple(counts),
                 }
             )
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a split file: {error!r}") from error
-        if split.hash != recorded:
-            raise ValueError(
-                f"{path} was changed after it was written: its hash is {split.hash}, recorded is {recorded}"
-            )
+            split._check()
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            reason = f"no entry {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}: no split of ours: {reason}") from error
         return split
 
+    def _check(self) -> None:
+        """Raises ValueError for what no split holds, whatever its images."""
+        texts = (self.dataset_name, self.dataset_fingerprint, self.protocol.name, self.protocol.source)
+        if not all(isinstance(text, str) for text in texts) or type(self.seed) is not int:
+            raise ValueError(f"expected names of protocol and dataset, and a seed, found {texts} and {self.seed!r}")
+        for name in ("labeled", "unlabeled"):
+            indices, counts = getattr(self, name), getattr(self, f"{name}_counts")
+            if indices.ndim != 1 or (indices < 0).any() or len(np.unique(indices)) < indices.size:
+                raise ValueError(f"{name}: expected different indices of at least 0")
+            if counts is None and name == "unlabeled":
+                continue
+            if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != len(indices):
+                raise ValueError(f"{name}_counts: expected a sum of {len(indices)}, found {counts}")
+
     def verify(self, dataset: ImageDataset) -> None:
-        """Raises ValueError unless `dataset` holds the images this split was drawn from."""
+        """Raises ValueError unless `dataset` holds the images this split was drawn from, with these counts."""
         if dataset.fingerprint != self.dataset_fingerprint:
             raise ValueError(
                 f"split: expected dataset {self.dataset_name!r} with fingerprint {self.dataset_fingerprint}, found "
                 f"{dataset.name!r} with fingerprint {dataset.fingerprint}"
             )
-
-
-def _content_hash(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        train_labels = dataset.train_labels.numpy()
+        sizes = {"labeled": (self.labeled, len(train_labels)), "unlabeled": (self.unlabeled, dataset.pool_size)}
+        for name, (indices, size) in sizes.items():
+            if indices.size and indices.max() >= size:
+                raise ValueError(f"split: {name}: expected indices below {size}, found {indices.max()}")
+        for name in ("labeled", "unlabeled"):
+            counts = getattr(self, f"{name}_counts")
+            if counts is None:
+                continue
+            found = np.bincount(train_labels[getattr(self, name)], minlength=dataset.num_classes).tolist()
+            if list(counts) != found:
+                raise ValueError(f"split: {name}_counts: expected {found}, by the labels, found {list(counts)}")
 
 
 def make_split(dataset: ImageDataset, protocol: Protocol, seed: int) -> Split:

@@ -109,6 +109,7 @@ def build_dataset(config: Config) -> ImageDataset:
         image_size=data.image_size,
         classes=data.classes,
         mapped=data.images == "mapped",
+        follow_links=data.follow_links,
     )
 
 
@@ -123,7 +124,10 @@ def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Sp
         if overrides and saved is None:
             raise ValueError(f"split: expected no {', '.join(overrides)} beside --split, which fixes the split already")
         split = Split.load(file)
-        split.verify(dataset)
+        try:
+            split.verify(dataset)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
         if config.data.split is not None and (other := Split.load(config.data.split)).hash != split.hash:
             raise ValueError(f"split: expected the run's own, {file} of hash {split.hash}, found hash {other.hash}")
         return split

@@ -22,6 +22,7 @@ class FixMatchOptions(PartOptions):
     """FixMatch (methods.md B)."""
 
     part: ClassVar[str] = "fixmatch"
+    runs_on_length: ClassVar[bool] = False
 
     lambda_u: float = 1.0
     """Weight of the unlabeled loss."""

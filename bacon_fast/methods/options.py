@@ -140,6 +140,8 @@ def from_json(options: type[Options], values: dict) -> Options:
     Raises ValueError for a missing or an unknown field, and for a value that does not fit.
     """
     kinds, label = _kinds(options), options.part or options.__name__
+    if not isinstance(values, dict):
+        raise ValueError(f"{label}: expected names and values, found {values!r}")
     for what, names in (("unknown", set(values) - set(kinds)), ("missing", set(kinds) - set(values))):
         if names:
             raise ValueError(f"{label}: {what} fields {', '.join(sorted(names))}")

@@ -14,6 +14,7 @@ from bacon_fast.cli import parse_seeds, with_clear_errors
 from bacon_fast.engine.logger import format_seconds
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.files import write_atomically
+from bacon_fast.parser import refuse_empty
 from bacon_fast.reproduce.matrix import Cell, Options, Run, check_images, expand
 from bacon_fast.reproduce.results import Result, collect
 from bacon_fast.reproduce.runner import execute, lock
@@ -67,6 +68,7 @@ class Arguments:
 
 
 def main() -> None:
+    with_clear_errors(lambda: refuse_empty(sys.argv[1:]))
     arguments = tyro.cli(Arguments, prog="python -m bacon_fast.reproduce", description=DESCRIPTION)
     command = "python -m bacon_fast.reproduce " + shlex.join(sys.argv[1:])
     failed = []

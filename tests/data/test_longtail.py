@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from bacon_fast.data.datasets import DATASETS, ImageDataset
 from bacon_fast.data.longtail import PROTOCOLS, Protocol, Split, class_counts, make_split
+from bacon_fast.files import read_record, write_record
 
 # (head, gamma, list), as documented in methods.md A.1.
 DOCUMENTED = [
@@ -235,7 +236,7 @@ def test_load_refuses_a_changed_file(tmp_path):
     content = json.loads(path.read_text())
     content["labeled"][0], content["labeled"][1] = content["labeled"][1], content["labeled"][0]
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"split\.json was changed"):
+    with pytest.raises(ValueError, match=r"split\.json: its content does not have the digest in it"):
         Split.load(path)
 
 
@@ -243,8 +244,49 @@ def test_load_refuses_a_changed_file(tmp_path):
 def test_load_refuses_other_files(tmp_path, text):
     path = tmp_path / "other.json"
     path.write_text(text, encoding="latin1")
-    with pytest.raises(ValueError, match=r"other\.json is not a split file"):
+    with pytest.raises(ValueError, match=r"other\.json: (expected a (JSON object|digest)|its content)"):
         Split.load(path)
+
+
+FORGED = {
+    "an index twice": {"labeled": [0, 0, 2]},
+    "an index below 0": {"labeled": [0, -1, 2]},
+    "indices of text": {"labeled": ["a", "b", "c"]},
+    "indices beyond int64": {"unlabeled": [2**70]},
+    "counts of another sum": {"labeled_counts": [5, 5, 5]},
+    "a count that is no integer": {"labeled_counts": [1.0, 1, 1]},
+    "counts of no list": {"labeled_counts": 3},
+    "a protocol of other fields": {"protocol": {"name": "x"}},
+    "a protocol of no object": {"protocol": 3},
+    "a seed of text": {"seed": "0"},
+    "another name": {"dataset_name": None},
+    "one more entry": {"more": 1},
+}
+
+
+@pytest.mark.parametrize("values", FORGED.values(), ids=FORGED)
+def test_load_refuses_what_no_split_holds_in_one_line(tmp_path, values):
+    """With a right hash: written by a program, not by damage."""
+    path = tmp_path / "split.json"
+    make_split(dataset_of([30, 30, 30]), simple(), 5).save(path)
+    write_record(path, read_record(path, key="hash") | values, key="hash")
+    with pytest.raises(ValueError, match=r"split\.json: ") as refusal:
+        Split.load(path)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"labeled": np.array([0, 1, 90])}, "labeled: expected indices below 90, found 90"),
+        ({"labeled_counts": (2, 1, 0)}, r"labeled_counts: expected \[.*\], by the labels, found \[2, 1, 0\]"),
+    ],
+)
+def test_verify_refuses_indices_and_counts_that_the_images_do_not_have(changes, expected):
+    dataset = dataset_of([30, 30, 30])
+    split = make_split(dataset, simple(1, 1, 1, 1), 5)
+    with pytest.raises(ValueError, match=f"split: {expected}"):
+        dataclasses.replace(split, **changes).verify(dataset)
 
 
 def test_verify_refuses_other_images():

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from bacon_fast.engine.checkpoint import CheckpointError, list_checkpoints
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.trainer import DivergedError, StoppedError, Trainer
+from bacon_fast.files import read_record
 from bacon_fast.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,12 +32,12 @@ def test_every_method_trains_and_writes_the_files_of_a_run(tmp_path, method):
     before = copy.deepcopy(trainer.method.network.state_dict())
     summary = trainer.fit()
     run = tmp_path / "run"
-    assert json.loads((run / "summary.json").read_text()) == summary
+    assert read_record(run / "summary.json") == summary
     assert {"dataset", "method", "steps", "top1", "bacc", "gm", "per_class", "steps_per_second"} <= summary.keys()
     assert summary["method"] == method and 0 <= summary["bacc"] <= 1 and len(summary["per_class"]) == 10
     for name in ("last", "mean_last_20", "best_on_test"):
         assert {"top1", "bacc", "gm", "many", "medium", "few", "per_class"} <= summary[name].keys()
-    assert Config.from_dict(json.loads((run / "config.json").read_text())) == trainer.config
+    assert Config.read(run / "config.json") == trainer.config
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if r["kind"] == "eval"] == [4, 8, 12]
     assert [r["step"] for r in rows if r["kind"] == "train"] == [3, 4, 6, 8, 9, 12]
@@ -355,6 +356,11 @@ def test_a_stop_by_signal_adds_no_log_row(tmp_path):
         trainer.fit()
         rows[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
     assert_equal_states(rows["stopped"], rows["whole"])
+
+
+def test_generations_of_the_largest_seed(tmp_path):
+    summary = Trainer(tiny(tmp_path / "run", method="fixmatch+crest", steps=4, seed=2**64 - 1)).fit()
+    assert summary["seed"] == 2**64 - 1 and final_state(tmp_path / "run")["generation"] == 1
 
 
 def board_steps(run_dir: Path, tag: str) -> list[int]:

@@ -291,10 +291,10 @@ def test_a_finished_run_on_other_images_is_not_taken_for_this_one(tmp_path):
 def test_a_run_of_another_configuration_is_not_taken_for_this_one(tmp_path):
     run = cells_of("digits", out=tmp_path)[0].runs[0]
     run.folder.mkdir(parents=True)
-    (run.folder / "config.json").write_text(run.config.replace(lr=0.5).to_json())
+    run.config.replace(lr=0.5).write(run.folder / "config.json")
     with pytest.raises(ValueError, match=r"(?s)out: .* holds a run of another configuration.*lr: checkpoint 0.5, now"):
         cells_of("digits", out=tmp_path)
-    (run.folder / "config.json").write_text(run.config.replace(log_every=3).to_json())
+    run.config.replace(log_every=3).write(run.folder / "config.json")
     assert cells_of("digits", out=tmp_path)[0].runs[0].state == "started"
     (run.folder / "summary.json").write_text("{}")
     assert run.state == "done"

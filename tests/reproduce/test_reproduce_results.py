@@ -3,12 +3,13 @@
 import csv
 import dataclasses
 import io
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bacon_fast.data.longtail import PROTOCOLS, Split
+from bacon_fast.files import read_record, write_record
 from bacon_fast.report.style import LIGHT, to_png
 from bacon_fast.reproduce import figures, published
 from bacon_fast.reproduce.matrix import Options, expand
@@ -23,8 +24,14 @@ CLASSES = ["a", "b", "c", "d"]
 def write_run(run, rng, classes=CLASSES, **changes) -> dict:
     """A finished run with random accuracies."""
     run.folder.mkdir(parents=True)
-    (run.folder / "config.json").write_text(run.config.to_json())
+    run.config.write(run.folder / "config.json")
+    one = np.arange(4)
+    split = Split(PROTOCOLS["digits"], run.config.seed, "made", "made", one[:2], one[2:], (1, 1), (1, 1))
+    split.save(run.folder / "split.json")
     summary = {
+        "dataset": run.config.data.dataset,
+        "method": run.config.method,
+        "preset": run.config.preset,
         "seed": run.config.seed,
         "protocol": run.config.data.protocol,
         "steps": run.config.steps,
@@ -33,16 +40,16 @@ def write_run(run, rng, classes=CLASSES, **changes) -> dict:
         "train_seconds": 3.0,
         "device": "cpu, 1 threads",
         "precision": "fp32",
-        "split": f"hash{run.config.seed}",
+        "split": split.hash,
         "versions": {"bacon_fast": "0.1.0"},
     }
     for reading in ("last", "mean_last_20", "best_on_test"):
         summary[reading] = {name: rng.uniform() for name in METRICS}
         summary[reading]["per_class"] = rng.uniform(size=len(classes)).tolist()
     summary["mean_last_20"]["evaluations"] = 20
-    summary = json.loads(json.dumps(summary | changes))
-    (run.folder / "summary.json").write_text(json.dumps(summary))
-    return summary
+    summary = summary | {name: summary["last"][name] for name in ("top1", "bacc", "gm", "per_class")} | changes
+    write_record(run.folder / "summary.json", summary)
+    return read_record(run.folder / "summary.json")
 
 
 @pytest.fixture
@@ -111,10 +118,29 @@ def test_a_mean_of_fewer_evaluations_says_so(filled):
     run = cells[0].runs[1]
     summary = summaries["bacon-cifar10", "fixmatch"][1]
     summary["mean_last_20"]["evaluations"] = 15
-    (run.folder / "summary.json").write_text(json.dumps(summary))
+    write_record(run.folder / "summary.json", summary)
     rows = sections(markdown(table, collect(cells, []), options, "command"))["bacon-cifar10"]
     means = {row["method"]: row["bACC, mean of last 20"] for row in rows}
     assert means["fixmatch"].endswith(" (of 15)") and "of" not in means["fixmatch+abc"]
+
+
+@pytest.mark.parametrize("values", [{"seed": 9}, {"bacc": 5.0}, {"split": "0" * 64}, {"method": "fixmatch+daso"}])
+def test_a_summary_of_another_run_is_no_row_of_the_table(filled, tmp_path, values):
+    table, options, cells, _ = filled
+    path = cells[0].runs[1].folder / "summary.json"
+    write_record(path, read_record(path) | values)
+    with pytest.raises(ValueError, match=f"^{path}: {next(iter(values))}: expected"):
+        collect(cells, [])
+    with pytest.raises(ValueError, match=f"^{path}: {next(iter(values))}: expected"):
+        expand(table, [0, 1, 2], options, tmp_path)  # before any run begins
+
+
+def test_a_damaged_summary_is_named(filled):
+    _, _, cells, _ = filled
+    path = cells[0].runs[1].folder / "summary.json"
+    path.write_text(path.read_text().replace("0.", "1.", 1))
+    with pytest.raises(ValueError, match=f"^{path}: its content does not have the digest in it"):
+        collect(cells, [])
 
 
 def test_every_row_says_how_it_came_about(filled):
@@ -197,7 +223,7 @@ def test_failed_and_stopped_runs_are_told_apart(tmp_path):
     failed, stopped, _ = cells[0].runs
     for run in (failed, stopped):
         run.folder.mkdir(parents=True)
-        (run.folder / "config.json").write_text(run.config.to_json())
+        run.config.write(run.folder / "config.json")
     (stopped.folder / "metrics.jsonl").write_text('{"step": 1250}\n')
     (result,) = collect(cells, [failed.name])
     assert f"seed 0 failed, see {failed.folder / 'train.log'}" in result.problem
@@ -236,7 +262,7 @@ def test_csv_files(filled):
     runs = list(csv.DictReader(io.StringIO(runs_csv(results))))
     assert len(runs) == sum(map(len, summaries.values()))
     first = summaries["bacon-cifar10", "fixmatch"][0]
-    assert float(runs[0]["bacc_last"]) == first["last"]["bacc"] and runs[0]["split"] == "hash0"
+    assert float(runs[0]["bacc_last"]) == first["last"]["bacc"] and runs[0]["split"] == first["split"]
     assert float(runs[0]["gm_mean_last_20"]) == first["mean_last_20"]["gm"]
 
 

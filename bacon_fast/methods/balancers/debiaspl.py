@@ -18,6 +18,7 @@ class DebiasPLOptions(PartOptions):
     """DebiasPL (methods.md H)."""
 
     part: ClassVar[str] = "debiaspl"
+    runs_on_length: ClassVar[bool] = False
 
     tau: float = 0.4
     """Strength of the debiasing and of the margin: 0.4 in USB, 1 in the authors' ImageNet runs."""
