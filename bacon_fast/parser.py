@@ -20,12 +20,16 @@ Extra = Mapping[str, tuple[object, object]]
 
 def method_in(words: Sequence[str]) -> str | None:
     """The method that command-line words name, the last one given; None without any."""
+    return _value_in(words, "--method")
+
+
+def _value_in(words: Sequence[str], flag: str) -> str | None:
     found = None
     for word, value in zip(words, (*words[1:], None)):
-        if word == "--method":
+        if word == flag:
             found = value
-        elif word.startswith("--method="):
-            found = word.removeprefix("--method=")
+        elif word.startswith(f"{flag}="):
+            found = word.removeprefix(f"{flag}=")
     return found
 
 
@@ -41,6 +45,7 @@ def override(
         ValueError: an option belongs to a part that the method does not have.
         SystemExit: tyro refused the words.
     """
+    default = _with_variants(default, {name: _value_in(words, f"--{name}.variant") for name in default.parts})
     extra, parts, groups = extra or {}, default.parts, list(GROUPS)
     if "--help-all" in words:
         parts = {name: part.options() for name, part in methods.PARTS.items()} | parts
@@ -67,7 +72,8 @@ def override(
 
 def words_of(config: Config, default: Config) -> list[str]:
     """The words that make `config` of `default`, which has the same method."""
-    words, values = [], default.flat()
+    variants = {name: getattr(options, "variant", None) for name, options in config.parts.items()}
+    words, values = [], _with_variants(default, variants).flat()
     for name, value in config.flat().items():
         if value == values[name]:
             continue
@@ -80,6 +86,13 @@ def words_of(config: Config, default: Config) -> list[str]:
         else:
             words += [f"--{flag}", str(value)]
     return words
+
+
+def _with_variants(default: Config, variants: Mapping[str, str | None]) -> Config:
+    """The defaults beside these variants of the parts: a variant changes what its part's table says of it."""
+    for part, variant in variants.items():
+        default = default.replace(**default.parts[part].variants.get(variant, {}))
+    return default
 
 
 def _method(default: Config) -> tuple:

@@ -18,11 +18,14 @@ class PartOptions(Options):
         operation: of `bacon_fast.ops`, if `loss_backend` chooses who computes it.
         unlabeled_ratio: of a base, the only mu it takes; None: any.
         changes: of a base, other defaults for the options of parts that are added to it, {part: {field: value}}.
+        variants: where a part has an option `variant`, what a value of it changes in the defaults of the run's options,
+            {value: {name on the command line: default}}.
     """
 
     operation: ClassVar[str | None] = None
     unlabeled_ratio: ClassVar[int | None] = None
     changes: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    variants: ClassVar[Mapping[str, Mapping[str, object]]] = {}
 
     def network(self) -> dict[str, object]:
         """What it asks of the network: fields of `models.spec.NetworkSpec`."""
