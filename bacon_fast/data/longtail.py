@@ -221,6 +221,22 @@ class Split:
             )
 
 
+def pool_line(split: Split, dataset: ImageDataset) -> str:
+    """How many images are labeled and unlabeled, and what the unlabeled ones are, for a person to read."""
+    labeled, unlabeled = len(split.labeled), len(split.unlabeled)
+    again = int(np.isin(split.unlabeled, split.labeled).sum())
+    own = int((split.unlabeled >= len(dataset.train_images)).sum())
+    unused = dataset.pool_size - len(dataset.train_images) - own
+    parts = [(again, "the labeled images"), (unlabeled - again - own, "other training images")]
+    parts = [f"{count:,} are {kind}" for count, kind in (*parts, (own, "images that come without a class")) if count]
+    line = f"labeled {labeled:,}, unlabeled {unlabeled:,}"
+    if parts:
+        line += f", of which {', '.join(parts)}"
+    if unused:
+        line += f"; the protocol leaves out {unused:,} images that come without a class"
+    return line
+
+
 def _content_hash(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
