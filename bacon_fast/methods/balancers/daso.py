@@ -12,6 +12,7 @@ from bacon_fast.methods.balancers.base import Balancer, Rows, Targets
 from bacon_fast.methods.balancers.feature_queue import FeatureQueue
 from bacon_fast.methods.outputs import Batch
 from bacon_fast.methods.part import PartOptions, Setup
+from bacon_fast.methods.powers import powers
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class DASO(Balancer):
 
     c_k is the mean of the latest averaged features of labeled images of class k; a class without one counts as having
     cosine -1. m is how often each class was the final pseudo-label, confident or not, counted anew every `interval`
-    steps and at `start`; 1/K before the first count. Confidence and pseudo-label are those of p'. Before `start` p' is
-    p, and there is no L_align.
+    steps and at `start`; 1/K before the first count. p' gives confidence and pseudo-label. Before `start` p' is p, and
+    there is no L_align.
 
     USB's code (semilearn 0.3.0 to 0.3.2, whose DASO is one) differs, and `usb_rows` brings that back: q in p' is that
-    of the previous batch, so of other images; the confidence is that of p; L_align begins one step before p'; there is
-    no count at `start`, only every `interval` steps; a class without features has cosine 0.
+    of the previous batch, so of other images; p gives the confidence; L_align begins one step before p'; there is no
+    count at `start`, only every `interval` steps; a class without features has cosine 0.
 
     Args:
         num_classes: K.
@@ -57,7 +58,7 @@ class DASO(Balancer):
         usb_rows: None, or U, unlabeled rows a step, to do as USB's code.
 
     Buffers:
-        distribution: m, float32 [K]; counts: int64 [K], since the last count; those of the queue; with `usb_rows`
+        distribution: m, float32 [K]; counts: int64 [K], since the last count; the queue's buffers; with `usb_rows`
         previous_q: float32 [U,K].
     """
 
@@ -117,7 +118,7 @@ class DASO(Balancer):
         )
 
     def _blend(self, predicted: Tensor, semantic: Tensor) -> Tensor:
-        share = self.distribution ** (1 / self.t_dist)
+        share = powers(self.distribution, 1 / self.t_dist)
         weight = (share / share.max())[predicted.argmax(1)][:, None]
         return (1 - weight) * predicted + weight * semantic
 

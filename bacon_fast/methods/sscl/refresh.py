@@ -23,11 +23,11 @@ def refresh(
     seed: int,
     unit_features: bool = True,
 ) -> None:
-    """Anew: the labeled keys, the prototypes, and of every unlabeled image its class and alpha.
+    """Computes anew the labeled keys, the prototypes, and the class and alpha of every unlabeled image.
 
-    Images are not augmented, encoders in evaluation mode. The prototypes of the labeled images find the unlabeled ones
-    near to each class, among those that the classifier assigns to it; mixtures with these then count as labeled in the
-    final prototypes, whose features are scaled to length 1 before they are averaged, with `unit_features`. Holds the
+    Images are not augmented, and encoders are in evaluation mode. Among the unlabeled images that the classifier
+    assigns to a class, the prototypes of the labeled images find the nearest. Mixtures with these count as labeled in
+    the final prototypes. With `unit_features`, features are scaled to length 1 before they are averaged. Holds the
     features of all unlabeled images, float32 [n_ulb, F].
     """
 
