@@ -1,5 +1,6 @@
 """What pictures call the classes: their names, where the font has the letters and there is room."""
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from functools import cache
@@ -14,8 +15,8 @@ LONGEST = 18
 def class_labels(names: Sequence[str], order: np.ndarray) -> list[str]:
     """For each class its name, a cut one that ends in "…", or "#n", with n its place in `order`, from 1.
 
-    "#n" stands for a name that the font would show as boxes or, where it is written from right to left, backwards, and
-    for names that are one after the cut.
+    "#n" stands for a name that the font would show as boxes or, where it is written from right to left, backwards, for
+    names that are one after the cut, and for names that look like "#n".
 
     Example:
         >>> class_labels(["cat", "猫", "yellow-throated sparrow"], np.array([1, 0, 2]))
@@ -24,7 +25,7 @@ def class_labels(names: Sequence[str], order: np.ndarray) -> list[str]:
     cut = [name if len(name) <= LONGEST else name[: LONGEST - 1].rstrip() + "…" for name in names]
     labels = list(cut)
     for place, c in enumerate(order, start=1):
-        if not is_drawable(cut[c]) or cut.count(cut[c]) > 1:
+        if not is_drawable(cut[c]) or cut.count(cut[c]) > 1 or re.fullmatch(r"#\d+", cut[c]):
             labels[c] = f"#{place}"
     return labels
 

@@ -87,6 +87,7 @@ def test_labels_are_names_as_far_as_they_can_be_drawn_and_told_apart():
     assert class_labels(["cat", "dog", "ship"], order) == ["cat", "dog", "ship"]
     names = ["yellow-throated sparrow", "cat", "yellow-throated swift"]
     assert class_labels(names, order) == ["#2", "cat", "#1"], "they begin alike"
+    assert class_labels(["#3", "猫", "#1"], order) == ["#2", "#3", "#1"], "no number stands for two classes"
     labels = class_labels([*names[:2], "猫 of another color"], order)
     assert labels == ["yellow-throated s…", "cat", "#1"]
     assert replaced([*names[:2], "猫"], labels, order) == [("#1", "猫"), (labels[0], names[0])]
