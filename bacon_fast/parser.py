@@ -53,6 +53,7 @@ def override(
         ValueError: an option belongs to a part that the method does not have.
         SystemExit: tyro refused the words.
     """
+    default = _with_variants(default, {name: value_in(words, f"--{name}.variant") for name in default.parts})
     extra, parts, groups = extra or {}, default.parts, list(GROUPS)
     if "--help-all" in words:
         parts = {name: part.options() for name, part in methods.PARTS.items()} | parts
@@ -79,7 +80,8 @@ def override(
 
 def words_of(config: Config, default: Config) -> list[str]:
     """The command-line words that turn `default` into `config`, which has the same method."""
-    words, values = [], default.flat()
+    variants = {name: getattr(options, "variant", None) for name, options in config.parts.items()}
+    words, values = [], _with_variants(default, variants).flat()
     for name, value in config.flat().items():
         if value == values[name]:
             continue
@@ -92,6 +94,13 @@ def words_of(config: Config, default: Config) -> list[str]:
         else:
             words += [f"--{flag}", str(value)]
     return words
+
+
+def _with_variants(default: Config, variants: Mapping[str, str | None]) -> Config:
+    """The defaults beside these variants of the parts: a variant changes what its part's table says of it."""
+    for part, variant in variants.items():
+        default = default.replace(**default.parts[part].variants.get(variant, {}))
+    return default
 
 
 def _method(default: Config) -> tuple:

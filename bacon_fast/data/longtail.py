@@ -243,6 +243,22 @@ class Split:
                 raise ValueError(f"split: {name}_counts: expected {found}, by the labels, found {list(counts)}")
 
 
+def pool_line(split: Split, dataset: ImageDataset) -> str:
+    """How many images are labeled and unlabeled, and what the unlabeled ones are, for a person to read."""
+    labeled, unlabeled = len(split.labeled), len(split.unlabeled)
+    again = int(np.isin(split.unlabeled, split.labeled).sum())
+    own = int((split.unlabeled >= len(dataset.train_images)).sum())
+    unused = dataset.pool_size - len(dataset.train_images) - own
+    parts = [(again, "the labeled images"), (unlabeled - again - own, "other training images")]
+    parts = [f"{count:,} are {kind}" for count, kind in (*parts, (own, "images that come without a class")) if count]
+    line = f"labeled {labeled:,}, unlabeled {unlabeled:,}"
+    if parts:
+        line += f", of which {', '.join(parts)}"
+    if unused:
+        line += f"; the protocol leaves out {unused:,} images that come without a class"
+    return line
+
+
 def make_split(dataset: ImageDataset, protocol: Protocol, seed: int) -> Split:
     """Draws a split (methods.md A.1): per class, shuffle the train images, label the first N_c, put the next M_c into
     the unlabeled set.

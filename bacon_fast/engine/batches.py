@@ -35,7 +35,8 @@ class Batches:
             images on the device.
         window: the images of the prepared step, if the pool is mapped.
         labeled, unlabeled: int64, rows of `pool` by slot. labels: int64, of the labeled slots.
-        true_labels: int64, of the unlabeled slots, -1 where unknown; for diagnostics only.
+        true_labels: int64, of the unlabeled slots, -1 where unknown and for the labeled images among them, which are
+            trained on with their labels; for diagnostics only.
         augment: makes the views, and normalizes.
     """
 
@@ -57,7 +58,8 @@ class Batches:
         known = torch.full((len(self.pool),), -1, dtype=torch.int64)
         known[: len(dataset.train_labels)] = dataset.train_labels
         self.unlabeled = torch.as_tensor(split.unlabeled).to(device)
-        self.true_labels = known.to(device)[self.unlabeled]
+        hidden = known.index_fill(0, torch.as_tensor(split.labeled), -1)
+        self.true_labels = hidden.to(device)[self.unlabeled]
         self.augment = Augment(
             image_size=tuple(self.pool.shape[1:3]),
             mean=dataset.mean,

@@ -10,7 +10,7 @@ import torch
 
 from bacon_fast import methods
 from bacon_fast.data.datasets import ImageDataset, load_dataset
-from bacon_fast.data.longtail import PROTOCOLS, Split, make_split
+from bacon_fast.data.longtail import PROTOCOLS, Protocol, Split, make_split
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.distributed import Launch
 from bacon_fast.engine.optimizers import SGD, Adam
@@ -137,7 +137,22 @@ def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Sp
         # Numbers of a changed protocol must not pass for numbers of the named one.
         named = {"name": f"{protocol.name} with {changes}", "source": f"changed on the command line: {changes}"}
         protocol = dataclasses.replace(protocol, **overrides, **named)
+        _refuse_without_effect(protocol, overrides)
     return make_split(dataset, protocol, config.seed)
+
+
+def _refuse_without_effect(protocol: Protocol, overrides: dict) -> None:
+    """Raises ValueError for an override that the protocol does not ask for: a run would record it and not do it."""
+    reasons = {}
+    if protocol.unlabeled_all:
+        reason = "in which every image is in the unlabeled set, the labeled ones too"
+        reasons = dict.fromkeys(("unlabeled_head", "gamma_u", "lb_in_ulb"), reason)
+    if protocol.labeled_head is None:
+        reasons["gamma_l"] = "whose labeled set is not drawn by counts; --labeled-head makes it so"
+    for name, reason in reasons.items():
+        if name in overrides:
+            base = protocol.name.partition(" with ")[0]
+            raise ValueError(f"{name}: expected none for protocol {base}, {reason}; found {overrides[name]!r}")
 
 
 def split_overrides(config: Config) -> dict:

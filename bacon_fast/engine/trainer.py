@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import bacon_fast
 from bacon_fast.data.datasets import ImageDataset
+from bacon_fast.data.longtail import pool_line
 from bacon_fast.engine import build, distributed
 from bacon_fast.engine.batches import Batches
 from bacon_fast.engine.checkpoint import (
@@ -147,6 +148,8 @@ class Trainer:
             self.split.save(split_file)
         self.logger = RunLogger(self.run_dir, config.steps, self.step, rows, progress, name, self._lock)
         config.write(self.run_dir / "config.json")
+        if not saved:
+            self.logger.say(pool_line(self.split, self.dataset))
 
     def _saved_state(self) -> tuple[Path, dict] | None:
         """Checkpoint to resume from, and its content: rank 0 chooses the file, every rank reads it."""

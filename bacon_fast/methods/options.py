@@ -72,7 +72,9 @@ class Options:
 class SharedOptions(Options):
     """Options that several parts of methods read.
 
-    usb_compat changes DebiasPL, DASO and CoSSL, and CReST where the labeled counts do not fall from class to class.
+    usb_compat brings back what USB's code at 1ef4cbe, which BaCon's is a copy of, does otherwise: in DASO and CoSSL as
+    in semilearn 0.3.0 to 0.3.2; in CReST, where the labeled counts do not fall from class to class, likewise; in
+    DebiasPL as in semilearn 0.3.0 only, as 0.3.1 mended it.
     """
 
     threshold: float = 0.95

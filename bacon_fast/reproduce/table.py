@@ -175,7 +175,7 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def table_csv(name: str, table: Table, results: Sequence[Result], options: Options) -> str:
-    """One row a cell."""
+    """One row a cell; accuracies in percent, as their columns say."""
     rows = []
     for result in results:
         config, source, value = result.config, table.source, result.published(table.source)
@@ -193,12 +193,12 @@ def table_csv(name: str, table: Table, results: Sequence[Result], options: Optio
         for reading in READINGS:
             for metric in (table.metric, "top1", "gm", "few"):
                 if (found := result.accuracy(reading, metric)) is not None:
-                    row[f"{metric}_{reading}"] = f"{found.mean:.4f}"
-                    row[f"{metric}_{reading}_std"] = "" if found.deviation is None else f"{found.deviation:.4f}"
+                    row[f"{metric}_{reading}_percent"] = f"{found.mean:.4f}"
+                    row[f"{metric}_{reading}_std_percent"] = "" if found.deviation is None else f"{found.deviation:.4f}"
         if value is not None:
             row |= {
-                "published": value.mean,
-                "published_deviation": value.deviation,
+                "published_percent": value.mean,
+                "published_deviation_percent": value.deviation,
                 "published_metric": source.metric,
                 "published_source": source.title,
                 "published_steps": source.steps_of(result.cell.row.method),
@@ -212,14 +212,14 @@ def table_csv(name: str, table: Table, results: Sequence[Result], options: Optio
 
 
 def runs_csv(results: Sequence[Result]) -> str:
-    """One row a finished run, accuracies as fractions."""
+    """One row a finished run; accuracies in percent, as their columns say."""
     rows = []
     for result in results:
         for summary in result.summaries:
             row = {"column": result.cell.column.name, "method": result.cell.row.name, "seed": summary["seed"]}
             row |= {"protocol": summary["protocol"], "steps": summary["steps"]}
             for metric in ("bacc", "gm", "top1"):
-                row |= {f"{metric}_{reading}": summary[reading][metric] for reading in READINGS}
+                row |= {f"{metric}_{reading}_percent": 100 * summary[reading][metric] for reading in READINGS}
             row["evaluations_averaged"] = summary["mean_last_20"]["evaluations"]
             names = ("steps_per_second", "train_seconds", "device", "precision", "split")
             rows.append(row | {name: summary[name] for name in names})

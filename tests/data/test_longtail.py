@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bacon_fast.data.datasets import DATASETS, ImageDataset
-from bacon_fast.data.longtail import PROTOCOLS, Protocol, Split, class_counts, make_split
+from bacon_fast.data.longtail import PROTOCOLS, Protocol, Split, class_counts, make_split, pool_line
 from bacon_fast.files import read_record, write_record
 
 # (head, gamma, list), as documented in methods.md A.1.
@@ -167,6 +167,35 @@ def test_unknown_unlabeled_set_is_everything():
     split = make_split(dataset, simple(unlabeled=None, gamma_u=None, unlabeled_all=True), 0)
     assert split.unlabeled.tolist() == list(range(67))
     assert split.unlabeled_counts is None and split.labeled_counts == (8, 4, 2)
+
+
+def test_a_line_says_what_the_pool_is():
+    """A misspelled unlabeled/ shows as a pool of the labeled images alone."""
+    everything = simple(unlabeled=None, gamma_u=None, unlabeled_all=True)
+    for protocol, unlabeled, line in (
+        (PROTOCOLS["as-is"], 0, "labeled 1,027, unlabeled 1,027, of which 1,027 are the labeled images"),
+        (
+            PROTOCOLS["as-is"],
+            40,
+            "labeled 1,027, unlabeled 1,067, of which 1,027 are the labeled images, 40 are images that come without "
+            "a class",
+        ),
+        (simple(), 0, "labeled 14, unlabeled 21, of which 21 are other training images"),
+        (
+            simple(lb_in_ulb=True),
+            9,
+            "labeled 14, unlabeled 35, of which 14 are the labeled images, 21 are other training images; the "
+            "protocol leaves out 9 images that come without a class",
+        ),
+        (
+            everything,
+            3,
+            "labeled 14, unlabeled 1,030, of which 14 are the labeled images, 1,013 are other training images, "
+            "3 are images that come without a class",
+        ),
+    ):
+        dataset = dataset_of([1009, 9, 9] if protocol.unlabeled_all else [30, 30, 30], unlabeled)
+        assert pool_line(make_split(dataset, protocol, 0), dataset) == line
 
 
 def test_as_is_labels_every_train_image():

@@ -217,6 +217,25 @@ def test_overrides_of_a_protocol_change_its_name_and_do_not_fit_a_split_file(tmp
         Trainer(tiny(tmp_path / "two", gamma_u=-5.0, split=tmp_path / "one" / "split.json"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lb_in_ulb": False}, "lb_in_ulb: expected none for protocol as-is, in which every image is in the unlabeled"),
+        ({"gamma_u": 10.0, "labeled_head": 3}, "gamma_u: expected none for protocol as-is, .*; found 10.0"),
+        ({"gamma_l": 10.0}, "gamma_l: expected none for protocol as-is, .*--labeled-head makes it so; found 10.0"),
+    ],
+)
+def test_an_override_that_would_be_recorded_without_effect_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(tiny(tmp_path / "run", protocol="as-is", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_begins_with_a_line_about_its_images(tmp_path, capsys):
+    Trainer(tiny(tmp_path / "run")).logger.close()
+    assert "labeled 159, unlabeled 240, of which 240 are other training images\n" in capsys.readouterr().err
+
+
 def test_adam_shrinks_only_what_it_trains(tmp_path):
     trainer = Trainer(tiny(tmp_path / "run", optimizer="adam", lr=0.002, weight_decay=0.02))
     trainer.logger.close()

@@ -25,8 +25,9 @@ def write_run(run, rng, classes=CLASSES, **changes) -> dict:
     """A finished run with random accuracies."""
     run.folder.mkdir(parents=True)
     run.config.write(run.folder / "config.json")
-    one = np.arange(4)
-    split = Split(PROTOCOLS["digits"], run.config.seed, "made", "made", one[:2], one[2:], (1, 1), (1, 1))
+    counts = tuple(range(len(classes)))  # rising: pictures have the classes in the opposite order
+    labeled, unlabeled = np.split(np.arange(2 * sum(counts)), 2)
+    split = Split(PROTOCOLS["digits"], run.config.seed, "made", "made", labeled, unlabeled, counts, counts)
     split.save(run.folder / "split.json")
     summary = {
         "dataset": run.config.data.dataset,
@@ -253,17 +254,21 @@ def test_csv_files(filled):
         for reading in ("last", "mean_last_20", "best_on_test"):
             for metric in ("bacc", "top1", "gm", "few"):
                 values = 100 * np.array([run[reading][metric] for run in runs])
-                assert float(row[f"{metric}_{reading}"]) == pytest.approx(values.mean(), abs=1e-4)
-                assert float(row[f"{metric}_{reading}_std"]) == pytest.approx(values.std(ddof=1), abs=1e-4)
+                assert float(row[f"{metric}_{reading}_percent"]) == pytest.approx(values.mean(), abs=1e-4)
+                assert float(row[f"{metric}_{reading}_std_percent"]) == pytest.approx(values.std(ddof=1), abs=1e-4)
     row = by_cell["bacon-cifar10-inverse", "fixmatch+abc+bacon"]
-    assert row["bacc_last"] == "" and row["missing"].startswith("seed 0 not run")
-    assert (row["published"], row["published_selection"]) == ("83.8", "best, chosen on the test set")
+    assert row["bacc_last_percent"] == "" and row["missing"].startswith("seed 0 not run")
+    assert (row["published_percent"], row["published_selection"]) == ("83.8", "best, chosen on the test set")
     assert by_cell["bacon-cifar10", "fixmatch+abc"]["seeds"] == "0 1"
     runs = list(csv.DictReader(io.StringIO(runs_csv(results))))
     assert len(runs) == sum(map(len, summaries.values()))
     first = summaries["bacon-cifar10", "fixmatch"][0]
-    assert float(runs[0]["bacc_last"]) == first["last"]["bacc"] and runs[0]["split"] == first["split"]
-    assert float(runs[0]["gm_mean_last_20"]) == first["mean_last_20"]["gm"]
+    assert float(runs[0]["bacc_last_percent"]) == 100 * first["last"]["bacc"] and runs[0]["split"] == first["split"]
+    assert float(runs[0]["gm_mean_last_20_percent"]) == 100 * first["mean_last_20"]["gm"]
+    # One unit in both files: what is an accuracy says so, and nothing else does.
+    for row in (by_cell["bacon-cifar10", "fixmatch"], runs[0]):
+        accuracies = {name for name in row if name.split("_")[0] in ("bacc", "gm", "top1", "few")}
+        assert accuracies and all(name.endswith("_percent") and 0 <= float(row[name]) <= 100 for name in accuracies)
 
 
 def test_a_group_without_test_images_is_left_open(tmp_path):
@@ -305,7 +310,21 @@ def test_recall_picture_averages_over_seeds(filled):
         np.mean([run["last"]["per_class"] for run in summaries["bacon-cifar10", result.cell.row.name]], axis=0)
         for result in inside
     ]
-    np.testing.assert_allclose(image, expected)
+    np.testing.assert_allclose(image, np.array(expected)[:, ::-1], err_msg="most labeled images first")
+
+
+def test_pictures_say_their_length_and_seeds(filled, tmp_path):
+    table, _, cells, _ = filled
+    inside = [result for result in collect(cells, []) if result.cell.column == table.columns[0]]
+    line = "bacon-cifar10, 300,000 steps, full length, 2 to 3 seeds"
+    assert figures.accuracies(table, inside, LIGHT).get_suptitle() == line == figures.describe(inside)
+    assert figures.recalls(inside, LIGHT).get_suptitle() == line
+    short = expand(table, [0], Options(budget=0.1, data_dir=Path("/data")), tmp_path / "short")
+    for cell in short:
+        write_run(cell.runs[0], np.random.default_rng(0))
+    inside = [result for result in collect(short, []) if result.cell.column == table.columns[0]]
+    title = figures.accuracies(table, inside, LIGHT).get_suptitle()
+    assert title == "bacon-cifar10, 30,000 steps: 10 % of 300,000, 1 seed"
 
 
 def test_no_picture_of_features_with_fewer_than_two_methods(tmp_path):

@@ -117,7 +117,7 @@ def test_a_killed_call_leaves_nothing_behind_and_the_next_one_finishes(tmp_path)
     steps = [row["step"] for row in rows if row["kind"] == "train"]
     assert steps == sorted(set(steps)) and steps[-1] == 400 and step in steps
     (row,) = csv.DictReader(io.StringIO((tmp_path / "runs.csv").read_text()))
-    assert row["seed"] == "0" and float(row["bacc_last"]) == run.summary()["last"]["bacc"]
+    assert row["seed"] == "0" and float(row["bacc_last_percent"]) == 100 * run.summary()["last"]["bacc"]
 
     modified = (run.folder / "summary.json").stat().st_mtime_ns
     assert reproduce(arguments, "and again") == []
@@ -140,8 +140,8 @@ def test_a_failing_run_is_reported_and_does_not_stop_the_others(tmp_path, capfd)
     assert len(known) == 2 and all(s.setup > 0 and s.step > 0 and s.evaluation > 0 for s in known.values())
     assert "fixmatch: seed 0 failed, see" in (tmp_path / "table.md").read_text()
     rows = {row["method"]: row for row in csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text()))}
-    assert rows["fixmatch"]["bacc_last"] == "" and rows["fixmatch+abc"]["seeds"] == "0"
-    assert float(rows["fixmatch+abc"]["bacc_last"]) == pytest.approx(100 * other.summary()["bacc"], abs=1e-4)
+    assert rows["fixmatch"]["bacc_last_percent"] == "" and rows["fixmatch+abc"]["seeds"] == "0"
+    assert float(rows["fixmatch+abc"]["bacc_last_percent"]) == pytest.approx(100 * other.summary()["bacc"], abs=1e-4)
     assert not (tmp_path / "features-digits.png").exists(), "one method has nothing to stand beside"
 
     before = (other.folder / "summary.json").stat().st_mtime_ns
