@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from bacon_fast.data.datasets import ImageDataset
-from bacon_fast.data.philox import Stream, check_seed, philox
+from bacon_fast.data.philox import Stream, philox
 from bacon_fast.files import write_atomically
 
 
