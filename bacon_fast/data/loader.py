@@ -81,7 +81,7 @@ class IndexSampler(nn.Module):
         return torch.argsort(sort_keys(self.seed, step, self.stream, self.num_samples), stable=True)
 
     def _apply(self, fn, recurse: bool = True):
-        # Moving to another device may leave the buffers' content behind (to_empty): fill them again when they are needed.
+        # Moving to another device may leave the buffers' content behind (to_empty): fill them again.
         self.held = {}
         super()._apply(fn, recurse)
         with torch.no_grad():

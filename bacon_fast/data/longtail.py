@@ -15,6 +15,7 @@ import torch
 from bacon_fast.data.datasets import ImageDataset
 from bacon_fast.data.philox import Stream, philox
 from bacon_fast.files import write_atomically
+from bacon_fast.ops.checks import check_seed
 
 
 def class_counts(head: int, gamma: float, num_classes: int) -> list[int]:

@@ -1,6 +1,7 @@
 """One training step: views, forward, backward, update, average (methods.md 0.3), without the host reading anything."""
 
 from collections.abc import Hashable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from bacon_fast.engine.ema import EMA
 from bacon_fast.engine.meter import Meter
 from bacon_fast.engine.optimizers import SGD, Adam
 from bacon_fast.engine.schedule import learning_rate_tensor
-from bacon_fast.methods.gather import gather_batch
+from bacon_fast.methods.gather import gather_batch, num_ranks
 from bacon_fast.methods.method import Method
+from bacon_fast.models.half import HalfCopies
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,6 +60,10 @@ class TrainStep:
         self.scaler = _scaler(config, self.device)
         self.counter = torch.zeros((), dtype=torch.int64, device=self.device)
         self.rate = torch.zeros((), device=self.device)
+        # torch.compile fuses casts by itself, and ranks exchange gradients as they come, not all at the end.
+        plain = forward is method and num_ranks() == 1
+        half = AUTOCAST.get(config.engine.precision)
+        self.half = nullcontext() if half is None or not plain else HalfCopies(method, half)
 
     def __call__(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Runs the step that follows `step` completed ones. Returns losses and statistics as 0-d tensors."""
@@ -72,7 +78,7 @@ class TrainStep:
         """The static program of a phase."""
         config = self.config
         batch = self.batches.batch(self.counter)
-        with autocast(config, self.device):
+        with autocast(config, self.device), self.half:
             output = self.forward(batch, self.counter, phase)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(output.total).backward()

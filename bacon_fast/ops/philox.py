@@ -10,9 +10,7 @@ from .backends import BACKENDS, Backend, always, choose_backend, why_not_cpp, wh
 from .checks import as_step_tensor, check_seed
 
 
-def philox(
-    seed: int, step: int | Tensor, view: int, slot: Tensor, words: int, *, backend: str | None = None
-) -> Tensor:
+def philox(seed: int, step: int | Tensor, view: int, slot: Tensor, words: int, *, backend: str | None = None) -> Tensor:
     """Random 32-bit words of each slot.
 
     Key: (low, high) half of `seed`. Counter: (slot, step, view, block), where block b gives words 4b to 4b + 3; slot

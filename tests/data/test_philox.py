@@ -66,10 +66,9 @@ def test_many_slots_take_several_threads():
     assert philox(3, 4, 5, slots, 6).equal(philox(3, 4, 5, slots, 6, backend="reference"))
 
 
-@pytest.mark.parametrize("name", ["philox", "philox_sort_keys"])
-def test_the_ops_keep_the_rules_of_torch(name):
-    arguments = {"philox": (-1, torch.tensor(9), 3, torch.arange(5), 6), "philox_sort_keys": (-1, torch.tensor(9), 3, 6)}
-    torch.library.opcheck(getattr(torch.ops.bacon_fast, name), arguments[name])
+@pytest.mark.parametrize(("name", "last"), [("philox", (torch.arange(5), 6)), ("philox_sort_keys", (6,))])
+def test_the_ops_keep_the_rules_of_torch(name, last):
+    torch.library.opcheck(getattr(torch.ops.bacon_fast, name), (-1, torch.tensor(9), 3, *last))
 
 
 def test_draws_can_be_compiled():
