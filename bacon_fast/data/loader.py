@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from bacon_fast.data.philox import philox, sort_keys, to_range
 from bacon_fast.ops.checks import check_seed
+from bacon_fast.ops.ring_rows import ring_rows
 
 
 class IndexSampler(nn.Module):
@@ -43,7 +44,6 @@ class IndexSampler(nn.Module):
         self.register_buffer("columns", columns, persistent=False)
         order = torch.empty(1 + len(columns), self.epochs_held * num_samples, dtype=torch.int64)
         self.register_buffer("order", order, persistent=False)  # positions, then the columns in their order
-        self.register_buffer("batch_rows", torch.arange(batch_size), persistent=False)
 
     def indices(self, step: int) -> Tensor:
         """Positions of the batch of `step` (0-based): int64 [batch_size], on the sampler's device."""
@@ -72,8 +72,8 @@ class IndexSampler(nn.Module):
 
     def rows(self, step: Tensor, rows: slice = slice(None)) -> tuple[Tensor, ...]:
         """What `batch` returns, and of each of its samples the `columns`."""
-        places = torch.add(self.batch_rows[rows], step, alpha=self.batch_size).remainder_(self.order.shape[1])
-        return self.order.index_select(1, places).unbind()
+        first, end, _ = rows.indices(self.batch_size)
+        return ring_rows(self.order, step, stride=self.batch_size, first=first, count=end - first).unbind()
 
     def permutation(self, epoch: int) -> Tensor:
         """The order of one epoch: int64 [num_samples]."""
@@ -81,12 +81,9 @@ class IndexSampler(nn.Module):
         return torch.argsort(sort_keys(self.seed, step, self.stream, self.num_samples), stable=True)
 
     def _apply(self, fn, recurse: bool = True):
-        # Moving to another device may leave the buffers' content behind (to_empty): fill them again.
+        # Moving to another device may leave the buffer's content behind (to_empty): fill it again when it is needed.
         self.held = {}
-        super()._apply(fn, recurse)
-        with torch.no_grad():
-            torch.arange(self.batch_size, out=self.batch_rows)
-        return self
+        return super()._apply(fn, recurse)
 
 
 class ClassBalancedSampler(nn.Module):

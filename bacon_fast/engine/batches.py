@@ -29,6 +29,7 @@ class Batches:
         config, split, dataset, device: of the run.
         unlabeled_views: "weak" or "strong" for each view of the unlabeled rows; empty: labeled images only.
         balanced_view: also makes strong views of labeled images drawn class by class.
+        dtype: of the images.
 
     Attributes:
         pool: uint8 [M, H, W, 3]: the training images, then the unlabeled ones; indexed by rows int64 [n], it gives
@@ -47,11 +48,12 @@ class Batches:
         device: torch.device,
         unlabeled_views: tuple[str, ...],
         balanced_view: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if unlabeled_views and not len(split.unlabeled):
             raise ValueError(f"method: {config.method} needs unlabeled images, and the split holds none")
         self.config, self.device, self.unlabeled_views = config, device, unlabeled_views
-        self.balanced_view = balanced_view
+        self.balanced_view, self.dtype = balanced_view, dtype
         mapped = config.data.images == "mapped"
         self.pool = HostPool(dataset.pool(), device) if mapped else resident(dataset.pool(), device)
         known = torch.full((len(self.pool),), -1, dtype=torch.int64)
@@ -141,7 +143,7 @@ class Batches:
                 balanced = first + torch.arange(len(balanced_slots), device=self.device)
             requests.append(ViewRequest(balanced, Stream.LABELED_STRONG, strong=True, first_slot=part.start))
         images = self.augment.views(
-            pool, requests, self.config.seed, step, channels_last=self.config.engine.channels_last
+            pool, requests, self.config.seed, step, dtype=self.dtype, channels_last=self.config.engine.channels_last
         )
         balanced_images = None
         if balanced_labels is not None:

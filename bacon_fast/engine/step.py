@@ -12,7 +12,7 @@ from bacon_fast.engine.diagnostics import Diagnostics
 from bacon_fast.engine.ema import EMA
 from bacon_fast.engine.meter import Meter
 from bacon_fast.engine.optimizers import SGD, Adam
-from bacon_fast.engine.schedule import learning_rate_tensor
+from bacon_fast.engine.schedule import set_learning_rate
 from bacon_fast.methods.gather import gather_batch, num_ranks
 from bacon_fast.methods.method import Method
 from bacon_fast.models.half import HalfCopies
@@ -59,7 +59,8 @@ class TrainStep:
         self.device = batches.device
         self.scaler = _scaler(config, self.device)
         self.counter = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.rate = torch.zeros((), device=self.device)
+        self.rate = torch.full((), config.optimizer.lr, device=self.device)
+        self._one = torch.ones((), device=self.device)  # the gradient of the loss by itself
         # torch.compile fuses casts by itself, and ranks exchange gradients as they come, not all at the end.
         plain = forward is method and num_ranks() == 1
         half = AUTOCAST.get(config.engine.precision)
@@ -81,9 +82,9 @@ class TrainStep:
         with autocast(config, self.device), self.half:
             output = self.forward(batch, self.counter, phase)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(output.total).backward()
+        self.scaler.scale(output.total).backward(self._one)
         schedule = self.method.schedule(self.counter, config.steps)
-        self.rate.copy_(learning_rate_tensor(config.optimizer.lr_schedule, config.optimizer.lr, *schedule))
+        set_learning_rate(self.rate, config.optimizer.lr_schedule, config.optimizer.lr, *schedule)
         for group in self.optimizer.param_groups:  # here, as a checkpoint may have brought another rate
             group["lr"] = self.rate
         self.scaler.step(self.optimizer, average=self.ema.pairs(self.method.network))

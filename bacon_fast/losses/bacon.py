@@ -188,7 +188,7 @@ class BaConLoss(nn.Module):
             )
         stats = {
             "reliable": reliable,
-            "bank_fill": self.bank.written.float().mean(),
+            "bank_fill": self.bank.written.mean(dtype=torch.float32),
             "selected": self.bank.class_counts.sum() / self.bank.selected_label.shape[0],
         }
         return BaConOutput(loss, stats)
@@ -238,9 +238,10 @@ class BaConLoss(nn.Module):
         """The same by the operations of which the step consists."""
         batch = labels.shape[0]
         logits = logits.detach().to(accumulator_dtype(logits.dtype))
-        probability, logit = logits.softmax(dim=1).amax(dim=1), logits.amax(dim=1)
+        probability = logits.softmax(dim=1).amax(dim=1)
         reliable = probability >= self.reliable_threshold
-        counted = (probability if self.count_gate == "prob" else logit)[batch:] >= self.count_threshold
+        gate = probability if self.count_gate == "prob" else logits.amax(dim=1)
+        counted = gate[batch:] >= self.count_threshold
         if self.labeled_counts == "always":
             labeled_counted = torch.ones_like(labels, dtype=torch.bool)
         else:
@@ -277,7 +278,7 @@ class BaConLoss(nn.Module):
         else:
             loss = torch.zeros((), device=projected.device)
         self.bank.write_(slots, projected.detach(), reliable)
-        return loss, reliable.float().mean()
+        return loss, reliable.mean(dtype=torch.float32)
 
     @torch.no_grad()
     def temperatures(self, progress: float | Tensor) -> Tensor:
