@@ -241,17 +241,14 @@ class BaConLoss(nn.Module):
         probability = logits.softmax(dim=1).amax(dim=1)
         reliable = probability >= self.reliable_threshold
         gate = probability if self.count_gate == "prob" else logits.amax(dim=1)
-        counted = gate[batch:] >= self.count_threshold
-        if self.labeled_counts == "always":
-            labeled_counted = torch.ones_like(labels, dtype=torch.bool)
-        else:
-            labeled_counted = counted.any().expand(batch)
+        counted = gate >= self.count_threshold
+        counted[:batch] = True if self.labeled_counts == "always" else counted[batch:].any()
 
         # topk rather than argmax: the loss takes a row's class from topk, and ties must fall the same way.
         pseudo_labels = logits[batch:].topk(self.top_k, dim=1).indices[:, 0]
         slots = torch.cat([labeled_slots, unlabeled_slots + self.num_labeled])
         classes = torch.cat([labels, pseudo_labels])
-        self.bank.select_(slots, classes, torch.cat([labeled_counted, counted]))
+        self.bank.select_(slots, classes, counted)
 
         if active:
             if self.centers == "bank":
