@@ -242,7 +242,10 @@ class BaConLoss(nn.Module):
         reliable = probability >= self.reliable_threshold
         gate = probability if self.count_gate == "prob" else logits.amax(dim=1)
         counted = gate >= self.count_threshold
-        counted[:batch] = True if self.labeled_counts == "always" else counted[batch:].any()
+        if self.labeled_counts == "always":
+            counted[:batch].fill_(True)
+        else:
+            counted[:batch] = counted[batch:].any()
 
         # topk rather than argmax: the loss takes a row's class from topk, and ties must fall the same way.
         pseudo_labels = logits[batch:].topk(self.top_k, dim=1).indices[:, 0]
