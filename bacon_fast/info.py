@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 import platform
+import shutil
+from importlib.util import find_spec
 
 import torch
 
@@ -13,13 +15,22 @@ from bacon_fast.ops import backends
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow", "scikit-learn", "tyro")
 
 
+# What every operation's `why_not` can judge: a batch of images, which has columns, like the batches of vectors.
+PROBE = (0, 32, 32, 3)
+
+
 def native_extension() -> str:
-    """One line on `bacon_fast._C`."""
+    """One line on `bacon_fast._C`: how it was built, or what is missing."""
+    if find_spec("bacon_fast._C") is None:
+        compiler = os.environ.get("CXX", "c++")
+        missing = f"the C++ compiler {compiler!r} is not there; install one, then" if not shutil.which(compiler) else ""
+        return f"not built, operations are slower: {missing or 'to see why,'} run `python setup.py build_ext --inplace`"
     if backends.native_error is not None:
         return f"{backends.native_error}; run `make setup`"
     from bacon_fast import _C
 
-    return "built, with CUDA" if _C.built_with_cuda else "built, without CUDA (no nvcc, or BACON_FAST_CUDA=0)"
+    cuda = "with CUDA" if _C.built_with_cuda else "without CUDA (`BACON_FAST_CUDA=1 make setup` compiles it)"
+    return f"built, {cuda}" + ("" if _C.built_with_openmp else ", without OpenMP: one thread an operation")
 
 
 def report() -> str:
@@ -44,7 +55,7 @@ def report() -> str:
     for device in devices:
         lines.append(f"backends on {device}, the preferred one first")
         for operation, table in backends.BACKENDS.items():
-            probe = torch.empty(0, 1, device=device)
+            probe = torch.empty(PROBE, device=device)
             reasons = {name: backend.why_not(probe) for name, backend in table.items()}
             usable = [name for name, reason in reasons.items() if reason is None]
             lines.append(f"  {operation:<20}{', '.join(usable)}")

@@ -80,6 +80,8 @@ prepare() {  # puts what gpu-bundle holds into its place
   fi
 }
 
+# Without a device every test would be skipped, and so pass.
+$python -c 'import torch; torch.cuda.init()' || { echo "error: $python finds no usable CUDA device"; exit 1; }
 nvidia-smi 2>&1 | tee "$work/nvidia-smi.txt" | sed -n 3,14p
 nvidia-smi dmon -d 5 -s pucm >"$work/dmon.txt" 2>&1 &  # clocks, use, memory
 monitor=$!

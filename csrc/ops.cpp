@@ -9,4 +9,9 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("built_with_cuda") = false;
 #endif
+#ifdef _OPENMP
+  m.attr("built_with_openmp") = true;
+#else
+  m.attr("built_with_openmp") = false;
+#endif
 }

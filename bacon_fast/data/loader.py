@@ -53,7 +53,7 @@ class IndexSampler(nn.Module):
         return self.batch(torch.tensor(step, device=self.order.device))
 
     def prepare(self, step: int) -> None:
-        """Makes the buffer hold the permutations that the batch of `step` touches. Cheap unless an epoch begins."""
+        """Fills the buffer with the permutations that the batch of `step` touches. Cheap unless an epoch begins."""
         first = step * self.batch_size // self.num_samples
         for epoch in range(first, first + self.epochs_held):
             place = epoch % self.epochs_held

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from bacon_fast import functional
-from bacon_fast.reference.values import accumulator_dtype
+from bacon_fast.reference.values import accumulator_dtype, check_values
 
 RELIABLE = 0.98
 TOP_K = 3
@@ -81,7 +81,9 @@ class BaConLoss(nn.Module):
             T: length of the training in steps; default that of the constructor.
 
         Raises:
-            TypeError, ValueError: an argument does not fit; the message names it.
+            TypeError, ValueError: an argument does not fit; the message names it. On a GPU, where the host would have
+                to wait for them, labels out of range make the loss NaN instead, as confidences that are not finite do
+                everywhere.
         """
         self._check(features, labels, confidences)
         if not self.center_sums.shape[1]:
@@ -89,6 +91,8 @@ class BaConLoss(nn.Module):
         total = self.T if T is None else T
         progress = (t / total).clamp(max=1) if isinstance(t, Tensor) else min(t / total, 1.0)
         unit = nn.functional.normalize(features.to(accumulator_dtype(features.dtype)), dim=1, eps=1e-8)
+        fits = (labels >= -1) & (labels < self.num_classes) & confidences.detach().isfinite().all(dim=1)
+        labels = labels.clamp(-1, self.num_classes - 1)
         confidences, labeled = confidences.detach().to(unit.dtype), labels >= 0
         reliable = confidences.amax(dim=1) >= RELIABLE
         classes = torch.where(labeled, labels, confidences.argmax(dim=1))
@@ -123,8 +127,9 @@ class BaConLoss(nn.Module):
             top_k=top_k,
             has_center=nn.functional.pad(self.center_counts > 0, (0, padding)),
         )
+        loss = loss * torch.where(fits.all(), 1.0, torch.nan).to(loss.dtype)
         if self.training:
-            self._add_to_centers(unit.detach().double(), own.double(), reliable)
+            self._add_to_centers(unit.detach().double(), own.double(), reliable & fits)
         return loss
 
     @torch.no_grad()
@@ -146,6 +151,8 @@ class BaConLoss(nn.Module):
         if confidences.shape != (len(features), self.num_classes):
             expected = [len(features), self.num_classes]
             raise ValueError(f"confidences: expected shape {expected}, found {list(confidences.shape)}")
+        last = self.num_classes - 1
+        check_values("labels", labels, f"classes in 0..{last}, or -1 for none", -1, last)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         saved = state_dict.get(prefix + "center_sums")

@@ -5,13 +5,16 @@ call with labels builds no matrix of embeddings times references, no list of pai
 pairs times negative pairs), and does not wait for the device.
 
 Whatever the family does not cover is left to the parent class, at its price: an ``indices_tuple`` from a miner, a
-distance other than plain CosineSimilarity, labels that are not integers, statistics, and for NTXentLoss a reducer other
-than MeanReducer.
+distance other than plain CosineSimilarity, labels that are not integers, a temperature that is a tensor, statistics, a
+subclass that overrides a method of the parent, and for NTXentLoss a reducer other than MeanReducer.
 
 Differences, all in corners: half-precision embeddings are computed in float32, and so is the loss; NTXentLoss has no
 floor at -log(smallest normal number), where its parent loses the gradient; a CrossBatchMemory that is fed a single
-embedding does not compare it with its own copy in the memory.
+embedding does not compare it with its own copy in the memory; NaN in one embedding or reference makes the loss NaN,
+also where the parent's reducer leaves its rows out. A second derivative, and `torch.func`, need backend="reference".
 """
+
+import numbers
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +44,7 @@ class _Pairs:
     """
 
     def __init__(self, labels: Tensor, ref_labels: Tensor, self_column: Tensor | None):
+        labels, ref_labels = _sortable(labels), _sortable(ref_labels)
         # Dense codes without torch.unique, whose result has a shape that the host must wait for.
         distinct = torch.cat([labels, ref_labels]).sort().values
         self.row_code = torch.searchsorted(distinct, labels).to(torch.int32)
@@ -58,8 +62,44 @@ class _Pairs:
         return (positives > 0) & (negatives > 0) & ((positives > 1) | (negatives > 1))
 
 
-class _FromLabels:
+def _sortable(labels: Tensor) -> Tensor:
+    """int64 labels, equal where the given ones are: torch sorts neither bool nor wide unsigned numbers everywhere."""
+    return labels.view(torch.int64) if labels.dtype == torch.uint64 else labels.long()
+
+
+class _DropIn:
+    """Knows which methods of its parent in pytorch-metric-learning a user replaced, by inheritance or assignment."""
+
+    replaceable: frozenset[str]
+    """Names of the parent's methods, without those that only serve the constructor."""
+    replaced: frozenset[str] = frozenset()
+    """Those that a subclass has other versions of."""
+
+    def __init_subclass__(cls, parent: type | None = None, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if parent is not None:
+            own = [c for c in parent.__mro__ if c not in torch.nn.Module.__mro__]
+            methods = {name for c in own for name, value in vars(c).items() if callable(value)}
+            cls.original = cls
+            cls.replaceable = frozenset(methods - {"__init__", "get_default_distance", "get_default_reducer"})
+        elif hasattr(cls, "original"):
+            changed = (name for name in cls.replaceable if getattr(cls, name) is not getattr(cls.original, name))
+            cls.replaced = frozenset(changed)
+
+    def replaces(self, *but: str) -> bool:
+        """Whether any of the parent's methods is replaced, except for those named."""
+        return not (self.replaced <= set(but) and self.replaceable.isdisjoint(vars(self)))
+
+
+def _is_hooked(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+class _FromLabels(_DropIn):
     """The shared part of the losses below: when to use the family, and what to hand to the reducer."""
+
+    loss_method_name: str
+    """The parent's method that makes a loss of distances."""
 
     def __init__(self, *args, backend: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -79,12 +119,21 @@ class _FromLabels:
             indices_tuple is None
             and type(distance) is CosineSimilarity
             and (distance.p, distance.power) == (2, 1)
-            and not (self.collect_stats or distance.collect_stats)
+            and distance.normalize_embeddings
+            and distance.is_inverted
+            and not (self.collect_stats or distance.collect_stats or _is_hooked(distance))
+            and isinstance(self.temperature, numbers.Real)
             and all(y is not None and not (y.is_floating_point() or y.is_complex()) for y in (labels, ref_labels))
+            and (labels.dtype == ref_labels.dtype or torch.uint64 not in (labels.dtype, ref_labels.dtype))
             and embeddings.dim() == ref_emb.dim() == 2
             and len(embeddings) > 0
             and len(ref_emb) > 0
+            and not self.replaces("forward", "compute_loss")
         )
+
+    def replaces(self, *but: str) -> bool:
+        own = getattr(self.original, self.loss_method_name)
+        return super().replaces(*but) or getattr(self.loss_method, "__func__", None) is not own
 
     @property
     def loss_reducer(self):
@@ -95,6 +144,11 @@ class _FromLabels:
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor, self_column: Tensor | None
     ) -> dict:
         """The parent's dictionary of losses. ``self_column`` [R] names the row of ref_emb that is a row's own copy."""
+        if torch._C._are_functorch_transforms_active() and self.backend != "reference":
+            raise RuntimeError(
+                f"{type(self).__name__}: torch.func transforms plain PyTorch only; backend='reference' is, "
+                f"found backend={self.backend!r}"
+            )
         pairs = _Pairs(labels, ref_labels, self_column)
         with torch.autocast(embeddings.device.type, enabled=False):
             return {"loss": self.losses_of(embeddings, None if ref_emb is embeddings else ref_emb, pairs)}
@@ -125,7 +179,7 @@ class _FromLabels:
         )
 
 
-class SupConLoss(_FromLabels, losses.SupConLoss):
+class SupConLoss(_FromLabels, losses.SupConLoss, parent=losses.SupConLoss):
     """Supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362).
 
     Args:
@@ -134,19 +188,22 @@ class SupConLoss(_FromLabels, losses.SupConLoss):
         **kwargs: reducer, distance, embedding_regularizer, ... of the parent.
     """
 
+    loss_method_name = "mat_based_loss"
+
     def losses_of(self, embeddings: Tensor, ref_emb: Tensor | None, pairs: _Pairs) -> dict:
         rows = self.family(embeddings, ref_emb, pairs, None, form="mean", match="positive")
         # A positive without any other column has a loss of zero; rounding must not make it count as one above zero.
         rows = torch.where(pairs.enough & (pairs.positives + pairs.negatives > 1), rows, 0)
+        rows = rows + _zeros_of(embeddings, rows.dtype)
         if type(self.loss_reducer) is not AvgNonZeroReducer or self.loss_reducer.collect_stats:
             return {"losses": rows, "indices": torch.arange(len(rows), device=rows.device), "reduction_type": "element"}
         # The reducer would select by a mask, and wait for its size.
-        above = rows > 0
+        above = ~(rows <= 0)  # NaN is not left out
         mean = torch.where(above, rows, 0).sum() / above.sum().clamp(min=1)
         return {"losses": mean, "indices": None, "reduction_type": "already_reduced"}
 
 
-class NTXentLoss(_FromLabels, losses.NTXentLoss):
+class NTXentLoss(_FromLabels, losses.NTXentLoss, parent=losses.NTXentLoss):
     """Normalized temperature-scaled cross entropy (SimCLR, arXiv 2002.05709).
 
     The mean over all positive pairs (a, p) of log(1 + Σ_n exp(v_an) / exp(x_ap)) = softplus(N_a - x_ap), with N_a the
@@ -159,6 +216,8 @@ class NTXentLoss(_FromLabels, losses.NTXentLoss):
         backend: None for the best one, "reference", "cpp" or "triton".
         **kwargs: reducer, distance, embedding_regularizer, ... of the parent.
     """
+
+    loss_method_name = "pair_based_loss"
 
     def covers(self, *args) -> bool:
         reducer = self.loss_reducer
@@ -173,36 +232,85 @@ class NTXentLoss(_FromLabels, losses.NTXentLoss):
         unit = F.normalize(embeddings.to(soft.dtype), dim=1, eps=EPS)
         columns = unit if ref_emb is None else F.normalize(ref_emb.to(soft.dtype), dim=1, eps=EPS)
         codes = (pairs.row_code, pairs.column_code, pairs.self_column)
-        total = _PositivePairs.apply(unit, columns, log_sum, *codes, self.temperature)
+        total = _sum_over_pairs if self.backend == "reference" else _positive_pairs
+        total = total(unit, columns, log_sum, *codes, float(self.temperature))
         mean = torch.where(pairs.enough, total, 0) / pairs.positives.sum().clamp(min=1)
+        mean = mean + _zeros_of(embeddings, mean.dtype).sum()
         return {"losses": mean, "indices": None, "reduction_type": "already_reduced"}
 
 
-class _PositivePairs(torch.autograd.Function):
+def _zeros_of(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 for each row, NaN for one that is not finite: the parent's loss without pairs."""
+    return (embeddings.to(dtype) * 0).sum(dim=1)
+
+
+def _sum_over_pairs(
+    rows: Tensor,
+    columns: Tensor,
+    log_sum: Tensor,
+    row_code: Tensor,
+    column_code: Tensor,
+    self_column: Tensor | None,
+    temperature: float,
+) -> Tensor:
     """Σ softplus(N_r - û_r·ŵ_j / temperature) over the positive pairs (r, j), a block of columns at a time."""
+    zero = total = rows.new_zeros(())
+    for _, difference, positive in _blocks(rows, columns, log_sum, row_code, column_code, self_column, temperature):
+        total = total + torch.where(positive, torch.logaddexp(difference, zero), 0).sum()
+    return total
 
-    @staticmethod
-    def forward(ctx, rows, columns, log_sum, row_code, column_code, self_column, temperature):
-        tensors = (rows, columns, log_sum, row_code, column_code, self_column)
-        ctx.save_for_backward(*tensors)
-        ctx.temperature = temperature
-        total = rows.new_zeros(())
-        for _, difference, positive in _blocks(*tensors, temperature):
-            total += torch.where(positive, torch.logaddexp(difference, total.new_zeros(())), 0).sum()
-        return total
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        rows, columns, log_sum, *_ = ctx.saved_tensors
-        grad_rows, grad_columns, grad_log_sum = map(torch.zeros_like, (rows, columns, log_sum))
-        for block, difference, positive in _blocks(*ctx.saved_tensors, ctx.temperature):
-            slope = torch.where(positive, grad * torch.sigmoid(difference), 0)
-            grad_log_sum += slope.sum(dim=1)
-            slope /= -ctx.temperature
-            grad_rows += slope @ columns[block]
-            grad_columns[block] = slope.t() @ rows
-        return grad_rows, grad_columns, grad_log_sum, None, None, None, None
+# An op, which keeps no block for the backward. Of an autograd.Function in its place Dynamo (torch 2.11) looks inside,
+# and returns a wrong gradient without a word: zero for a sum in place, something else for a sum out of place.
+_positive_pairs = torch.library.custom_op("bacon_fast::positive_pairs", _sum_over_pairs, mutates_args=())
+
+
+@torch.library.custom_op("bacon_fast::positive_pairs_backward", mutates_args=())
+def _positive_pairs_backward(
+    grad: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    log_sum: Tensor,
+    row_code: Tensor,
+    column_code: Tensor,
+    self_column: Tensor | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_rows, grad_columns, grad_log_sum = map(torch.zeros_like, (rows, columns, log_sum))
+    for block, difference, positive in _blocks(rows, columns, log_sum, row_code, column_code, self_column, temperature):
+        slope = torch.where(positive, grad * torch.sigmoid(difference), 0)
+        grad_log_sum += slope.sum(dim=1)
+        slope /= -temperature
+        grad_rows += slope @ columns[block]
+        grad_columns[block] = slope.t() @ rows
+    return grad_rows, grad_columns, grad_log_sum
+
+
+@_positive_pairs.register_fake
+def _(rows, *others):
+    return rows.new_empty(())
+
+
+@_positive_pairs_backward.register_fake
+def _(grad, rows, columns, log_sum, *others):
+    return tuple(map(torch.empty_like, (rows, columns, log_sum)))
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.temperature = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, grad):
+    return *_positive_pairs_backward(grad, *ctx.saved_tensors, ctx.temperature), None, None, None, None
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError("NTXentLoss has no second derivative; with backend='reference' it has")
+
+
+_positive_pairs.register_autograd(_differentiate, setup_context=_save)
+_positive_pairs_backward.register_autograd(_refuse)
 
 
 def _blocks(rows, columns, log_sum, row_code, column_code, self_column, temperature):
@@ -217,21 +325,31 @@ def _blocks(rows, columns, log_sum, row_code, column_code, self_column, temperat
         yield block, log_sum[:, None] - rows @ columns[block].t() / temperature, positive
 
 
-class CrossBatchMemory(losses.CrossBatchMemory):
+class CrossBatchMemory(_DropIn, losses.CrossBatchMemory, parent=losses.CrossBatchMemory):
     """A first-in-first-out memory of embeddings as references (arXiv 1912.06798) around one of the losses above.
 
-    With them it goes from labels straight to the loss; with a miner, an ``indices_tuple`` or another loss it does what
-    its parent does. ``enqueue_mask`` selects rows by a mask, which waits for the device as in the parent.
+    With them it goes from labels straight to the loss; with a miner, an ``indices_tuple``, another loss, or one of them
+    with methods or hooks of its own, it does what its parent does. ``enqueue_mask`` selects rows by a mask, which waits
+    for the device as in the parent.
     """
 
     def forward(self, embeddings, labels, indices_tuple=None, enqueue_mask=None):
-        if self.miner is not None or indices_tuple is not None or not isinstance(self.loss, _FromLabels):
+        loss = self.loss
+        if (
+            self.miner is not None
+            or indices_tuple is not None
+            or not isinstance(loss, _FromLabels)
+            or loss.replaces()
+            or _is_hooked(loss)
+            or self.replaces("forward")
+        ):
             return super().forward(embeddings, labels, indices_tuple, enqueue_mask)
-        queued = len(embeddings) if enqueue_mask is None else len(enqueue_mask)
-        if queued > self.memory_size or queued != len(embeddings):
+        queued = len(embeddings) if enqueue_mask is None else int(enqueue_mask.sum())
+        if queued > self.memory_size or (enqueue_mask is not None and len(enqueue_mask) != len(embeddings)):
+            mask = "no mask" if enqueue_mask is None else f"a mask of {len(enqueue_mask)}"
             raise ValueError(
-                f"embeddings: expected at most memory_size = {self.memory_size} rows, and an enqueue_mask of their "
-                f"number; found {len(embeddings)} rows and a mask of {queued}"
+                f"embeddings: expected at most memory_size = {self.memory_size} rows to keep, and an enqueue_mask of "
+                f"the number of all rows; found {len(embeddings)} rows, {mask}, {queued} to keep"
             )
         self.reset_stats()
         labels = labels.to(embeddings.device)

@@ -25,8 +25,8 @@ def bank_select_(
 ) -> None:
     """Marks the gated rows' slots as selected for a class, in place: the first half of a step of BaCon's memory bank.
 
-    A slot that changes class takes the feature it holds along. Where gated rows name one slot twice, the last row wins.
-    A non-gated row changes nothing. `losses.MemoryBank` owns the buffers.
+    A slot that changes class takes its feature along. If gated rows name a slot twice, the last row wins. A row that is
+    not gated changes nothing. `losses.MemoryBank` owns the buffers.
 
     Args:
         selected_label: [n] int64, the class of every slot, -1 for none; changed.
@@ -37,6 +37,11 @@ def bank_select_(
         slots, labels, gate: [R] int64, [R] int64, [R] bool, the batch: slots in 0..n-1, classes in 0..K-1.
         backend: None for the best one, "reference", "cpp" or "cuda".
 
+    Raises:
+        TypeError, ValueError: an argument does not fit, or a slot of the batch has a class that does not exist, as a
+            damaged checkpoint may have it; the message names it. On a GPU such a slot is left as it is.
+
+    Example:
         >>> from bacon_fast.losses import MemoryBank
         >>> bank = MemoryBank(num_slots=3, num_classes=2, dim=2)  # owns the buffers and calls this
         >>> bank.select_(torch.tensor([0, 2]), torch.tensor([1, 0]), torch.tensor([True, False]))
@@ -75,8 +80,8 @@ def bank_write_(
     """Writes the gated rows' features and sets the centers, in place: the second half of a step of BaCon's memory bank.
 
     The center of a class is the mean over the slots that are selected as the class and hold a feature. Features are
-    clamped to ±4096; a row with a component that is not finite is not written. Where gated rows name one slot twice,
-    the last row wins. Sums are exact: no number of writes, in whatever order, makes them drift.
+    clamped to ±4096; a row with a component that is not finite is not written. If gated rows name a slot twice, the
+    last row wins. Sums are exact: they do not drift, however many writes there are, and in whatever order.
 
     Args:
         bank, written, class_sums, class_sizes, selected_label: as in `bank_select_`; all but the last are changed.
@@ -84,6 +89,11 @@ def bank_write_(
         slots, features, gate: [R] int64, [R,D] float32, [R] bool, the batch.
         backend: None for the best one, "reference", "cpp" or "cuda".
 
+    Raises:
+        TypeError, ValueError: as in `bank_select_`. On a GPU a slot of a class that does not exist makes all centers
+            NaN, and so the next loss.
+
+    Example:
         >>> from bacon_fast.losses import MemoryBank
         >>> bank = MemoryBank(num_slots=3, num_classes=2, dim=2)  # owns the buffers and calls this
         >>> slots, gate = torch.tensor([0, 2]), torch.tensor([True, True])
@@ -126,18 +136,19 @@ def class_centers(
     """Mean feature of each class over a whole memory bank: what `bank_select_` and `bank_write_` keep up to date.
 
     Args:
-        bank: [n,D] float, one feature a slot, within ±4096. Not normalized.
+        bank: [n,D] float, one feature a slot. Not normalized. Clamped to ±4096, as `bank_write_` does.
         labels: [n] int64, class of each slot, 0..K-1, or -1 for none.
         num_classes: K.
-        written: [n] bool, the slots that hold a feature; None: all do. What the others hold, NaN included, is not read.
+        written: [n] bool, the slots that hold a feature; None: all do. The others are not read, so they may hold NaN.
 
     Returns:
-        centers [K,D] float32, 0 where a class has no slot, and has_center [K] bool. The sums are exact, so the order of
-        the slots does not matter.
+        centers [K,D] float32, 0 where a class has no slot, NaN where a slot that counts for it is not finite, and
+        has_center [K] bool. The sums are exact, so the order of the slots does not matter.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
 
+    Example:
         >>> bank = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 9.0]])
         >>> class_centers(bank, torch.tensor([0, 0, -1]), num_classes=2)
         (tensor([[2., 0.],
@@ -154,9 +165,12 @@ def class_centers(
     check_kind("written", written, "bool")
     check_devices("bank", bank, labels=labels, written=written)
     check_values("labels", labels, f"classes in 0..{num_classes - 1}, or -1", -1, num_classes - 1)
-    return reference.memory_bank.class_centers(
-        *reference.memory_bank.class_sums_and_sizes(bank.detach(), written, labels, num_classes)
-    )
+    bank = bank.detach()
+    sums, sizes = reference.memory_bank.class_sums_and_sizes(bank, written, labels, num_classes)
+    centers, has_center = reference.memory_bank.class_centers(sums, sizes)
+    broken = written & (labels >= 0) & ~bank.isfinite().all(dim=1)
+    num_broken = torch.zeros_like(sizes).index_add_(0, labels.clamp_min(0), broken.long())
+    return torch.where((num_broken > 0)[:, None], torch.nan, centers), has_center
 
 
 def _check_bank_arguments(**tensors: Tensor) -> None:
@@ -203,7 +217,7 @@ torch.library.define(
 @torch.library.register_fake("bacon_fast::bank_select_")
 @torch.library.register_fake("bacon_fast::bank_write_")
 def _(*arguments: Any) -> None:
-    """Nothing is returned; what changes is in the schema."""
+    """Returns nothing; the schema says which tensors change."""
 
 
 def _select(*arguments: Tensor) -> None:

@@ -5,7 +5,7 @@ center of a class is the mean over its slots that hold a feature (methods.md E.1
 row wins where one is named twice.
 
 Sums are exact. A feature enters them as a 64-bit fixed-point number, so they depend neither on the order of the writes
-nor on how many there were: 30 bits behind the point, values within ±4096, and room for 2^21 slots in one class.
+nor on their number: 30 bits behind the point, values within ±4096, and room for 2^21 slots in one class.
 """
 
 import torch
@@ -18,15 +18,18 @@ SCALE = 2.0**30  # steps of the fixed-point grid per unit; float32 values of 2^-
 
 
 def fixed_point(features: Tensor) -> Tensor:
-    """Features on the grid of the sums, int64."""
-    return (features.double() * SCALE).round().long()
+    """Features on the grid of the sums, int64: clamped to ±LIMIT, NaN as 0."""
+    return (features.double().nan_to_num(0.0).clamp(-LIMIT, LIMIT) * SCALE).round().long()
 
 
 def class_sums_and_sizes(
     bank: Tensor, written: Tensor, selected_label: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Sum [K,D] of the features (int64, fixed point) and number [K] of the slots that count for each class."""
-    counted = written & (selected_label >= 0)
+    """Sum [K,D] of the features (int64, fixed point) and number [K] of the slots that count for each class.
+
+    Slots of classes that do not exist count for none; where a batch touches one, `_check_classes` says so.
+    """
+    counted = written & (selected_label >= 0) & (selected_label < num_classes)
     label = torch.where(counted, selected_label, 0)
     sums = torch.zeros(num_classes, bank.shape[1], dtype=torch.int64, device=bank.device)
     sums.index_add_(0, label, torch.where(counted[:, None], fixed_point(bank), 0))
@@ -46,6 +49,17 @@ def last_row_of_slots(slots: Tensor, gate: Tensor, num_slots: int) -> Tensor:
     row = torch.arange(slots.shape[0], device=slots.device)
     last = torch.full((num_slots,), -1, device=slots.device)
     return last.scatter_reduce(0, slots, torch.where(gate, row, -1), "amax")
+
+
+def _exists(selected_label: Tensor, num_classes: int) -> Tensor:
+    """bool, whether a slot has a class in 0..K-1 or none; a damaged checkpoint may have others."""
+    return (selected_label >= -1) & (selected_label < num_classes)
+
+
+def _check_classes(selected_label: Tensor, slots: Tensor, num_classes: int) -> None:
+    """Raises ValueError unless the slots of the batch have a class that exists, or none; not on a GPU."""
+    last = num_classes - 1
+    check_values("selected_label", selected_label[slots], f"classes in -1..{last}", -1, last)
 
 
 def _pick_rows(rows: Tensor, index: Tensor) -> Tensor:
@@ -71,8 +85,11 @@ def bank_select_(
     gated = torch.where(gate, labels, 0)
     check_values("labels", gated, f"classes in 0..{num_classes - 1}", 0, num_classes - 1)
     last = last_row_of_slots(slots, gate, selected_label.shape[0])
-    new_label = torch.where(last >= 0, _pick_rows(labels, last), selected_label)
-    is_selected = new_label >= 0
+    _check_classes(selected_label, slots, num_classes)
+    new_label = torch.where(
+        (last >= 0) & _exists(selected_label, num_classes), _pick_rows(labels, last), selected_label
+    )
+    is_selected = (new_label >= 0) & (new_label < num_classes)
     counts = torch.zeros_like(class_counts).index_add_(0, torch.where(is_selected, new_label, 0), is_selected.long())
     sums, sizes = class_sums_and_sizes(bank, written, new_label, num_classes)
     selected_label.copy_(new_label)
@@ -96,6 +113,9 @@ def bank_write_(
     """Write the gated rows and set the centers; see `bacon_fast.functional.bank_write_`."""
     num_classes = class_sizes.shape[0]
     last = last_row_of_slots(slots, gate & features.isfinite().all(dim=1), selected_label.shape[0])
+    _check_classes(selected_label, slots, num_classes)
+    exists = _exists(selected_label, num_classes)
+    last = torch.where(exists, last, -1)
     new = _pick_rows(features.clamp(-LIMIT, LIMIT), last)
     bank.copy_(torch.where(last[:, None] >= 0, new, bank))
     written.copy_(written | (last >= 0))
@@ -103,5 +123,5 @@ def bank_write_(
     class_sums.copy_(sums)
     class_sizes.copy_(sizes)
     new_centers, new_has_center = class_centers(sums, sizes)
-    centers.copy_(new_centers)
+    centers.copy_(torch.where(exists[slots].all(), new_centers, torch.nan))
     has_center.copy_(new_has_center)

@@ -54,7 +54,7 @@ def sort_keys(seed: int, step: Tensor, stream: int, count: int) -> Tensor:
 
 
 def philox_uniform(seed: int, step: Tensor, stream: int, slots: Tensor) -> Tensor:
-    """One float32 in [0, 1) per slot: `to_uniform` of the first word of `philox`, whose arguments these are."""
+    """One float32 in [0, 1) per slot: `to_uniform` of the first word of `philox`, with the same arguments."""
     return to_uniform(philox(seed, step, stream, slots, 1)[:, 0], torch.float32)
 
 

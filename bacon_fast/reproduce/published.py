@@ -28,12 +28,12 @@ class Source:
     Attributes:
         title: what it is.
         metric: "bacc" (balanced accuracy), "top1", or "error" (100 - top-1).
-        steps, steps_by_method: length of its runs, and of those of other length.
-        schedule, base_schedule: learning rates of its runs, and where other of the base learners alone.
+        steps, steps_by_method: length of its runs, and of the methods with another length.
+        schedule, base_schedule: learning rates of its runs, and of base learners alone where they differ.
         selection: which evaluation was reported.
         seeds: runs per number; None: not stated.
-        deviation: what its ± is; None: not stated.
-        note: what else keeps its numbers apart from ours.
+        deviation: the meaning of its ±; None: not stated.
+        note: other differences between its numbers and ours.
         values: protocol -> method -> Value.
     """
 
@@ -191,7 +191,7 @@ class Context:
 
 _USB_BALANCED = "USB, results/classic_cv.csv, error after 2^20 steps with networks of other widths"
 
-# Protocol of ours -> what else is in print for such counts.
+# Our protocol -> other published numbers for such counts.
 OTHER_PROTOCOLS: dict[str, tuple[Context, ...]] = {
     "usb-cifar10-1500-100": (
         Context(

@@ -61,6 +61,21 @@ def run_gate(expression: str) -> None:
     print(printed.getvalue().strip().splitlines()[-1])
 
 
+def run_tests_trainers() -> None:
+    """Steps of the trainers of tests/gpu/test_graph_gpu.py, which there need streams and graphs."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from run_cases import tiny
+
+    from bacon_fast.engine.trainer import Trainer
+
+    for precision in ("fp32", "bf16"):
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(tiny(Path(folder), precision=precision, contrast_start=0.0))
+            for _ in range(2):
+                trainer.train_step()
+            trainer.logger.close()
+
+
 def run_losses() -> None:
     """Every arm of ours of benchmarks.loss."""
     from benchmarks.loss import all_cases
@@ -86,7 +101,9 @@ def run_steps() -> None:
 
 def main() -> None:
     path, *expression = sys.argv[1:]
-    work = [lambda: run_gate(*expression)] if expression else [lambda: run_gate(GATE), run_losses, run_steps]
+    work = [lambda: run_gate(*expression or [GATE])]
+    if not expression:
+        work += [run_tests_trainers, run_losses, run_steps]
     pretend()
     launches: dict[aot.Launch, None] = {}
     launch.recorder = lambda *launched: launches.setdefault(aot.describe(*launched))

@@ -16,6 +16,15 @@ void check_slots(const int64_t* slots, int64_t rows, int64_t num_slots) {
   }
 }
 
+// The class of a slot is an index into the sums, and comes from a buffer that a damaged checkpoint may have filled.
+void check_classes(const int64_t* of_slot, const int64_t* slots, int64_t rows, int64_t num_classes) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t c = of_slot[slots[r]];
+    TORCH_CHECK_VALUE(c >= -1 && c < num_classes, "selected_label: expected classes in -1..", num_classes - 1,
+                      ", found ", c, " in slot ", slots[r]);
+  }
+}
+
 void check_contiguous(std::initializer_list<std::pair<const char*, const at::Tensor*>> buffers) {
   for (const auto& [name, buffer] : buffers) {
     TORCH_CHECK_VALUE(buffer->is_contiguous(), name, ": expected a contiguous buffer");
@@ -33,6 +42,7 @@ void bank_select(at::Tensor& selected_label, at::Tensor& class_counts, at::Tenso
   const int64_t* label = labels_c.const_data_ptr<int64_t>();
   const bool* is_gated = gate_c.const_data_ptr<bool>();
   check_slots(slot, rows, bank.size(0));
+  check_classes(selected_label.const_data_ptr<int64_t>(), slot, rows, num_classes);
   for (int64_t r = 0; r < rows; ++r) {
     TORCH_CHECK_VALUE(!is_gated[r] || (label[r] >= 0 && label[r] < num_classes), "labels: expected classes in 0..",
                       num_classes - 1, ", found ", label[r], " in row ", r);
@@ -77,13 +87,14 @@ void bank_write(at::Tensor& bank, at::Tensor& written, at::Tensor& class_sums, a
   const at::Tensor slots_c = slots.contiguous(), features_c = features.contiguous(), gate_c = gate.contiguous();
   const int64_t rows = slots.size(0), dim = bank.size(1), num_classes = class_sizes.size(0);
   const int64_t* slot = slots_c.const_data_ptr<int64_t>();
+  const int64_t* of_slot = selected_label.const_data_ptr<int64_t>();
   check_slots(slot, rows, bank.size(0));
+  check_classes(of_slot, slot, rows, num_classes);
 
   float* stored = bank.mutable_data_ptr<float>();
   bool* is_written = written.mutable_data_ptr<bool>();
   int64_t* sums = class_sums.mutable_data_ptr<int64_t>();
   int64_t* sizes = class_sizes.mutable_data_ptr<int64_t>();
-  const int64_t* of_slot = selected_label.const_data_ptr<int64_t>();
   const float* incoming = features_c.const_data_ptr<float>();
   const bool* is_gated = gate_c.const_data_ptr<bool>();
   for (int64_t r = 0; r < rows; ++r) {

@@ -1,8 +1,11 @@
 // Memory bank and class centers on a GPU: the operations of cpu.cpp, one warp a row of the batch.
 //
-// The result does not depend on the order in which rows are treated: one row of a slot, its last, does all the work for it,
-// and sums are of integers. The host reads nothing back, so the launches can be captured in a CUDA graph.
+// The result does not depend on the order of the rows: the last row that names a slot does all the work for it, and sums
+// are of integers. The host reads nothing back, so the launches can be captured in a CUDA graph. For the same reason a
+// slot whose class does not exist, as a damaged checkpoint may have it, raises nothing: it is left as it is, and the write
+// makes all centers NaN, and so the loss.
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -52,7 +55,7 @@ __global__ void select_kernel(
 
   const int64_t from = selected_label[slot];
   __syncwarp();  // every lane has read the old label before one replaces it
-  if (from == to) return;
+  if (from == to || from < -1 || from >= num_classes) return;
   const bool counted = written[slot];
   if (lane == 0) {
     selected_label[slot] = to;
@@ -71,11 +74,17 @@ __global__ void select_kernel(
 
 __global__ void write_kernel(
     float* bank, bool* written, int64_t* sums, int64_t* sizes, const int64_t* selected_label, const int64_t* slots,
-    const float* features, const bool* gate, int64_t rows, int64_t dim, int64_t num_slots) {
+    const float* features, const bool* gate, int64_t rows, int64_t dim, int64_t num_slots, int64_t num_classes,
+    bool* damaged) {
   const int64_t row = row_of_warp(), lane = threadIdx.x % kWarp;
   if (row >= rows) return;
   const int64_t slot = slots[row];
   CUDA_KERNEL_ASSERT(slot >= 0 && slot < num_slots && "slots: out of range");
+  const int64_t c = selected_label[slot];
+  if (c < -1 || c >= num_classes) {
+    if (lane == 0) *damaged = true;
+    return;
+  }
   if (!gate[row] || !all_finite(features + row * dim, dim)) return;
   for (int64_t base = row + 1; base < rows; base += kWarp) {
     const int64_t mine = base + lane;
@@ -85,7 +94,6 @@ __global__ void write_kernel(
     }
   }
 
-  const int64_t c = selected_label[slot];
   const bool replaces = written[slot];
   __syncwarp();  // every lane has read the flag before one sets it
   for (int64_t d = lane; d < dim; d += kWarp) {
@@ -101,11 +109,13 @@ __global__ void write_kernel(
 }
 
 __global__ void centers_kernel(
-    const int64_t* sums, const int64_t* sizes, float* centers, bool* has_center, int64_t num_classes, int64_t dim) {
+    const int64_t* sums, const int64_t* sizes, float* centers, bool* has_center, int64_t num_classes, int64_t dim,
+    const bool* damaged) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < num_classes * dim; i += stride) {
     const int64_t c = i / dim;
-    centers[i] = sizes[c] > 0 ? to_center(sums[i], sizes[c]) : 0.0f;
+    const float mean = sizes[c] > 0 ? to_center(sums[i], sizes[c]) : 0.0f;
+    centers[i] = *damaged ? NAN : mean;
     if (i % dim == 0) has_center[c] = sizes[c] > 0;
   }
 }
@@ -144,18 +154,19 @@ void bank_write(at::Tensor& bank, at::Tensor& written, at::Tensor& class_sums, a
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const at::Tensor slots_c = slots.contiguous(), features_c = features.contiguous(), gate_c = gate.contiguous();
   const int64_t rows = slots.size(0), dim = bank.size(1), num_classes = class_sizes.size(0);
+  const at::Tensor damaged = at::zeros({1}, written.options());
   if (rows > 0) {
     write_kernel<<<blocks_for(rows * kWarp), kThreads, 0, stream>>>(
         bank.mutable_data_ptr<float>(), written.mutable_data_ptr<bool>(), class_sums.mutable_data_ptr<int64_t>(),
         class_sizes.mutable_data_ptr<int64_t>(), selected_label.const_data_ptr<int64_t>(),
         slots_c.const_data_ptr<int64_t>(), features_c.const_data_ptr<float>(), gate_c.const_data_ptr<bool>(), rows,
-        dim, bank.size(0));
+        dim, bank.size(0), num_classes, damaged.mutable_data_ptr<bool>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
   if (num_classes * dim > 0) {
     centers_kernel<<<std::min(blocks_for(num_classes * dim), 1024), kThreads, 0, stream>>>(
         class_sums.const_data_ptr<int64_t>(), class_sizes.const_data_ptr<int64_t>(), centers.mutable_data_ptr<float>(),
-        has_center.mutable_data_ptr<bool>(), num_classes, dim);
+        has_center.mutable_data_ptr<bool>(), num_classes, dim, damaged.const_data_ptr<bool>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 }

@@ -26,10 +26,11 @@ SECOND = [
     "racecheck",
 ]
 
-# Answers what is asked about the extension, writes every other call down, and fails or dawdles where it is told to.
+# Answers questions about device and extension, writes every other call down, and fails or dawdles when told to.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
   *built_with_cuda*) [ -e bacon_fast/_C.built.so ]; exit;;
+  *torch.cuda.init*) [ -z "$NO_GPU" ]; exit;;
   *gpu_bundle*--digest*) echo abc; exit 0;;
 esac
 echo "$*" >>"$CALLS"
@@ -65,12 +66,12 @@ def suite(tmp_path):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
 
-    def run(*arguments, fail="", slow="", seconds=470):
+    def run(*arguments, fail="", slow="", seconds=470, no_gpu=""):
         calls = tmp_path / "calls"
         calls.write_text("")
         environment = os.environ | {"PYTHON": str(tools / "python"), "CALLS": str(calls), "FAIL": fail, "SLOW": slow}
         environment |= {"SUITE_SECONDS": str(seconds), "TMPDIR": str(tmp_path), "PATH": f"{tools}:{os.environ['PATH']}"}
-        environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache/triton")}
+        environment |= {"NO_GPU": no_gpu, "TRITON_CACHE_DIR": str(tmp_path / "cache/triton")}
         (tmp_path / "cache").mkdir(exist_ok=True)
         command = ["bash", str(checkout / "benchmarks/gpu_suite.sh"), str(tmp_path / "out"), *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -119,6 +120,11 @@ def test_no_stage_stops_the_next(suite, failing):
     found = stages(suite.out)
     assert list(found) == ["build", *FIRST]
     assert sum(line.startswith("status 1") for line in found.values()) == 1
+
+
+def test_without_a_device_nothing_runs(suite):
+    done, calls = suite(no_gpu="1")
+    assert done.returncode == 1 and "finds no usable CUDA device" in done.stdout and not calls
 
 
 def test_the_time_is_kept_and_results_are_there_before_the_end(suite):

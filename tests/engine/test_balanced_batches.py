@@ -1,4 +1,4 @@
-"""The class-balanced labeled rows of a batch: whose they are, how they look, and that the other rows do not change."""
+"""The class-balanced labeled rows of a batch: their images, their views, and that the other rows do not change."""
 
 import pytest
 import torch

@@ -51,6 +51,28 @@ def test_equals_the_reference_bit_for_bit(rows, num_slots, num_classes, dim):
         assert_same_state(found, expected)
 
 
+@pytest.mark.parametrize("label", [4, -2, 10**12, -(10**12)])
+def test_a_slot_of_a_class_that_does_not_exist_is_left_alone_and_makes_the_centers_nan(label, monkeypatch):
+    monkeypatch.setattr("bacon_fast.reference.bank.check_values", lambda *_: None)
+    generator = torch.Generator().manual_seed(0)
+    expected = MemoryBank(30, 4, 5, backend="reference")
+    apply(expected, *random_step(generator, 60, 30, 4, 5))
+    expected.selected_label[7] = label
+    # The native code keeps the sums that it has; the reference makes them anew, without the damaged slot.
+    nothing = torch.empty(0, dtype=torch.int64)
+    apply(expected, nothing, nothing, nothing.bool(), torch.empty(0, 5), nothing.bool())
+    found = MemoryBank(30, 4, 5, backend="cuda").cuda()
+    found.load_state_dict(expected.state_dict())
+    for _ in range(4):
+        slots, *rest = random_step(generator, 20, 30, 4, 5)
+        slots[3] = 7
+        apply(expected, slots, *rest)
+        apply(found, *(tensor.cuda() for tensor in (slots, *rest)))
+        for name, buffer in expected.named_buffers():
+            torch.testing.assert_close(found.get_buffer(name).cpu(), buffer, rtol=0, atol=0, equal_nan=True)
+        assert found.centers.isnan().all() and found.selected_label[7] == label
+
+
 def test_the_result_does_not_vary_over_100_runs():
     step = [tensor.cuda() for tensor in random_step(torch.Generator().manual_seed(1), 2000, 300, 10, 64)]
     first = MemoryBank(300, 10, 64).cuda()

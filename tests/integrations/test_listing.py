@@ -174,3 +174,35 @@ def test_wrong_arguments_are_named(change, message):
 def test_wrong_parameters_are_named(name):
     with pytest.raises(ValueError, match=f"{name}: expected a positive number, found 0"):
         BaConLoss(**{"num_classes": 3, name: 0})
+
+
+@pytest.mark.parametrize("label", [-2, -100, 6, 2**40])
+def test_labels_out_of_range_are_named_and_on_a_gpu_give_nan(label, monkeypatch):
+    loss = BaConLoss(6, T=1000)
+    loss(*make_batch(1), 0)
+    features, labels, confidences, counts = make_batch(2)
+    features.requires_grad_()
+    labels[3], confidences[3, 0] = label, 1.0  # a reliable row
+    before = loss.center_counts.clone()
+    with pytest.raises(ValueError, match=rf"labels: expected classes in 0\.\.5, or -1 for none, found {label}"):
+        loss(features, labels, confidences, counts, 5)
+    assert torch.equal(loss.center_counts, before)
+    monkeypatch.setattr("bacon_fast.integrations.listing.check_values", lambda *_: None)  # a GPU's are not looked at
+    value = loss(features, labels, confidences, counts, 5)
+    assert value.isnan() and torch.autograd.grad(value, features)[0].isnan().any()
+    without = torch.arange(60) != 3
+    expected = before + torch.bincount(
+        torch.where(labels >= 0, labels, confidences.argmax(1))[without & (confidences.amax(1) >= 0.98)], minlength=6
+    )
+    assert torch.equal(loss.center_counts, expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", ["features", "confidences"])
+def test_what_is_not_finite_gives_nan_and_leaves_the_centers_finite(which, value):
+    loss = BaConLoss(6, T=1000)
+    loss(*make_batch(1), 0)
+    batch = dict(zip(("features", "labels", "confidences", "counts"), make_batch(2)))
+    batch[which][3, 2] = value
+    assert loss(*batch.values(), 5).isnan()
+    assert loss.centers.isfinite().all()

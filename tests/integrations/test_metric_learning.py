@@ -7,6 +7,7 @@ from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimila
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 from pytorch_metric_learning.reducers import AvgNonZeroReducer, DoNothingReducer, MeanReducer, ThresholdReducer
 from pytorch_metric_learning.regularizers import LpRegularizer
+from pytorch_metric_learning.utils import distributed as pml_distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bacon_fast.integrations import metric_learning as ours
@@ -247,10 +248,231 @@ def test_memory_refuses_batches_that_do_not_fit():
         memory(embeddings_of(4), torch.arange(4))
     with pytest.raises(ValueError, match="a mask of 2"):
         memory(embeddings_of(3), torch.arange(3), enqueue_mask=torch.tensor([True, False]))
+    with pytest.raises(ValueError, match=r"memory_size = 3 rows to keep.*found 5 rows, a mask of 5, 4 to keep"):
+        memory(embeddings_of(5), torch.arange(5), enqueue_mask=torch.tensor([True, True, True, True, False]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_may_be_larger_than_the_memory_if_its_masked_part_is_not(name):
+    results, mask = [], torch.arange(12) % 3 == 0  # 4 of 12, into 5 places
+    for module in (pml, ours):
+        memory, found = module.CrossBatchMemory(getattr(module, name)(), 7, memory_size=5), []
+        for step in range(3):
+            leaf = embeddings_of(12, seed=step)
+            loss = memory(leaf, torch.tensor(LABELS["classes"]), enqueue_mask=mask)
+            found += [loss, *torch.autograd.grad(loss, leaf), memory.embedding_memory.clone()]
+        results.append(found)
+    assert_equal(results, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_ref", [False, True])
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.int32, torch.uint64]
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_of_any_integer_dtype(name, dtype, with_ref):
+    labels = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 0])
+    wide = labels * -(2**62) if dtype == torch.uint64 else labels  # beyond int64's half of the numbers
+    call = {"ref_emb": embeddings_of(12, seed=1), "ref_labels": labels.flip(0)} if with_ref else {}
+    expected, _ = both(name, embeddings_of(12), labels, {}, **call)
+    if with_ref:
+        call["ref_labels"] = wide.flip(0).to(dtype)
+    loss_inputs = embeddings_of(12)
+    loss = getattr(ours, name)()(loss_inputs, wide.to(dtype), **call)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(loss, loss_inputs)[0], expected[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16])
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_of_labels_of_any_integer_dtype(name, dtype):
+    results = []
+    for module in (pml, ours):
+        memory = module.CrossBatchMemory(getattr(module, name)(), 7, memory_size=20)
+        for step in range(3):
+            leaf = embeddings_of(12, seed=step)
+            loss = memory(leaf, (torch.arange(12) % 2).to(dtype))
+        results.append((loss, *torch.autograd.grad(loss, leaf)))
+    assert_equal(results, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("case", ["classes", "no positive", "one class", "rows without positives"])
+@pytest.mark.parametrize("name", NAMES)
+def test_features_that_are_not_finite_give_nan_as_in_the_original(name, case, value):
+    embeddings = embeddings_of(12).detach()
+    embeddings[3, 2] = value
+    for module in (pml, ours):
+        assert getattr(module, name)()(embeddings, torch.tensor(LABELS[case])).isnan()
+    for backend in ("reference", "cpp"):
+        assert getattr(ours, name)(backend=backend)(embeddings, torch.tensor(LABELS[case])).isnan()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_in_one_row_is_not_left_out_of_the_mean(name):
+    embeddings, ref_emb = embeddings_of(12).detach(), embeddings_of(12, seed=1)
+    embeddings[3, 2] = float("nan")
+    labels = torch.tensor(LABELS["classes"])
+    assert getattr(ours, name)()(embeddings, labels, ref_emb=ref_emb, ref_labels=labels.clone()).isnan()
+    assert getattr(ours, name)()(ref_emb, labels, ref_emb=embeddings, ref_labels=labels.clone()).isnan()
+
+
+def replacement(name: str, module) -> type:
+    """A user's subclass of the loss, the same of the original and of ours, that changes one method."""
+    parent = getattr(module, {"mat_based_loss": "SupConLoss"}.get(name, "NTXentLoss"))
+
+    def changed(self, *arguments):
+        result = getattr(super(cls, self), name)(*arguments)
+        return {"loss": {**result["loss"], "losses": result["loss"]["losses"] * 3}}
+
+    cls = type(parent.__name__, (parent,), {name: changed})  # CrossBatchMemory goes by the class's name
+    return cls
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("name", ["_compute_loss", "mat_based_loss", "pair_based_loss", "compute_loss"])
+def test_overridden_methods_are_called(name, memory):
+    results, labels = [], torch.tensor(LABELS["classes"])
+    for module in (pml, ours):
+        loss, leaf = replacement(name, module)(), embeddings_of(12)
+        if memory:
+            loss = module.CrossBatchMemory(loss, 7, memory_size=20)
+            loss(embeddings_of(12, seed=1), labels)
+        value = loss(leaf, labels)
+        results.append((value, *torch.autograd.grad(value, leaf)))
+    assert_equal(results, rtol=1e-9, atol=1e-12)
+    plain = getattr(pml, replacement(name, pml).__name__)()(embeddings_of(12), labels)
+    assert memory or float(results[1][0]) == pytest.approx(3 * float(plain), rel=1e-9)
+
+
+def test_a_subclass_that_replaces_nothing_is_still_fused():
+    class Named(ours.SupConLoss):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.called = 0
+
+        def get_default_reducer(self):
+            return MeanReducer()
+
+        def losses_of(self, *arguments):
+            self.called += 1
+            return super().losses_of(*arguments)
+
+    loss, labels = Named(), torch.tensor(LABELS["classes"])
+    value = loss(embeddings_of(12), labels)
+    torch.testing.assert_close(value, pml.SupConLoss(reducer=MeanReducer())(embeddings_of(12), labels))
+    assert loss.called == 1
+
+
+def test_what_a_user_hangs_in_is_called():
+    labels, seen = torch.tensor(LABELS["classes"]), []
+    loss = ours.SupConLoss()
+    loss.distance.register_forward_hook(lambda *_: seen.append("distance"))
+    loss(embeddings_of(12), labels)
+    loss = ours.NTXentLoss()
+    loss._compute_loss = lambda *arguments: seen.append("assigned") or pml.NTXentLoss._compute_loss(loss, *arguments)
+    loss(embeddings_of(12), labels)
+    loss = ours.NTXentLoss()
+    loss.register_forward_hook(lambda *_: seen.append("loss"))
+    ours.CrossBatchMemory(loss, 7, memory_size=20)(embeddings_of(12), labels)
+
+    class Memory(ours.CrossBatchMemory):
+        def create_indices_tuple(self, *arguments):
+            seen.append("tuple")
+            return super().create_indices_tuple(*arguments)
+
+    Memory(ours.NTXentLoss(), 7, memory_size=20)(embeddings_of(12), labels)
+    assert seen == ["distance", "assigned", "loss", "tuple"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_temperature_that_is_a_tensor_can_be_learned(name):
+    results = []
+    for module in (pml, ours):
+        temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        leaf = embeddings_of(12)
+        loss = getattr(module, name)(temperature=temperature)(leaf, torch.tensor(LABELS["classes"]))
+        results.append((loss, *torch.autograd.grad(loss, [leaf, temperature])))
+    assert_equal(results, rtol=1e-9, atol=1e-12)
+    assert results[1][2] != 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_second_derivatives_are_right_or_refused(name):
+    labels, results = torch.tensor(LABELS["classes"]), []
+    for loss in (getattr(pml, name)(temperature=0.5), getattr(ours, name)(temperature=0.5, backend="reference")):
+        leaf = embeddings_of(12)
+        (first,) = torch.autograd.grad(loss(leaf, labels), leaf, create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum(), leaf))
+    assert_equal(results, rtol=1e-8, atol=1e-11)
+    leaf = embeddings_of(12)
+    (first,) = torch.autograd.grad(getattr(ours, name)()(leaf, labels), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*backend=.reference.*has"):
+        torch.autograd.grad(first.square().sum(), leaf)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_functional_transforms_name_the_backend_that_can(name):
+    labels, leaf = torch.tensor(LABELS["classes"]), embeddings_of(12)
+    expected = torch.autograd.grad(getattr(pml, name)()(leaf, labels), leaf)[0]
+    loss = getattr(ours, name)(backend="reference")
+    torch.testing.assert_close(torch.func.grad(lambda x: loss(x, labels))(leaf), expected, rtol=1e-9, atol=1e-12)
+    with pytest.raises(RuntimeError, match=f"{name}: torch.func .*backend='reference' is, found backend=None"):
+        torch.func.grad(lambda x: getattr(ours, name)()(x, labels))(leaf)
+
+
+# --- inside the wrappers of pytorch-metric-learning ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_self_supervised_loss(name, symmetric):
+    results = []
+    for module in (pml, ours):
+        leaves = embeddings_of(9), embeddings_of(9, seed=1)
+        loss = pml.SelfSupervisedLoss(getattr(module, name)(), symmetric=symmetric)(*leaves)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    assert_equal(results, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("mined", [False, True])
+def test_multiple_losses(mined):
+    results, labels = [], torch.tensor(LABELS["classes"])
+    for module in (pml, ours):
+        leaf = embeddings_of(12)
+        parts = [module.SupConLoss(), module.NTXentLoss(), pml.ContrastiveLoss()]
+        miners = [MultiSimilarityMiner(), None, None] if mined else None
+        loss = pml.MultipleLosses(parts, miners=miners, weights=[1, 0.5, 2])(leaf, labels)
+        results.append((loss, *torch.autograd.grad(loss, leaf)))
+    assert_equal(results, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("inner", ["loss", "efficient", "memory", "memory and mask", "references"])
+def test_distributed_loss_wrapper(name, inner, monkeypatch):
+    """As the first of two processes; the other's rows are those of another seed."""
+
+    def other_ranks(x):
+        return embeddings_of(len(x), seed=7).detach() if x.is_floating_point() else x.flip(0)
+
+    monkeypatch.setattr(pml_distributed, "is_distributed", lambda: True)
+    monkeypatch.setattr(pml_distributed, "all_gather", other_ranks)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    results, labels = [], torch.tensor(LABELS["classes"])
+    for module in (pml, ours):
+        loss, leaf, call = getattr(module, name)(), embeddings_of(12), {}
+        if inner.startswith("memory"):
+            loss = module.CrossBatchMemory(loss, 7, memory_size=30)
+            call = {"enqueue_mask": torch.arange(12) % 2 == 0} if "mask" in inner else {}
+        if inner == "references":
+            call = {"ref_emb": embeddings_of(12, seed=2), "ref_labels": labels.clone()}
+        value = pml_distributed.DistributedLossWrapper(loss, efficient=inner == "efficient")(leaf, labels, **call)
+        results.append((value, *torch.autograd.grad(value, leaf)))
+    assert_equal(results, rtol=1e-9, atol=1e-12)
 
 
 class Watch(TorchDispatchMode):
-    """Largest tensor that is made, and how often a host would have to wait for its device."""
+    """The largest tensor that is made, and how often a host would have to wait for its device."""
 
     def __init__(self):
         super().__init__()

@@ -1,10 +1,11 @@
 """The USB integration inside the real USB: its registry, its loaders, its training loop, its own classes as oracle.
 
-Needs the optional extra `usb` (semilearn 0.3.2 with timm 1.0.31), which has an environment of its own.
+Needs USB (`bacon_fast.integrations.usb` says how it is installed), which has an environment of its own.
 """
 
 import contextlib
 import copy
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,20 +15,21 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytest.importorskip("semilearn", reason="USB is not installed (optional extra 'usb')")
+if find_spec("semilearn") is None:
+    pytest.skip("USB is not installed", allow_module_level=True)
 
+from bacon_fast.integrations import usb  # isort: skip  (before semilearn, which it may have to help to be imported)
 import semilearn.nets
 from semilearn.algorithms.fixmatch import FixMatch as USBFixMatch
 from semilearn.core.hooks import Hook, TimerHook
-from semilearn.core.utils import ALGORITHMS, IMB_ALGORITHMS
 from semilearn.core.utils.misc import EMA as USBEMA
 from semilearn.datasets.cv_datasets.datasetbase import BasicDataset
 from semilearn.imb_algorithms import get_imb_algorithm
 from semilearn.imb_algorithms.abc.abc import ABC as USBABC
 from semilearn.lighting import get_config
 
-from bacon_fast.integrations import usb
 from bacon_fast.integrations.usb.__main__ import main
+from bacon_fast.integrations.usb.registry import ALGORITHMS, IMB_ALGORITHMS, MISSING_TRACKERS
 from bacon_fast.models import build_backbone
 
 K, LABELED, UNLABELED = 10, 60, 90
@@ -376,3 +378,48 @@ def test_command_line_trains_resumes_and_refuses_a_taken_directory(tmp_path, cap
         text = (tmp_path / "config.yaml").read_text().replace("imb_algorithm: bacon", "imb_algorithm: null")
         (tmp_path / "config.yaml").write_text(text + "unsup_warm_up: 0.4\n")
         main(arguments)
+
+
+def test_a_shipped_configuration_runs_unedited_and_again(tmp_path, capsys):
+    """The keys of USB's config/classic_cv_imb/fixmatch_abc files that name devices and checkpoints."""
+    latest = tmp_path / "run" / "latest_model.pth"
+    shipped = {
+        "resume": True,
+        "load_path": str(latest),
+        "overwrite": True,
+        "use_tensorboard": True,
+        "world_size": 1,
+        "rank": 0,
+        "multiprocessing_distributed": True,
+        "dist_url": "tcp://127.0.0.1:10169",
+        "dist_backend": "nccl",
+        "gpu": "None",
+        "amp": False,
+        "clip": 0.0,
+    }
+    path = tmp_path / "config.yaml"
+
+    def run(**changes):
+        values = config(tmp_path, imb_algorithm="abc", abc_p_cutoff=0.95, abc_loss_ratio=1.0, **(shipped | changes))
+        path.write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
+        main(["--c", str(path)])
+        return torch.load(latest, weights_only=True)["it"], capsys.readouterr().out
+
+    (tmp_path / "run").mkdir()  # stopped before its first checkpoint
+    steps, shown = run()
+    assert steps == 9 and f"no checkpoint {latest} yet: starting at the beginning" in shown
+    steps, shown = run(num_train_iter=12, epoch=3)
+    assert steps == 13 and "no checkpoint" not in shown
+    with pytest.raises(SystemExit, match="load_path: expected the checkpoint"):
+        run(load_path=str(tmp_path / "mistyped.pth"))
+
+
+@pytest.mark.skipif(not MISSING_TRACKERS, reason="aim and wandb are installed")
+def test_a_tracker_that_is_not_installed_is_named(tmp_path):
+    name = MISSING_TRACKERS[0]
+    path = tmp_path / "config.yaml"
+    path.write_text(f"algorithm: fixmatch\nuse_{name}: True\n")
+    with pytest.raises(SystemExit, match=f"use_{name}: {name} is not installed"):
+        main(["--c", str(path)])
+    with pytest.raises(ImportError):
+        __import__(name)

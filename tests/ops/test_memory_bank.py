@@ -312,6 +312,49 @@ def test_out_of_range_changes_nothing(backend, slot, label):
     assert_same_state(state(bank), before)
 
 
+def damaged_bank(label: int, **options) -> MemoryBank:
+    """As a damaged checkpoint may leave it: slot 7, which holds a feature, is of no class that exists."""
+    bank, every = MemoryBank(30, 4, 5, **options), torch.ones(3, dtype=torch.bool)
+    slots = torch.tensor([1, 7, 8])
+    bank.select_(slots, torch.tensor([2, 3, 0]), every)
+    bank.write_(slots, torch.arange(15.0).view(3, 5), every)
+    bank.selected_label[7] = label
+    return bank
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("label", [4, -2, 10**12, -(10**12)])
+def test_a_slot_of_a_class_that_does_not_exist_is_named_and_nothing_changes(backend, label):
+    bank = damaged_bank(label, backend=backend)
+    before = state(bank)
+    slots, gate = torch.tensor([1, 7]), torch.ones(2, dtype=torch.bool)
+    message = rf"selected_label: expected classes in -1\.\.3, found {label}"
+    with pytest.raises(ValueError, match=message):
+        bank.select_(slots, torch.tensor([0, 1]), gate)
+    with pytest.raises(ValueError, match=message):
+        bank.write_(slots, torch.ones(2, 5), gate)
+    assert_same_state(state(bank), before)
+    bank.select_(torch.tensor([1]), torch.tensor([0]), gate[:1])  # another slot
+    bank.write_(torch.tensor([1]), torch.ones(1, 5), gate[:1])
+    assert bank.class_sizes.tolist()[:3] == [2, 0, 0] and bank.selected_label[7] == label
+    assert bank.centers[0].tolist() == [(v + 1) / 2 for v in range(10, 15)]
+
+
+@pytest.mark.parametrize("label", [4, -2, 10**12])
+def test_where_values_cannot_be_looked_at_it_is_left_alone_and_centers_are_nan(label, monkeypatch):
+    """As on a GPU, and as in csrc/bank/cuda.cu, which tests/gpu compares with this."""
+    monkeypatch.setattr("bacon_fast.reference.bank.check_values", lambda *_: None)
+    bank = damaged_bank(label, backend="reference")
+    slots, gate = torch.tensor([1, 7]), torch.ones(2, dtype=torch.bool)
+    kept = bank.features[7].clone()
+    bank.select_(slots, torch.tensor([0, 1]), gate)
+    assert bank.selected_label[[1, 7, 8]].tolist() == [0, label, 0] and bank.class_counts.tolist() == [2, 0, 0, 0]
+    bank.write_(slots, torch.ones(2, 5), gate)
+    assert bank.centers.isnan().all() and torch.equal(bank.features[7], kept) and bank.features[1].eq(1).all()
+    bank.write_(slots[:1], torch.ones(1, 5), gate[:1])
+    assert bank.centers.isfinite().all() and bank.class_sizes.tolist() == [2, 0, 0, 0]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_label_of_a_row_that_is_not_gated_does_not_matter(backend):
     bank = MemoryBank(30, 4, 5, backend=backend)

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -57,6 +58,8 @@ def test_sdist_and_the_wheel_built_from_it(source, tmp_path):
         kernels = {name for name in file.namelist() if name.startswith("bacon_fast/kernels/")}
         file.extractall(tmp_path / "site")
     assert {top for top in tops if not top.endswith(".dist-info")} == {"bacon_fast"}
+    (library,) = (tmp_path / "site/bacon_fast").glob("_C*")
+    assert library.stat().st_size < 5e6  # stripped: its debug information alone has 26 MB
     assert {f"bacon_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")} == kernels
     where = run(sys.executable, "-c", IMPORT, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert Path(where.strip()) == tmp_path / "site" / "bacon_fast"
@@ -70,3 +73,34 @@ def test_editable_install_imports_this_checkout(tmp_path):
 def test_kernels_is_no_top_level_module(tmp_path):
     code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('kernels') is not None)"
     run(sys.executable, "-c", code, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_without_a_compiler_everything_but_the_native_extension_is_installed(source, tmp_path):
+    site, missing = tmp_path / "site", {"CXX": "/nonexistent/c++", "BACON_FAST_CUDA": "", "OMP_NUM_THREADS": "1"}
+    pip = [sys.executable, "-m", "pip", "install", "--verbose", "--no-deps", "--no-build-isolation", "--no-index"]
+    log = tmp_path / "log.txt"
+    with open(log, "w") as file:
+        command = [*pip, "--target", str(site), str(source)]
+        subprocess.run(command, cwd=tmp_path, env=os.environ | missing, check=True, stdout=file, stderr=file)
+    assert "warning: bacon_fast is installed without its native extension" in log.read_text()
+    assert "the C++ compiler '/nonexistent/c++' was not found" in log.read_text()
+    assert not list(site.rglob("_C*"))
+
+    # -S: an editable installation beside it would give its own extension.
+    python = [sys.executable, "-S"]
+    here = missing | {"PYTHONPATH": f"{site}:{sysconfig.get_path('purelib')}"}
+    where = run(*python, "-c", "import bacon_fast; print(bacon_fast.__file__)", cwd=tmp_path, **here)
+    assert Path(where.strip()).is_relative_to(site)
+    report = run(*python, "-m", "bacon_fast.info", cwd=tmp_path, **here)
+    assert "native extension: not built" in report and "the C++ compiler '/nonexistent/c++' is not there" in report
+    shutil.copy(ROOT / "train.py", tmp_path)
+    run(*python, "train.py", "digits", "--steps", "5", "--no-report", "--run-dir", "run", cwd=tmp_path, **here)
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_forcing_cuda_without_a_toolkit_is_an_error(tmp_path):
+    environment = os.environ | {"BACON_FAST_CUDA": "1", "PATH": "/nonexistent"}
+    code = "import pathlib, runpy; pathlib.Path.exists = lambda path: False; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "error: BACON_FAST_CUDA=1, but no CUDA toolkit was found" in done.stderr

@@ -9,18 +9,27 @@ Importing this package registers
 All three average the weights with a few multi-tensor calls instead of hundreds of copies, and drop the two device
 synchronizations that USB makes around every step; any other algorithm gets both by `use_fast_hooks`. The import must
 come before USB builds the algorithm. ``python -m bacon_fast.integrations.usb --c config.yaml`` does that, and trains
-from a USB configuration file on one device, a CPU included.
+from a USB configuration file, as USB ships them, on one device, a CPU included.
+
+Installation, in two steps and a few minutes:
+
+    pip install 'bacon_fast[usb]'
+    pip install --no-deps semilearn==0.3.2
+
+The first brings what USB imports. The second leaves out aim and wandb, which semilearn asks for (aim is built from
+source): where they are missing an empty module stands in for them, while this package, which has to be the first to do
+so, imports semilearn; only ``use_aim`` and ``use_wandb`` need the real ones.
 """
 
 import contextlib
 import io
 
 try:
-    from semilearn.core.utils import ALGORITHMS, IMB_ALGORITHMS
+    from bacon_fast.integrations.usb.registry import ALGORITHMS, IMB_ALGORITHMS
 except ImportError as error:
     raise ImportError(
         f"bacon_fast.integrations.usb needs USB, which cannot be imported here ({error}). "
-        "Install it with: pip install 'bacon_fast[usb]' (semilearn 0.3.2 with timm 1.0.31)"
+        "Install it with: pip install 'bacon_fast[usb]'; pip install --no-deps semilearn==0.3.2"
     ) from error
 
 from bacon_fast.integrations.usb.algorithms import ABC, BaCon, FixMatch

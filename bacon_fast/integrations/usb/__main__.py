@@ -8,35 +8,47 @@ import numpy as np
 import ruamel.yaml
 import torch
 from semilearn.algorithms import get_algorithm
-from semilearn.core.utils import ALGORITHMS, IMB_ALGORITHMS, TBLog, get_logger, get_net_builder
+from semilearn.core.utils import TBLog, get_logger, get_net_builder
 from semilearn.imb_algorithms import get_imb_algorithm
 from semilearn.lighting import get_config
 
 from bacon_fast.integrations.usb.algorithms import SyncFree
+from bacon_fast.integrations.usb.registry import ALGORITHMS, IMB_ALGORITHMS, MISSING_TRACKERS
 
 
 def main(arguments: list[str] | None = None) -> dict:
     """Train from a USB configuration file on one device; returns USB's results and prints them.
 
+    USB ships its configurations with ``resume: True`` and the run's own checkpoint. A first run, which has none, starts
+    at the beginning, with a line that says so.
+
     Raises:
         SystemExit: if the configuration asks for what this runner does not do, or its run directory is taken.
     """
-    parser = argparse.ArgumentParser(prog="python -m bacon_fast.integrations.usb", description=main.__doc__)
+    summary = main.__doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m bacon_fast.integrations.usb", description=summary)
     parser.add_argument("--c", type=Path, required=True, metavar="CONFIG.yaml", help="a configuration file of USB")
     path = parser.parse_args(arguments).c
     config = ruamel.yaml.YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     for key, registry in (("algorithm", ALGORITHMS), ("imb_algorithm", IMB_ALGORITHMS)):
         if config.get(key) not in (None, *registry.keys()):
             raise SystemExit(f"{key}: expected one of {', '.join(registry.keys())}, found {config[key]!r}")
+    for name in MISSING_TRACKERS:
+        if config.get(f"use_{name}"):
+            raise SystemExit(f"use_{name}: {name} is not installed; pip install {name}, or leave use_{name} out")
     args = get_config(config)
     args.distributed = args.multiprocessing_distributed = False
     args.rank, args.world_size = 0, 1
-    args.gpu = (args.gpu or 0) if torch.cuda.is_available() else None
+    asked = None if args.gpu == "None" else args.gpu  # the word, as YAML has it
+    args.gpu = (asked or 0) if torch.cuda.is_available() else None
     run_dir = Path(args.save_dir) / args.save_name
     if run_dir.exists() and not args.resume:
         raise SystemExit(f"{run_dir} exists: choose another save_name, or set resume and load_path")
     if args.resume and not (args.load_path and Path(args.load_path).is_file()):
-        raise SystemExit(f"load_path: expected the checkpoint to resume from, found {args.load_path!r}")
+        if not args.load_path or any(run_dir.glob("*.pth")):  # a run that a mistyped path would write over
+            raise SystemExit(f"load_path: expected the checkpoint to resume from, found {args.load_path!r}")
+        print(f"no checkpoint {args.load_path} yet: starting at the beginning")
+        args.resume = False
 
     random.seed(args.seed)
     np.random.seed(args.seed)

@@ -34,7 +34,8 @@ def convex_optimum(y: np.ndarray, mass: np.ndarray) -> np.ndarray:
         objective, y.ravel(), jac=True, method="SLSQP", bounds=[(0, 1)] * y.size, constraints=constraints,
         options={"maxiter": 1000, "ftol": 1e-14},
     )  # fmt: skip
-    assert result.success, result.message
+    # 8: the line search finds nothing better at this tolerance, as happens on some processors. The caller compares.
+    assert result.success or result.status == 8, result.message
     return result.x.reshape(y.shape)
 
 
