@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from bacon_fast.data.datasets import ImageDataset
-from bacon_fast.data.philox import Stream, check_seed, philox
+from bacon_fast.data.philox import Stream, philox
 from bacon_fast.files import digest, read_record, write_record
+from bacon_fast.ops.checks import check_seed
 
 
 def class_counts(head: int, gamma: float, num_classes: int) -> list[int]:

@@ -38,7 +38,7 @@ from bacon_fast.engine.meter import Meter
 from bacon_fast.engine.metrics import History, compute_metrics
 from bacon_fast.engine.parallel import PhaseParallel
 from bacon_fast.engine.schedule import learning_rate
-from bacon_fast.engine.step import TrainStep, autocast
+from bacon_fast.engine.step import AUTOCAST, TrainStep, autocast
 from bacon_fast.engine.summary import summarize
 from bacon_fast.files import remove_leftovers, write_record
 from bacon_fast.methods.method import NewGeneration, RefreshContext
@@ -221,7 +221,9 @@ class Trainer:
         self.method = method.to(self.device, memory_format=memory_format)
         if config.engine.sync_batchnorm and distributed.num_ranks() > 1:
             synchronize(self.method)
-        self.batches = Batches(config, split, self.dataset, self.device, method.unlabeled_views, method.balanced_view)
+        half = None if method.mixes_images else AUTOCAST.get(config.engine.precision)
+        views = method.unlabeled_views, method.balanced_view, half or torch.float32
+        self.batches = Batches(config, split, self.dataset, self.device, *views)
         bank = None if method.regularizer is None else method.regularizer.bank
         self.diagnostics = Diagnostics(self.dataset.num_classes, bank).to(self.device)
         self.meter = Meter(self.device)

@@ -22,6 +22,8 @@ class ComposedMethod(ExtendedMethod):
         balancer: what sets the targets of FixMatch, or None.
     """
 
+    mixes_images = False
+
     def __init__(
         self,
         network: Network,

@@ -12,7 +12,7 @@ from bacon_fast.methods.bacon import BaCon
 from bacon_fast.methods.balancers.base import Balancer, Targets
 from bacon_fast.methods.composed import ComposedMethod
 from bacon_fast.methods.fixmatch_abc import FixMatchABC
-from bacon_fast.methods.outputs import Batch, Outputs
+from bacon_fast.methods.outputs import Batch, Outputs, weighted
 from bacon_fast.methods.part import PartOptions, Setup
 from bacon_fast.models.network import Network
 
@@ -64,7 +64,7 @@ class FixMatch(nn.Module):
             out.labeled_logits.float(), batch.labels, weight=targets.labeled_weights, reduction="none"
         )
         unlabeled = F.cross_entropy(strong_logits, pseudo_labels, weight=targets.unlabeled_weights, reduction="none")
-        losses = {"supervised": labeled.mean(), "unsupervised": self.lambda_u * (unlabeled * mask).mean()}
+        losses = {"supervised": labeled.mean(), "unsupervised": weighted(self.lambda_u, (unlabeled * mask).mean())}
         stats = pseudo_label_stats(mask, pseudo_labels, batch.true_labels)
         return losses, stats, torch.where(mask, pseudo_labels, -1)
 
