@@ -206,7 +206,8 @@ class Trainer:
         self.method = method.to(self.device, memory_format=memory_format)
         if config.engine.sync_batchnorm and distributed.num_ranks() > 1:
             synchronize(self.method)
-        self.batches = Batches(config, split, self.dataset, self.device, method.unlabeled_views, method.balanced_view)
+        views = method.unlabeled_views, method.balanced_view, method.labeled_strong_view
+        self.batches = Batches(config, split, self.dataset, self.device, *views)
         bank = None if method.regularizer is None else method.regularizer.bank
         self.diagnostics = Diagnostics(self.dataset.num_classes, bank).to(self.device)
         self.meter = Meter(self.device)

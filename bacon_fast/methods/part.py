@@ -17,7 +17,7 @@ class PartOptions(Options):
         part: its name.
         operation: of `bacon_fast.ops`, if `loss_backend` chooses who computes it.
         unlabeled_ratio: of a base, the only mu it takes; None: any.
-        changes: of a base, other defaults for the options of parts that are added to it, {part: {field: value}}.
+        changes: other defaults for the options of parts that are beside it in a method, {part: {field: value}}.
     """
 
     operation: ClassVar[str | None] = None
@@ -53,7 +53,7 @@ class Setup:
         data: counts and sizes.
         num_features: F, width of the backbone's features.
         steps, seed: of the run.
-        unlabeled_rows: U, unlabeled images a step.
+        labeled_rows, unlabeled_rows: B and U, labeled and unlabeled images a step.
         ema: momentum of the averaged network.
         shared: options that several parts read.
         parts: options of all parts of the method, by name.
@@ -63,6 +63,7 @@ class Setup:
     num_features: int
     steps: int
     seed: int
+    labeled_rows: int
     unlabeled_rows: int
     ema: float
     shared: SharedOptions
@@ -80,7 +81,7 @@ class Part:
         build: (options, setup) -> module; of a base (options, setup, network, balancer, regularizer) -> Method, where
             a base that takes no additions leaves out the last two. None for an extension.
         alone: of a base, why nothing can be added to it; empty: something can.
-        refuses: base learners that a balancer does not go with, and why.
+        refuses: parts that a balancer does not go with, and why.
         beside: regularizers that a balancer goes with.
         extends: of an extension, the part.
     """

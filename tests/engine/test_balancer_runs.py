@@ -7,8 +7,8 @@ from run_cases import assert_equal_states, final_state, tiny
 from bacon_fast.engine import build
 from bacon_fast.engine.trainer import Trainer
 
-BALANCERS = ("daso", "darp", "crest", "crest+pda", "cossl")  # of both bases
-BALANCED = ["fixmatch+debiaspl", "fixmatch+saw"] + [
+BALANCERS = ("daso", "darp", "crest", "crest+pda", "cossl", "cdmad")  # of both bases
+BALANCED = ["fixmatch+debiaspl", "fixmatch+saw", "fixmatch+simpro"] + [
     f"{base}+{x}" for base in ("fixmatch", "remixmatch") for x in BALANCERS
 ]
 
@@ -56,7 +56,7 @@ def test_a_run_stopped_right_before_a_refresh_ends_as_an_uninterrupted_one(tmp_p
 
 # Where each acts in ReMixMatch, by its authors' code: (on the aligned and sharpened targets, as the alignment).
 PLACES = {"daso": (True, False), "darp": (True, False), "crest": (False, False), "crest+pda": (False, True)}
-PLACES["cossl"] = (False, False)
+PLACES |= {"cossl": (False, False), "cdmad": (False, True)}
 
 
 @pytest.mark.parametrize("name", BALANCERS)
