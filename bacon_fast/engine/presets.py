@@ -1,7 +1,8 @@
 """Named configurations, each with the source of its hyper-parameters.
 
 [BC] BaCon, [US] USB, [AB] ABC, [SC] SSC, [SP] SimPro, [CD] CDMAD, [CP] CPG: their code. A row of methods.md A.1 is a
-preset, and --method takes any method with it: what a method wants of its own, such as ReMixMatch mu=1, is a default of its parts.
+preset, and --method takes any method with it: what a method wants of its own, such as ReMixMatch mu=1, is a default of
+its parts.
 """
 
 from collections.abc import Mapping
