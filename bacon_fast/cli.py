@@ -25,7 +25,7 @@ from bacon_fast.engine.trainer import DivergedError, StoppedError, Trainer
 from bacon_fast.parser import method_in, override
 from bacon_fast.report.collect import collect
 
-# What a user can cause. Anything else is a defect of ours and keeps its traceback.
+# Errors that a user can cause. Any other error is a bug of ours and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, CheckpointError, DivergedError, distributed.LostProcessError)
 
 SAVING_MEMORY = (
@@ -100,8 +100,8 @@ def parse_seeds(text: str) -> list[int]:
 def run_directories(configs: Sequence[Config]) -> Iterator[list[Config]]:
     """The configurations with a directory each: runs/PRESET-METHOD-seedSEED-TIME where they name none.
 
-    Such a directory is made at once, so that no command that starts in the same second takes the same one. It goes
-    again when it is empty at the end, as no run began.
+    Such a directory is made at once, so that no command that starts in the same second takes the same one. If it is
+    empty at the end, because no run began, it is removed.
     """
     folder, stamp = Path("runs"), time.strftime("%Y%m%d-%H%M%S")
     made = [] if folder.exists() else [folder]
@@ -184,7 +184,7 @@ def _conclude(trainer: Trainer, summary: dict) -> None:
 
 @contextmanager
 def _same_run_everywhere(config: Config, store: Store | None) -> Iterator[Config]:
-    """With rank 0's run directory on all ranks; after a restart by torchrun, with the one to continue in."""
+    """The configuration with rank 0's run directory on all ranks; after a restart by torchrun, with the earlier one."""
     earlier = distributed.started_before(store)
     if earlier is not None:
         yield config.replace(run_dir=earlier, resume=True)
@@ -195,7 +195,7 @@ def _same_run_everywhere(config: Config, store: Store | None) -> Iterator[Config
 
 
 def with_clear_errors(main: Callable[[], None]) -> None:
-    """Runs `main`; what a user can cause ends in one line on stderr and a non-zero status instead of a traceback."""
+    """Runs `main`. Errors that a user can cause become one line on stderr and a non-zero status, not a traceback."""
     try:
         main()
     except StoppedError as stop:
@@ -203,7 +203,7 @@ def with_clear_errors(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _exit("interrupted", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left
         sys.exit(141)
     except Exception as error:
         out_of_memory = is_out_of_memory(error)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def errors_name(path: Path) -> Iterator[None]:
-    """Inside, an OSError that names no file, such as that of a full disk, is raised again with the name of `path`."""
+    """Inside, an OSError that names no file, such as one from a full disk, is raised again with the name of `path`."""
     try:
         yield
     except OSError as error:
@@ -18,9 +18,9 @@ def errors_name(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write(temporary_path)` and moves the result to `path`: readers see the old file or the new, never half.
+    """Calls `write(temporary_path)` and moves the result to `path`: readers see the old or the new file, never half.
 
-    The folder is made when it is missing. What `write` raises leaves the old file as it was.
+    The folder is made when it is missing. If `write` raises, the old file stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -9,7 +9,7 @@ import tyro
 from bacon_fast import methods
 from bacon_fast.engine.config import GROUPS, Config
 
-# What --help leaves out: how a run is computed and logged, not what it computes.
+# --help leaves these out: they change how a run is computed and logged, not its result.
 RARE = ("engine", "log")
 STEPS_HELP = "T, optimizer steps. Schedules run on t/T."
 SEED_HELP = "Of split, initialization, sampling order and augmentation draws."
@@ -19,7 +19,7 @@ Extra = Mapping[str, tuple[object, object]]
 
 
 def method_in(words: Sequence[str]) -> str | None:
-    """The method that command-line words name, the last one given; None without any."""
+    """The method that command-line words name, the last one if there are several; None without any."""
     found = None
     for word, value in zip(words, (*words[1:], None)):
         if word == "--method":
@@ -32,7 +32,7 @@ def method_in(words: Sequence[str]) -> str | None:
 def override(
     default: Config, words: Sequence[str], *, prog: str, description: str = "", extra: Extra | None = None
 ) -> tuple[Config, dict[str, object]]:
-    """The configuration with what command-line words change in it, and the values of the extra options.
+    """The configuration as changed by command-line words, and the values of the extra options.
 
     Under --help it prints the options of the method's parts and of all groups but `RARE`, under --help-all those of
     every part and group, and exits.
@@ -66,7 +66,7 @@ def override(
 
 
 def words_of(config: Config, default: Config) -> list[str]:
-    """The words that make `config` of `default`, which has the same method."""
+    """The command-line words that turn `default` into `config`, which has the same method."""
     words, values = [], default.flat()
     for name, value in config.flat().items():
         if value == values[name]:

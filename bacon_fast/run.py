@@ -16,7 +16,7 @@ from bacon_fast.models.spec import NetworkSpec, build_network
 class Run:
     """The averaged network of a run's newest checkpoint, in evaluation mode, and what it needs to read images.
 
-    saved: the run's configuration as the checkpoint has it, `Config.to_dict`.
+    saved: the run's configuration in the checkpoint, as `Config.to_dict` gives it.
     """
 
     directory: Path

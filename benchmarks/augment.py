@@ -1,4 +1,4 @@
-"""Images a second of the augmentation: Pillow as peers run it, PyTorch, and the native code. One CSV row a measurement.
+"""Images a second of the augmentation: Pillow as peers use it, PyTorch, and the native code. One CSV row a measurement.
 
     python -m benchmarks.augment
     python -m benchmarks.augment --device cuda

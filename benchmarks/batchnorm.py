@@ -2,12 +2,12 @@
 
     python -m benchmarks.batchnorm --device cuda [--quick] [--only TEXT] [--images N] [--out FILE.csv]
 
-Decides what `bacon_fast.ops.batch_norm.default_backend` says: the fused kernels stay where they beat torch's own (on a
-GPU cuDNN's), and torch.compile. Nothing is timed that is not right: outputs, gradients and running statistics of every
-arm are compared with float64 first. Arms run in turns, in rounds; times are medians over the rounds with their 20th and
-80th percentile, ratios are medians of the ratios within the rounds. On a GPU a call is one of several in a CUDA graph,
-each with tensors of its own, together too many for the L2 cache. "network" adds up the layers, each as often as the
-network has it. Rows are added to benchmarks/results/batchnorm_DEVICE.csv.
+The result decides `bacon_fast.ops.batch_norm.default_backend`: the fused kernels stay where they beat torch's own (on a
+GPU cuDNN's), and torch.compile. Only correct arms are timed: outputs, gradients and running statistics of every arm are
+compared with float64 first. Arms run in turns, in rounds; times are medians over the rounds with their 20th and 80th
+percentile, ratios are medians of the ratios within the rounds. On a GPU a call is one of several in a CUDA graph, each
+with tensors of its own, together too large for the L2 cache. "network" adds up the layers, each as often as the network
+has it. Rows are added to benchmarks/results/batchnorm_DEVICE.csv.
 """
 
 import argparse
@@ -40,7 +40,7 @@ COLD_BYTES = 2**28  # several times the L2 cache of any card
 
 
 class Layer(NamedTuple):
-    """What a BatchNorm of WRN-28-2 reads, whether it adds a residual first, and how many layers are like this one."""
+    """The input of a BatchNorm of WRN-28-2, whether it adds a residual first, and how many layers are like this one."""
 
     channels: int
     size: int
@@ -149,7 +149,7 @@ def both_ways(function: Function, data: Problem) -> Callable[[], tuple[Tensor, .
 
 
 def truth(data: Problem) -> tuple[Tensor, ...]:
-    """The same in float64, of the sum that the arms round to their dtype."""
+    """The same in float64, on the sum as the arms round it to their dtype."""
     wide = data._replace(**{k: None if v is None else v.double() for k, v in data._asdict().items()})
     if data.residual is not None:
         wide = wide._replace(x=(data.x + data.residual).double(), residual=torch.zeros_like(wide.x))
@@ -157,7 +157,7 @@ def truth(data: Problem) -> tuple[Tensor, ...]:
 
 
 def wrong(outputs: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> str | None:
-    """How an arm's outputs differ from float64 more than they may; None if they do not."""
+    """Why an arm's outputs differ too much from float64; None if they do not."""
     for index, (output, value) in enumerate(zip(outputs, expected, strict=True)):
         error = ((output.detach().double() - value).norm() / value.norm()).item()
         if not error <= tolerance:
@@ -166,7 +166,7 @@ def wrong(outputs: Sequence[Tensor], expected: Sequence[Tensor], tolerance: floa
 
 
 def least_bytes(layer: Layer, images: int, dtype: torch.dtype) -> int:
-    """What two passes forward and two backward read and write at least."""
+    """The least that two passes forward and two backward read and write."""
     tensors = 5 + 6 if layer.residual else 3 + 5
     return tensors * images * layer.channels * layer.size**2 * dtype.itemsize
 
@@ -275,7 +275,7 @@ def main() -> None:
             samples, modes, reasons = measure(layer, images, dtype, options.device, rounds)
             least = least_bytes(layer, images, dtype)
             rows = report(layer.name, f"N={images}", dtype, samples, modes, reasons, least)
-            append_csv(out, [start | row for row in rows])  # at once: a time limit takes only what is not done yet
+            append_csv(out, [start | row for row in rows])  # at once: a time limit costs only the cases not done yet
             complete = complete and not reasons
             moved += layer.number * least
             for name, seconds in samples.items():

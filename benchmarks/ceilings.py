@@ -1,4 +1,4 @@
-"""What the machine gives at best: the denominators for every "share of the roof". One CSV row a measurement.
+"""The best that the machine can do: the denominators for every "share of the roof". One CSV row a measurement.
 
     python -m benchmarks.ceilings --device cuda
     python -m benchmarks.ceilings --device cpu

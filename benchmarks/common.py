@@ -1,4 +1,4 @@
-"""What every benchmark needs: who measures, timing in interleaved rounds, peak memory, CSV rows, a table."""
+"""Shared by the benchmarks: commit and machine, timing in interleaved rounds, peak memory, CSV rows, a table."""
 
 import csv
 import ctypes
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bacon_fast.engine.graph import CudaCapture
+from bacon_fast.engine.graph import Capture, CudaCapture
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -79,8 +79,24 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """Median over the rounds of the ratio within each: what slows the machine down for a round slows both."""
+    """Median over the rounds of the ratio within each: a slow round slows both arms."""
     return statistics.median(a / b for a, b in zip(numerator, denominator))
+
+
+class Replay:
+    """A call that was captured once and is replayed from then on.
+
+    A graph holds addresses and not tensors: what the call reads, and what it returned, lives as long as the replay.
+    """
+
+    def __init__(self, call: Call, capture: Capture) -> None:
+        self._call = call
+        self._replay, self._result = capture(call)
+
+    def __call__(self) -> object:
+        """The results of this replay, in the same tensors every time."""
+        self._replay()
+        return self._result
 
 
 def graphed(call: Call) -> Call:
@@ -90,7 +106,7 @@ def graphed(call: Call) -> Call:
     with torch.cuda.stream(stream):
         for _ in range(3):
             call()
-        replay, _ = CudaCapture()(call)
+        replay = Replay(call, CudaCapture())
     torch.cuda.current_stream().wait_stream(stream)
     return replay
 
@@ -164,7 +180,7 @@ def peak_memory(call: Call, device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now the present
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now the current memory
     before = _resident("VmRSS")
     call()
     return _resident("VmHWM") - before

@@ -2,7 +2,7 @@
 
     python -m benchmarks.loss --device cpu [--quick] [--only TEXT] [--threads N] [--out FILE.csv]
 
-Nothing is timed that is not right: every arm's loss and gradient (and, of a whole step, class centers) are compared
+Only correct arms are timed: every arm's loss and gradient (and, of a whole step, class centers) are compared
 with float64 first, and an arm that is off gets no speed. Arms run in turns, in rounds; times are medians over the
 rounds with their 20th and 80th percentile, ratios are medians of the ratios within the rounds. On a GPU an arm is
 replayed as a CUDA graph where it can be captured. Rows are added to benchmarks/results/loss_DEVICE.csv.
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bacon_fast import functional, reference
+from bacon_fast.ops.bacon_step import fuses_bacon_step
 from benchmarks.common import (
     RESULTS,
     append_csv,
@@ -37,12 +38,14 @@ from benchmarks.common import (
 )
 from benchmarks.loss_arms import (
     TEMPERATURE,
+    TOP_K,
     BaConBatch,
     bacon_batch,
     bacon_class_loop,
     bacon_ours,
     bacon_vectorized,
     class_loop_step,
+    fused_step,
     info_nce_vectorized,
     loss_call,
     our_backends,
@@ -93,7 +96,13 @@ def bacon_cases(rows: int, num_classes: int, dim: int, device: str) -> list[Case
         "class loop": lambda: class_loop_step(batch()),
         "eager": lambda: vectorized_step(batch(), compiled=False),
         "torch.compile": lambda: vectorized_step(batch(), compiled=True),
-    } | {f"bacon_fast {name}": lambda name=name: our_step(batch(), name) for name in backends}
+    }
+    sizes = torch.empty(rows, dim, device=device), torch.empty(rows, num_classes, device=device)
+    if fuses_bacon_step(None, *sizes, TOP_K):
+        from bacon_fast.kernels.bacon_step_design import DESIGNS
+
+        step_arms |= {f"bacon_fast fused, {name}": lambda name=name: fused_step(batch(), name) for name in DESIGNS}
+    step_arms |= {f"bacon_fast {name}": lambda name=name: our_step(batch(), name) for name in backends}
     # The loop keeps four arrays of anchors x negatives x features for the backward.
     classes = bacon_batch(rows, num_classes, dim).logits.argmax(dim=1)
     pairs = int(torch.bincount(classes).sum()) * rows
@@ -197,7 +206,7 @@ def all_cases(device: str, quick: bool) -> list[Case]:
 
 
 def wrong(outputs: Outputs, truth: Outputs) -> str | None:
-    """How an arm's outputs differ from float64 more than they may; None if they do not."""
+    """Why an arm's outputs differ too much from float64; None if they do not."""
     for name, output, expected in zip(("loss", "gradient", "centers"), outputs, truth):
         tolerance = LOSS_TOLERANCE if name == "loss" else GRADIENT_TOLERANCE
         error = (output.detach().cpu().double() - expected.detach()).abs().max().item()
@@ -217,7 +226,7 @@ def free_memory(device: str) -> int:
 
 
 def usable_arms(case: Case, device: str) -> tuple[dict[str, Callable], dict[str, str]]:
-    """The arms of a case that fit and are right, ready to be timed, and the reason of each other one."""
+    """The arms of a case that fit and are right, ready to be timed, and the reasons against the others."""
     truth = case.truth()
     calls, reasons = {}, {}
     for name, build in case.arms.items():

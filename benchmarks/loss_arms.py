@@ -15,6 +15,7 @@ from torch import Tensor
 from bacon_fast import functional
 from bacon_fast.losses import MemoryBank
 from bacon_fast.ops.backends import BACKENDS
+from bacon_fast.ops.bacon_step import bacon_step_
 
 TEMPERATURE, BTA, NEGATIVE_WEIGHT, TOP_K, EPS = 0.1, 0.005, 64.0, 3, 1e-8
 RELIABLE, COUNTED = 0.98, 0.95
@@ -82,9 +83,9 @@ def temperatures(class_counts: Tensor, progress: Tensor) -> Tensor:
 def bacon_class_loop(
     features, labels, logits, centers, reliable, class_counts, progress, has_center: Sequence[bool] | None = None
 ) -> Tensor:
-    """As the authors' code is built: a Python loop over classes, rows picked by boolean masks, broadcast cosines.
+    """Structured like the authors' code: a Python loop over classes, rows picked by boolean masks, broadcast cosines.
 
-    Classes without a center are left out, if there are any: the host knows which from the loop that made the centers.
+    Classes without a center are left out: the host knows them from the loop that made the centers.
     """
     batch = labels.shape[0]
     top = logits[batch:].topk(TOP_K, dim=1).indices
@@ -119,7 +120,7 @@ def bacon_vectorized(
     unit = F.normalize(features, dim=1, eps=EPS)
     positive = (unit * F.normalize(centers, dim=1, eps=EPS)[classes]).sum(dim=1)
     positive = positive / temperatures(class_counts, progress)[classes]
-    # Cosines over 0.1 are at most 10: their exponentials need no maximum subtracted.
+    # Cosines over 0.1 are at most 10: their exponentials do not overflow without subtracting a maximum.
     exponential = torch.where(is_negative[classes], torch.exp(unit @ unit.T / TEMPERATURE), 0)
     row_sum = exponential.sum(dim=1)
     class_sum = row_sum.new_zeros(num_classes).index_add(0, classes, row_sum)
@@ -204,7 +205,7 @@ def vectorized_step(batch: BaConBatch, compiled: bool) -> Callable[[], tuple[Ten
         reliable, select, classes = _gates(batch)
         num_classes = batch.centers.shape[0]
         batch.selected_label[batch.slots] = torch.where(select, classes, batch.selected_label[batch.slots])
-        # Slots that were never selected are counted in a class of their own.
+        # Slots that were never selected count as an extra class.
         slot_class = torch.where(batch.selected_label >= 0, batch.selected_label, num_classes)
         counts = batch.class_counts.new_zeros(num_classes + 1).index_add(0, slot_class, torch.ones_like(slot_class))
         counts = counts[:num_classes]
@@ -225,14 +226,20 @@ def vectorized_step(batch: BaConBatch, compiled: bool) -> Callable[[], tuple[Ten
     return call
 
 
+def filled_bank(batch: BaConBatch) -> MemoryBank:
+    """bacon_fast's memory bank, holding what the batch's bank holds."""
+    bank = MemoryBank(batch.bank.shape[0], batch.centers.shape[0], batch.bank.shape[1]).to(batch.features.device)
+    slots = torch.arange(batch.bank.shape[0], device=batch.features.device)
+    bank.select_(slots, batch.selected_label.clamp_min(0), batch.selected_label >= 0)
+    bank.write_(slots, batch.bank, torch.ones_like(slots, dtype=torch.bool))
+    return bank
+
+
 def our_step(batch: BaConBatch, backend: str) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
     """The step with bacon_fast's memory bank, which touches the rows of the batch only."""
     features = batch.features.requires_grad_()
     loss_of = bacon_ours(backend)
-    bank = MemoryBank(batch.bank.shape[0], batch.centers.shape[0], batch.bank.shape[1]).to(features.device)
-    slots = torch.arange(batch.bank.shape[0], device=features.device)
-    bank.select_(slots, batch.selected_label.clamp_min(0), batch.selected_label >= 0)
-    bank.write_(slots, batch.bank, torch.ones_like(slots, dtype=torch.bool))
+    bank = filled_bank(batch)
 
     def call() -> tuple[Tensor, Tensor, Tensor]:
         reliable, select, classes = _gates(batch)
@@ -240,6 +247,46 @@ def our_step(batch: BaConBatch, backend: str) -> Callable[[], tuple[Tensor, Tens
         loss = loss_of(features, batch.labels, batch.logits, batch.centers, reliable, bank.class_counts, batch.progress)
         (gradient,) = torch.autograd.grad(loss, features)
         bank.write_(batch.slots, features.detach(), reliable)
+        return loss, gradient, bank.centers
+
+    return call
+
+
+def fused_step(batch: BaConBatch, design: str) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    """The step as training takes it on a GPU: one op, in one of its designs (kernels.bacon_step_design)."""
+    from bacon_fast.kernels.bacon_step_design import use_design
+
+    features, labeled = batch.features.requires_grad_(), batch.labels.shape[0]
+    bank = filled_bank(batch)
+    bank.centers.copy_(batch.centers)  # the other arms' loss pulls to these
+    bank.has_center.fill_(True)
+    options = {
+        "num_labeled": 0,  # all slots are counted from 0
+        "temperature": TEMPERATURE,
+        "bta": BTA,
+        "min_temperature": 0.0,
+        "negative_weight": NEGATIVE_WEIGHT,
+        "neg_mode": "authors",
+        "top_k": TOP_K,
+        "reliable_threshold": RELIABLE,
+        "count_threshold": COUNTED,
+        "count_gate": "prob",
+        "labeled_counts": "always",
+    }
+
+    def call() -> tuple[Tensor, Tensor, Tensor]:
+        with use_design(design):
+            loss, _ = bacon_step_(
+                features,
+                batch.labels,
+                batch.logits,
+                batch.slots[:labeled],
+                batch.slots[labeled:],
+                dict(bank.named_buffers()),
+                progress=batch.progress,
+                **options,
+            )
+        (gradient,) = torch.autograd.grad(loss, features)
         return loss, gradient, bank.centers
 
     return call

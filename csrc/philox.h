@@ -1,4 +1,4 @@
-// Counter-based random bits: Philox4x32-10 (Salmon et al., SC 2011), bit for bit those of bacon_fast/data/philox.py.
+// Counter-based random bits: Philox4x32-10 (Salmon et al., SC 2011), bit for bit as in bacon_fast/data/philox.py.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ struct PhiloxWords {
   uint32_t word[4];
 };
 
-// Block `block` of the words at (seed, step, view, slot).
+// Block number `block` of the words at (seed, step, view, slot).
 BACON_FAST_HOST_DEVICE inline PhiloxWords philox(uint64_t seed, uint32_t step, uint32_t view, uint32_t slot,
                                                  uint32_t block) {
   uint32_t c0 = slot, c1 = step, c2 = view, c3 = block;

@@ -1,4 +1,4 @@
-"""Triton kernels: what runs on the GPU, and in Triton's interpreter (TRITON_INTERPRET=1) on a CPU."""
+"""Triton kernels. They run on a GPU and, in Triton's interpreter (TRITON_INTERPRET=1), on a CPU."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for GPUs that need not be here, and says what each costs.
+"""Compiles every Triton kernel for GPUs that this machine need not have, and prints the cost of each.
 
     python -m bacon_fast.kernels.aot [--arch 80 90] [--only NAME]
 
@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import launch
-from .bacon_step import bacon_step
+from .bacon_step_design import DESIGNS
 from .contrastive_backward import contrastive_backward
 from .contrastive_forward import contrastive_forward
 
@@ -44,7 +44,7 @@ POINTERS = {
 
 
 class Launch(NamedTuple):
-    """A kernel with what decides its machine code; equal launches compile to the same."""
+    """A kernel with all that decides its machine code: equal launches compile to the same."""
 
     kernel: object
     signature: tuple[tuple[str, str], ...]
@@ -56,7 +56,7 @@ class Launch(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What one program takes: registers a thread, bytes of local memory a thread, bytes of shared memory."""
+    """Cost of one program: registers a thread, bytes of local memory a thread, bytes of shared memory."""
 
     registers: int
     local: int
@@ -67,7 +67,7 @@ class Usage(NamedTuple):
 
 
 def describe(kernel, arguments, constants, num_warps: int, num_stages: int, maxnreg: int | None) -> Launch:
-    """What Triton's just-in-time compiler specializes on: dtypes, None, the number 1, multiples of 16."""
+    """The properties on which Triton's compiler specializes: dtypes, None, the number 1, multiples of 16."""
     signature, values, aligned = {}, {}, []
     for index, name in enumerate(kernel.arg_names):
         value = constants[name] if name in constants else arguments[index]
@@ -164,13 +164,15 @@ def contrastive(
     contrastive_backward(row(), stats, inverse, mean, *arguments, **options, **needs)
 
 
-def step(arch: int, rows: int, dim: int, num_classes: int, dtype: torch.dtype, precision: str) -> None:
+def step(
+    arch: int, rows: int, dim: int, num_classes: int, dtype: torch.dtype, precision: str, design: str = "phases"
+) -> None:
     """One step of BaCon with its bank, a third of the rows labeled."""
     meta = functools.partial(torch.empty, device="meta")
     index = functools.partial(meta, dtype=torch.int64)
     flag = functools.partial(meta, dtype=torch.bool)
     batch, slots = rows // 3, 12_000
-    bacon_step(
+    DESIGNS[design](
         meta(rows, dim, dtype=dtype),
         index(batch),
         meta(rows, num_classes, dtype=dtype),
@@ -229,9 +231,10 @@ def subjects() -> dict[str, Callable[[int], None]]:
         for instance, shape in instances.items():
             found[f"{instance}-{name}"] = functools.partial(run, **shape)
         for rows, dim, num_classes in ((192, 16, 10), (192, 32, 10), (192, 64, 100), (1024, 128, 1000)):
-            found[f"bacon-step-{rows}x{dim}x{num_classes}-{name}"] = functools.partial(
-                step, rows=rows, dim=dim, num_classes=num_classes, dtype=dtype, precision=precision
-            )
+            for design in DESIGNS:
+                found[f"bacon-step-{design}-{rows}x{dim}x{num_classes}-{name}"] = functools.partial(
+                    step, rows=rows, dim=dim, num_classes=num_classes, dtype=dtype, precision=precision, design=design
+                )
     for module in iter_modules([str(Path(__file__).parent)]):
         of_kernel = import_module(f".{module.name}", __package__)
         found |= getattr(of_kernel, "aot_subjects", dict)()

@@ -25,6 +25,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .bacon_step_math import (
+    BANK_SCALE,
+    EPS_COSINE,
+    EPS_LOG,
+    FEATURE_LIMIT,
+    can_be_written,
+    read_labels,
+    read_logits,
+    read_slots,
+    to_fixed_point,
+)
 from .config import bacon_step_config
 from .contrastive_math import (
     EMPTY,
@@ -39,14 +50,6 @@ from .contrastive_math import (
     store_vectors,
 )
 from .launch import TRITON_DTYPE, accumulator_dtype, architecture, dot_dtypes, launch
-
-EPS_COSINE = tl.constexpr(1e-8)  # smallest norm a vector is divided by
-EPS_LOG = 1e-8  # added to the denominator of the softmax
-
-# The bank's fixed-point grid (bacon_fast/reference/memory_bank.py).
-FEATURE_LIMIT = tl.constexpr(4096.0)
-BANK_SCALE = tl.constexpr(2.0**30)
-ROUND_TO_INTEGER = tl.constexpr(1.5 * 2.0**52)  # added to and subtracted from a double below 2^51: rounds half to even
 
 # What a row leaves in rows_int [NUM_INT + 2 · splits, R]; its last rows by split follow.
 GATES = tl.constexpr(0)
@@ -70,24 +73,6 @@ SHARE_SCALE = tl.constexpr(2.0**52)  # of numbers in 0..1, of which 1024 rows' f
 
 
 @triton.jit
-def _slots(labeled_slots, unlabeled_slots, row, inside, batch, num_labeled):
-    labeled = tl.load(labeled_slots + row, mask=inside & (row < batch), other=0)
-    unlabeled = tl.load(unlabeled_slots + (row - batch), mask=inside & (row >= batch), other=0) + num_labeled
-    return tl.where(row < batch, labeled, unlabeled)
-
-
-@triton.jit
-def _load_logits(
-    logits, row, inside, first, num_classes, stride, stride_class, LOGIT: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Tile of the logits of BLOCK_K classes from ``first`` on; which of them are classes; their numbers."""
-    k = first + tl.arange(0, BLOCK_K)
-    is_class = (k < num_classes)[None, :]
-    offsets = row.to(tl.int64)[:, None] * stride + k.to(tl.int64)[None, :] * stride_class
-    return tl.load(logits + offsets, mask=inside[:, None] & is_class, other=0.0).to(LOGIT), is_class, k[None, :]
-
-
-@triton.jit
 def _next_class(
     value, code, logits, row, inside, num_classes, stride, stride_class, LOGIT: tl.constexpr, BLOCK_K: tl.constexpr
 ):
@@ -98,7 +83,7 @@ def _next_class(
     best = tl.full(row.shape, float("-inf"), LOGIT)
     best_code = tl.full(row.shape, -1, tl.int32)
     for first in range(0, num_classes, BLOCK_K):
-        tile, is_class, k = _load_logits(logits, row, inside, first, num_classes, stride, stride_class, LOGIT, BLOCK_K)
+        tile, is_class, k = read_logits(logits, row, inside, first, num_classes, stride, stride_class, LOGIT, BLOCK_K)
         tile = tl.where(tile == tile, tl.maximum(tile, -3.0e38), float("inf"))  # above the -inf of what is no candidate
         follows = (tile < value[:, None]) | ((tile == value[:, None]) & (k > code[:, None]))
         tile = tl.where(is_class & follows, tile, float("-inf"))
@@ -128,7 +113,7 @@ def _gates(
     """Whether rows are reliable and counted, from their largest logits. Labeled rows count; NaN passes no gate."""
     total = tl.zeros(row.shape, LOGIT)
     for first in range(0, num_classes, BLOCK_K):
-        tile, is_class, _ = _load_logits(logits, row, inside, first, num_classes, stride, stride_class, LOGIT, BLOCK_K)
+        tile, is_class, _ = read_logits(logits, row, inside, first, num_classes, stride, stride_class, LOGIT, BLOCK_K)
         total += tl.sum(tl.where(is_class, tl.exp(tile - largest[:, None]), 0.0), axis=1)
     probability = 1.0 / total
     if COUNT_BY_LOGIT:
@@ -136,21 +121,6 @@ def _gates(
     else:
         counted = probability >= COUNT_FROM
     return inside & (probability >= RELIABLE_FROM), inside & (counted | (row < batch))
-
-
-@triton.jit
-def _labels(labels, row, inside, batch, num_classes):
-    """Labels of labeled rows, -2 if one is no class; whether a row is labeled; whether its label is a class."""
-    is_labeled = row < batch
-    label = tl.load(labels + row, mask=inside & is_labeled, other=0)
-    valid = (label >= 0) & (label < num_classes)
-    return tl.where(valid, label, -2).to(tl.int32), is_labeled, valid
-
-
-@triton.jit
-def _can_be_written(vectors):
-    """Whether every component is finite in float32, the dtype of the bank."""
-    return tl.min(is_finite(vectors.to(tl.float32)).to(tl.int32), axis=1) == 1
 
 
 @triton.jit
@@ -200,8 +170,8 @@ def _compare_kernel(
     inside = row < num_rows
     x = load_vectors(features, row, inside, dim, stride, stride_dim, BLOCK_D).to(ACC)
     _, x_inverse = norms(x, EPS_COSINE)
-    slot = _slots(labeled_slots, unlabeled_slots, row, inside, batch, num_labeled)
-    label, is_labeled, valid = _labels(labels, row, inside, batch, num_classes)
+    slot = read_slots(labeled_slots, unlabeled_slots, row, inside, batch, num_labeled)
+    label, is_labeled, valid = read_labels(labels, row, inside, batch, num_classes)
     highest_logit = tl.full([BLOCK_R], float("inf"), LOGIT)
     before_first = tl.full([BLOCK_R], -1, tl.int32)
     largest, best = _next_class(
@@ -254,7 +224,7 @@ def _compare_kernel(
             y, features, column, column_inside, y_inverse, stride, stride_dim,
             dim, DOT, PRECISION, BLOCK_S, BLOCK_D,
         )  # fmt: skip
-        label, is_labeled, valid = _labels(labels, column, column_inside, batch, num_classes)
+        label, is_labeled, valid = read_labels(labels, column, column_inside, batch, num_classes)
         negative = inside[:, None] & column_inside[None, :]
         value = tl.full([BLOCK_C], float("inf"), LOGIT)
         code = tl.full([BLOCK_C], -1, tl.int32)
@@ -277,11 +247,11 @@ def _compare_kernel(
         running_sum = running_sum * tl.exp(running_max - highest) + tl.sum(exponential, axis=1)
         running_max = highest
 
-        other_slot = _slots(labeled_slots, unlabeled_slots, column, column_inside, batch, num_labeled)
+        other_slot = read_slots(labeled_slots, unlabeled_slots, column, column_inside, batch, num_labeled)
         same = (slot[:, None] == other_slot[None, :]) & valid[None, :]
         selects = same & counted[None, :]
         last_selected = tl.maximum(last_selected, tl.max(tl.where(selects, column[None, :], -1), axis=1))
-        writes = same & (reliable & _can_be_written(y))[None, :]
+        writes = same & (reliable & can_be_written(y))[None, :]
         last_written = tl.maximum(last_written, tl.max(tl.where(writes, column[None, :], -1), axis=1))
     tl.store(rows_float + (1 + split) * num_rows + row, log_of_sum(running_max, running_sum), mask=inside)
     tl.store(rows_int + (NUM_INT + split) * num_rows + row, last_selected, mask=inside)
@@ -384,11 +354,6 @@ def _weights(shares, row, inside, label, own, scale, num_classes, AUTHORS: tl.co
 
 
 @triton.jit
-def _to_fixed_point(features):
-    return ((features.to(tl.float64) * BANK_SCALE + ROUND_TO_INTEGER) - ROUND_TO_INTEGER).to(tl.int64)
-
-
-@triton.jit
 def _update_bank(
     features,
     bank,
@@ -432,8 +397,8 @@ def _update_bank(
         incoming = tl.load(source, mask=writes[:, None] & within, other=0.0).to(tl.float32)
         incoming = tl.minimum(tl.maximum(incoming, -FEATURE_LIMIT), FEATURE_LIMIT)
         after = tl.where(writes[:, None], incoming, before)
-        fixed_before = _to_fixed_point(before)
-        gained = _to_fixed_point(after) - tl.where(stays[:, None], fixed_before, 0)
+        fixed_before = to_fixed_point(before)
+        gained = to_fixed_point(after) - tl.where(stays[:, None], fixed_before, 0)
         total = class_sums + new.to(tl.int64)[:, None] * dim + d[None, :]
         tl.atomic_add(total, gained, mask=joins[:, None] & within, sem="relaxed")
         total = class_sums + old.to(tl.int64)[:, None] * dim + d[None, :]
@@ -670,7 +635,7 @@ def _update_kernel(
         rows_int,
         row,
         valid,
-        _slots(labeled_slots, unlabeled_slots, row, inside, batch, num_labeled),
+        read_slots(labeled_slots, unlabeled_slots, row, inside, batch, num_labeled),
         tl.where(any_counted != 0, last_selected, -1),
         _last_row(rows_int, row, valid, num_rows, splits, NUM_INT + splits),
         num_rows,

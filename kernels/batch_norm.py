@@ -43,7 +43,7 @@ def _sum(x, residual, offsets, inside, ACC: tl.constexpr):
 
 @triton.jit
 def _merge(count, mean, squares):
-    """Mean and sum of squared deviations of all, from those of the parts along axis 0 (Chan et al. 1979)."""
+    """Joins means and sums of squared deviations of parts, along axis 0 (Chan et al. 1979)."""
     average = tl.sum(count * mean, axis=0) / tl.sum(count, axis=0)
     deviation = mean - average[None, :]
     return average, tl.sum(squares + count * deviation * deviation, axis=0)
@@ -69,8 +69,8 @@ def _moments_kernel(
     start = split * rows_per_split
     end = tl.minimum(start + rows_per_split, num_rows)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    # Sums of values that are far from zero would lose what sets them apart: means are compared with row 0, and values
-    # with the first one that their place of the block sees, of which there are few.
+    # Sums of values far from zero would lose their small differences: means are taken relative to row 0, and values
+    # relative to the first one at their place of the block, of which there are few.
     origin = _sum(x, residual, channel, channel < num_channels, ACC).to(ACC)
     offsets, inside = _tile(start, end, num_channels, BLOCK_R, BLOCK_C)
     value = _sum(x, residual, offsets, inside, ACC)
@@ -138,15 +138,19 @@ def _normalize_kernel(
         tl.store(mean_out + channel, mean, mask=is_channel)
         tl.store(inverse_out + channel, inverse, mask=is_channel)
         if running_mean is not None:
-            old = tl.load(running_mean + channel, mask=is_channel).to(ACC)
-            new = old + MOMENTUM * (mean - old)
-            tl.store(running_mean + channel, new.to(running_mean.dtype.element_ty), mask=is_channel)
-            old = tl.load(running_var + channel, mask=is_channel).to(ACC)
-            new = old + MOMENTUM * (squared / (num_rows - 1) - old)
-            tl.store(running_var + channel, new.to(running_var.dtype.element_ty), mask=is_channel)
+            old_mean = tl.load(running_mean + channel, mask=is_channel).to(ACC)
+            old_var = tl.load(running_var + channel, mask=is_channel).to(ACC)
         if num_batches_tracked is not None:
             once = tl.program_id(1) == 0
-            tl.store(num_batches_tracked, tl.load(num_batches_tracked, mask=once) + 1, mask=once)
+            before = tl.load(num_batches_tracked, mask=once)
+        tl.debug_barrier()  # a value is held by several warps: all have read it before one writes
+        if running_mean is not None:
+            new = old_mean + MOMENTUM * (mean - old_mean)
+            tl.store(running_mean + channel, new.to(running_mean.dtype.element_ty), mask=is_channel)
+            new = old_var + MOMENTUM * (squared / (num_rows - 1) - old_var)
+            tl.store(running_var + channel, new.to(running_var.dtype.element_ty), mask=is_channel)
+        if num_batches_tracked is not None:
+            tl.store(num_batches_tracked, before + 1, mask=once)
 
     scale = tl.load(weight + channel, mask=is_channel, other=0.0).to(ACC) * inverse
     shift = tl.load(bias + channel, mask=is_channel, other=0.0).to(ACC)
@@ -300,7 +304,7 @@ def batch_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Activated [N,C,H,W], the sum likewise (empty without a residual), mean and inverse deviation [C].
 
-    ``arch``: the architecture to be configured for; None for that of the device.
+    ``arch``: the architecture to configure for; None for the device's.
     """
     rows, channels, config = _configuration(x, arch)
     dtype = accumulator_dtype(x.dtype)
@@ -407,7 +411,7 @@ def _compile(arch: int, images: int, channels: int, size: int, dtype: torch.dtyp
 
 
 def aot_subjects() -> dict[str, Callable[[int], None]]:
-    """What `kernels.aot` compiles, by name."""
+    """The launches that `kernels.aot` compiles, by name."""
     layers = ((16, 32, False), (32, 32, True), (128, 8, True), (640, 8, False), (33, 7, True))
     return {
         f"batch-norm-320x{channels}x{size}-{str(dtype).removeprefix('torch.')}": functools.partial(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Streaming multiprocessors of the usual card of an architecture: how many programs fill it.
+# Streaming multiprocessors of the usual card of an architecture: so many programs fill it.
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 103: 148, 120: 170}
 INTERPRETER = 0  # the "architecture" of Triton's interpreter, where small tiles let small inputs span several
 MAX_DIM = 512  # the most elements of a vector that a program can keep
@@ -16,7 +16,7 @@ MAX_DIM = 512  # the most elements of a vector that a program can keep
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How a kernel tiles similarities: a program keeps one block resident and streams those of its split past it."""
+    """How a kernel tiles similarities: a program keeps one block resident and streams its split's blocks past it."""
 
     block_resident: int
     block_streamed: int
@@ -86,7 +86,7 @@ class BaconStepConfig:
 def bacon_step_config(
     rows: int, dim: int, num_classes: int, dtype: torch.dtype, input_precision: str, arch: int
 ) -> BaconStepConfig:
-    """Small blocks: a batch has few rows, and the time of a launch is that of its slowest program."""
+    """Small blocks: a batch has few rows, and a launch takes as long as its slowest program."""
     padded = block_dim(dim)
     exact = dtype in (torch.float32, torch.float64) and input_precision != "tf32"
     block, block_classes, block_scan = 16, min(64, block_dim(num_classes)), 256
@@ -98,6 +98,66 @@ def bacon_step_config(
     splits = max(1, min(programs, (4 if arch == INTERPRETER else MULTIPROCESSORS.get(arch, 132)) // programs))
     return BaconStepConfig(
         block, block, block_slice, padded, block_classes, block_scan, splits, compare_warps, update_warps
+    )
+
+
+@dataclass(frozen=True)
+class BaconPhasesConfig:
+    """Tiles of BaCon's step by phases: rows a program by phase, and what a program holds at once."""
+
+    rank_rows: int
+    bank_rows: int
+    group_rows: int
+    gradient_rows: int
+    block_rows: int  # of a tile of pairs
+    block_columns: int
+    gradient_columns: int
+    block_slice: int  # elements of a vector that are multiplied at a time
+    block_dim: int  # elements of a vector, padded
+    block_classes: int  # all of them, padded
+    block_all: int  # all rows, padded
+    block_centers: int  # elements of centers a program
+    splits: int  # of the columns, in the comparison
+    rank_warps: int
+    num_warps: int  # of the other phases
+
+
+def bacon_phases_config(
+    rows: int, dim: int, num_classes: int, dtype: torch.dtype, input_precision: str, arch: int
+) -> BaconPhasesConfig:
+    """Many small programs: the time of a phase is that of its longest chain of reads, not of its bytes.
+
+    A tile of pairs is read once: with few rows all tiles are programs of their own, with many a program takes several
+    of its row block, of which the third phase merges what up to eight splits have found.
+    """
+    padded, classes = block_dim(dim), block_dim(num_classes)
+    exact = dtype in (torch.float32, torch.float64) and input_precision != "tf32"
+    block_slice = min(padded, 32) if exact else padded
+    rank_rows, rank_warps = (4 if classes <= 64 else 2), (1 if classes <= 128 else 4)
+    bank_rows, group_rows, num_warps = 4, (2 if rows <= 512 else 4), 4
+    block_rows, block_columns, gradient_columns = 16, 64, 64 if padded <= 32 else 32
+    if arch == INTERPRETER:
+        rank_rows = bank_rows = group_rows = block_columns = gradient_columns = 16
+        rank_warps = num_warps = 1
+    programs, tiles = -(-rows // block_rows), -(-rows // block_columns)
+    most = 2 if arch == INTERPRETER else min(8, 2 * MULTIPROCESSORS.get(arch, 132) // programs)
+    columns_a_split = -(-tiles // max(1, min(tiles, most)))
+    return BaconPhasesConfig(
+        rank_rows=rank_rows,
+        bank_rows=bank_rows,
+        group_rows=group_rows,
+        gradient_rows=16,
+        block_rows=block_rows,
+        block_columns=block_columns,
+        gradient_columns=gradient_columns,
+        block_slice=block_slice,
+        block_dim=padded,
+        block_classes=classes,
+        block_all=block_dim(rows),
+        block_centers=128,
+        splits=-(-tiles // columns_a_split),
+        rank_warps=rank_warps,
+        num_warps=num_warps,
     )
 
 
@@ -119,10 +179,10 @@ class BatchNormConfig:
 
 
 def batch_norm_config(rows: int, channels: int, dtype: torch.dtype, arch: int) -> BatchNormConfig:
-    """One program a multiprocessor: each merges what all splits have found, so many splits would cost twice.
+    """One program a multiprocessor: each merges the results of all splits, so many splits would cost twice.
 
-    A thread has eight elements of a tile, 16 bytes in half precision. As many tiles are on their way as three tensors
-    of them fit into shared memory, of which architectures in between have only 99 KiB.
+    A thread has eight elements of a tile, 16 bytes in half precision. Tiles of three tensors are on their way at once,
+    as many as fit into shared memory, of which some architectures have only 99 KiB.
     """
     block_channels, num_warps = min(32, block_dim(channels)), 16
     num_stages = {2: 4, 4: 3 if arch in (80, 90, 100, 103) else 2, 8: 2}[dtype.itemsize]

@@ -64,7 +64,8 @@ def _coefficients(
     denominator = tl.load(stats + DENOMINATOR * num_rows + row, mask=keep, other=EMPTY)
     positives = tl.load(stats + POSITIVES * num_rows + row, mask=keep, other=EMPTY)
     count = tl.load(stats + POSITIVE_COUNT * num_rows + row, mask=keep, other=0.0)
-    live = (grad != 0.0) & (count > 0.0)
+    inverse = tl.load(stats + INVERSE_NORM * num_rows + row, mask=keep, other=0.0)
+    live = (grad != 0.0) & ((count > 0.0) | (is_finite(inverse) == 0))
 
     uniform = tl.zeros(grad.shape, accumulator)
     shift = positives
@@ -231,8 +232,8 @@ def _gradient_kernel(
 ):
     """Gradient of normalized vectors x, summed over the vectors y of one split: partial [splits, num_x, dim].
 
-    AS_ANCHOR: x are rows that look at columns y. AS_COLUMN: x are columns that rows y look at. Both: x and y are the
-    same vectors, which are rows and columns.
+    AS_ANCHOR: x are rows, compared with columns y. AS_COLUMN: x are columns, compared with rows y. Both: x and y are
+    the same vectors, which are rows and columns.
     """
     split = tl.program_id(1)
     x_index = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
@@ -276,7 +277,7 @@ def _gradient_kernel(
 
 @triton.jit
 def _through_norm(gradient, unit, norm, inverse, EPS: tl.constexpr):
-    """Gradient of vectors from that of the normalized vectors; untouched vectors get 0 even if they are not finite."""
+    """Gradient of vectors from the normalized vectors' gradient; unused vectors get 0 even if they are not finite."""
     radial = tl.where(norm > EPS, tl.sum(gradient * unit, axis=1), 0.0)
     touched = tl.max((gradient != 0.0).to(tl.int32), axis=1) == 1
     return tl.where(touched[:, None], (gradient - radial[:, None] * unit) * inverse[:, None], 0.0)
@@ -394,8 +395,8 @@ def contrastive_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows [R,D], columns [C,D] and own [R,M,D], each in its input's dtype, empty where not needed.
 
-    The first four arguments are the upstream gradient [R] and what `contrastive_forward` returned; the others are those
-    it got. With ``columns=None`` the gradient of the rows includes that of the rows as columns.
+    The first four arguments are the upstream gradient [R] and the results of `contrastive_forward`; the others are its
+    arguments. With ``columns=None`` the gradient of the rows includes their part as columns.
     """
     arch = architecture(rows) if arch is None else arch
     num_rows, dim = rows.shape

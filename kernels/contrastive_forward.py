@@ -1,9 +1,9 @@
 """Forward of the contrastive family: the loss of every row, and the statistics that its backward needs.
 
-Formulas: bacon_fast/reference/contrastive.py. Similarities exist one tile at a time; a program owns a block of rows
-and streams columns past it, keeping each row's log-sums by their running maximum. If the columns need no gradient, it
-also keeps the softmax-weighted mean of the negatives, which is all that the rows' gradient needs: one pass then serves
-forward and backward.
+Formulas: bacon_fast/reference/contrastive.py. Similarities exist one tile at a time. A program owns a block of rows,
+streams columns past it, and keeps each row's log-sums by their running maximum. If the columns need no gradient, it
+also keeps the softmax-weighted mean of the negatives. The rows' gradient needs nothing else, so one pass serves forward
+and backward.
 """
 
 import math
@@ -231,8 +231,8 @@ def _statistics_kernel(
 
 
 @triton.jit
-def _loss(negatives, positives, mean, count, offset, FORM: tl.constexpr, LOG_FLOOR: tl.constexpr):
-    """N and the loss of rows from their log-sums; LOG_FLOOR is None for no floor."""
+def _loss(negatives, positives, mean, count, inverse_norm, offset, FORM: tl.constexpr, LOG_FLOOR: tl.constexpr):
+    """N and the loss of rows from their log-sums; LOG_FLOOR is None for no floor. A row that is not finite has NaN."""
     denominator = tl.where(negatives < IS_EMPTY, EMPTY, negatives + offset)
     if LOG_FLOOR is not None:
         denominator = log_add_exp(denominator, tl.full(denominator.shape, LOG_FLOOR, denominator.dtype))
@@ -243,7 +243,7 @@ def _loss(negatives, positives, mean, count, offset, FORM: tl.constexpr, LOG_FLO
         loss = log_add_exp(denominator - positives, zero)
     else:
         loss = log_add_exp(denominator + positives, zero)
-    return denominator, tl.where(count > 0, loss, 0.0)
+    return denominator, tl.where(count > 0, loss, tl.where(is_finite(inverse_norm), 0.0, float("nan")))
 
 
 @triton.jit
@@ -314,7 +314,8 @@ def _row_loss_kernel(
         offset = tl.zeros([BLOCK_R], accumulator)
         if negative_offset is not None:
             offset = tl.load(negative_offset + row, mask=inside, other=0.0).to(accumulator)
-        denominator, loss = _loss(negatives, positives, mean, count, offset, FORM, LOG_FLOOR)
+        inverse = tl.load(stats + INVERSE_NORM * num_rows + row, mask=inside, other=0.0)
+        denominator, loss = _loss(negatives, positives, mean, count, inverse, offset, FORM, LOG_FLOOR)
         tl.store(stats + NEGATIVES * num_rows + row, negatives, mask=inside)
         tl.store(stats + DENOMINATOR * num_rows + row, denominator, mask=inside)
         tl.store(row_loss + row, loss, mask=inside)
@@ -367,7 +368,8 @@ def _group_loss_kernel(
         offset = tl.zeros([BLOCK], accumulator)
         if negative_offset is not None:
             offset = tl.load(negative_offset + row, mask=member, other=0.0).to(accumulator)
-        denominator, loss = _loss(negatives, positives, mean, count, offset, FORM, LOG_FLOOR)
+        inverse = tl.load(stats + INVERSE_NORM * num_rows + row, mask=member, other=0.0)
+        denominator, loss = _loss(negatives, positives, mean, count, inverse, offset, FORM, LOG_FLOOR)
         tl.store(stats + NEGATIVES * num_rows + row, negatives, mask=member)
         tl.store(stats + DENOMINATOR * num_rows + row, denominator, mask=member)
         tl.store(row_loss + row, loss, mask=member)

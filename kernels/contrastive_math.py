@@ -1,8 +1,8 @@
-"""What the forward and the backward kernels of the contrastive family share: layouts of their buffers and formulas.
+"""Shared by the forward and the backward kernels of the contrastive family: layouts of their buffers, and formulas.
 
-Logarithms of empty sums are EMPTY, which is finite, so that no inf - inf arises. Values that a mask takes out are
-replaced, never multiplied by 0, so that their NaN goes with them. Every computation takes its dtype from its inputs:
-float64 works wherever float32 does.
+Logarithms of empty sums are EMPTY, which is finite, so that no inf - inf arises. Masked values are replaced, never
+multiplied by 0, so that no NaN stays. Every computation takes its dtype from its inputs: float64 works wherever float32
+does.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 EMPTY = tl.constexpr(-1e30)
 IS_EMPTY = tl.constexpr(-1e29)  # anything below is EMPTY; a NaN is not
 
-# Rows of the statistics [NUM_STATS + M, R] that the forward leaves to the backward; the M own logits follow.
+# Rows of the statistics [NUM_STATS + M, R] that the forward saves for the backward; the M own logits follow.
 INVERSE_NORM = tl.constexpr(0)
 ROW_NEGATIVES = tl.constexpr(1)  # n_r of the row alone
 NEGATIVES = tl.constexpr(2)  # n of its group, or n_r
@@ -70,10 +70,37 @@ def store_vectors(base, index, keep, dim, stride, vectors, BLOCK_D: tl.constexpr
 
 @triton.jit
 def norms(vectors, EPS: tl.constexpr):
-    """Norm of each vector, and 1 / max(norm, EPS): NaN if an element is not finite, 0 if only the norm overflows."""
-    norm = tl.sqrt(tl.sum(vectors * vectors, axis=1))
+    """Norm of each vector, and 1 / max(norm, EPS), NaN if an element is not finite."""
+    # The squares of huge vectors would overflow: they are shrunk by a power of two, which is exact, and multiplied by 1
+    # all others keep their bits.
+    largest = tl.max(tl.abs(vectors), axis=1)
+    wide: tl.constexpr = vectors.dtype == tl.float64
+    one = tl.full(largest.shape, 1.0, vectors.dtype)
+    shrink = tl.where(largest > (2.0**384 if wide else 2.0**48), (2.0**-640 if wide else 2.0**-80) * one, one)
+    shrunk = vectors * shrink[:, None]
+    norm = tl.sqrt(tl.sum(shrunk * shrunk, axis=1))
     finite = tl.min(is_finite(vectors).to(tl.int32), axis=1) == 1
-    return norm, tl.where(finite, 1.0 / tl.maximum(norm, EPS), float("nan"))
+    inverse = shrink / tl.maximum(norm, EPS * shrink)
+    return norm / shrink, tl.where(finite, inverse, float("nan"))
+
+
+@triton.jit
+def shortening(inverse, DTYPE: tl.constexpr):
+    """Powers of two that make vectors shorter than 1/32, by their inverse norms.
+
+    No product with another vector of up to MAX_DIM finite elements overflows then. Vectors of float16 keep their
+    length: their products cannot overflow, and shorter ones would lose bits.
+    """
+    if DTYPE == tl.float16:
+        power = tl.full(inverse.shape, 1.0, inverse.dtype)
+    elif DTYPE == tl.float64:
+        bits = inverse.to(tl.int64, bitcast=True) & 0x7FF0000000000000
+        power = tl.maximum(bits.to(tl.float64, bitcast=True), tl.full(inverse.shape, 2.0**-1028, tl.float64)) * 2.0**-6
+    else:
+        bits = inverse.to(tl.int32, bitcast=True) & 0x7F800000
+        # Filled, as a number that is no normal float32 would make everything float64.
+        power = tl.maximum(bits.to(tl.float32, bitcast=True), tl.full(inverse.shape, 2.0**-132, tl.float32)) * 2.0**-6
+    return power
 
 
 @triton.jit
@@ -114,8 +141,10 @@ def similarities(
     whole float32 tiles, split for "tf32x3", do not fit into the registers.
     """
     accumulator: tl.constexpr = x_inverse.dtype
+    power = shortening(x_inverse, x_base.dtype.element_ty)
     if BLOCK_K == BLOCK_D:
-        product = tl.dot(x.to(DOT), tl.trans(y.to(DOT)), input_precision=PRECISION, out_dtype=accumulator)
+        short = (x.to(accumulator) * power[:, None]).to(DOT)
+        product = tl.dot(short, tl.trans(y.to(DOT)), input_precision=PRECISION, out_dtype=accumulator)
     else:
         product = tl.zeros([x_inverse.shape[0], y_inverse.shape[0]], accumulator)
         for k in range(0, dim, BLOCK_K):
@@ -123,10 +152,11 @@ def similarities(
             y_start = y_base + tl.cast(k, tl.int64) * y_stride_dim
             x_slice = load_vectors(x_start, x_index, x_keep, dim - k, x_stride, x_stride_dim, BLOCK_K)
             y_slice = load_vectors(y_start, y_index, y_keep, dim - k, y_stride, y_stride_dim, BLOCK_K)
+            short = (x_slice.to(accumulator) * power[:, None]).to(DOT)
             product = tl.dot(
-                x_slice.to(DOT), tl.trans(y_slice.to(DOT)), product, input_precision=PRECISION, out_dtype=accumulator
+                short, tl.trans(y_slice.to(DOT)), product, input_precision=PRECISION, out_dtype=accumulator
             )
-    return product * x_inverse[:, None] * y_inverse[None, :]
+    return product * y_inverse[None, :] * (x_inverse / power)[:, None]
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """FixMatch's and ABC's losses of both heads with their gradients (formulas: bacon_fast.reference.fixmatch_abc).
 
 One program treats a few samples: a labeled sample is one row of each head, an unlabeled one its weak and its strong
-row. Every row enters one loss, which is linear in its upstream gradient, so the forward leaves the gradient at
-upstream 1 and the backward scales rows. A second kernel adds up what the samples contributed, always in the same order.
+row. Every row enters one loss, which is linear in its upstream gradient, so the forward returns the gradient at
+upstream 1 and the backward scales rows. A second kernel adds up the samples' contributions, always in the same order.
 """
 
 import functools
@@ -19,7 +19,7 @@ from .launch import TRITON_DTYPE, accumulator_dtype, launch
 STREAM_LABELED = tl.constexpr(7)  # bacon_fast.data.philox.Stream
 STREAM_UNLABELED = tl.constexpr(8)
 
-# Rows of the buffer [NUM_PARTS, samples] of what each sample contributes: the four losses, then the four statistics.
+# Rows of the buffer [NUM_PARTS, samples] of each sample's contributions: the four losses, then the four statistics.
 SUPERVISED = tl.constexpr(0)
 UNSUPERVISED = tl.constexpr(1)
 BALANCED_LABELED = tl.constexpr(2)
@@ -340,7 +340,7 @@ def _compile(arch: int, num_classes: int, dtype: torch.dtype) -> None:
 
 
 def aot_subjects() -> dict[str, Callable[[int], None]]:
-    """What `kernels.aot` compiles, by name."""
+    """The launches that `kernels.aot` compiles, by name."""
     return {
         f"fixmatch-abc-320x{num_classes}-{str(dtype).removeprefix('torch.')}": functools.partial(
             _compile, num_classes=num_classes, dtype=dtype

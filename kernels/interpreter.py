@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter, in which the kernels are tested without a GPU, work with numpy and round as a GPU does.
+"""Makes Triton's interpreter work with numpy, and round as a GPU does. The kernels are tested in it without a GPU.
 
 triton 3.6 turns a one-element array into a loop bound with int(), which numpy 2.4 refuses. It cuts float32 off to
 bfloat16, where the hardware rounds to the nearest.
@@ -20,7 +20,7 @@ def _patch_with_index(tensor, scope) -> None:
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
     """The bits [...] uint16 of float32 values rounded to bfloat16, ties to even."""
     bits = values.view(np.uint32)
-    # A carry out of the mantissa belongs into the exponent, but must not turn NaN into infinity or zero.
+    # A carry out of the mantissa may go into the exponent, but must not turn NaN into infinity or zero.
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
 

@@ -1,4 +1,4 @@
-"""What every launcher needs: the dtypes of a computation, the architecture it runs on, and the launch itself."""
+"""Shared by the launchers: the dtypes of a computation, the architecture it runs on, and the launch itself."""
 
 import os
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def dot_dtypes(dtype: torch.dtype) -> tuple[tl.dtype, tl.dtype]:
     return TRITON_DTYPE[similarity], TRITON_DTYPE[gradient]
 
 
-# Takes the launches in place of the device when it is set: kernels.aot compiles them for cards that are not here.
+# If set, it receives the launches in place of the device: kernels.aot compiles them for cards that are not here.
 recorder: Callable[..., None] | None = None
 
 

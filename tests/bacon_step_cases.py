@@ -48,6 +48,13 @@ def take(loss_module, step, progress=0.25, upstream=1.0):
     return out.loss.detach(), features.grad, out.stats
 
 
-def assert_same_state(found, expected):
+def assert_same_state(found, expected, rounding=0.0):
+    """Buffers equal bit for bit, or within ``rounding`` where two devices have normalized what the bank holds."""
     for name, buffer in expected.named_buffers():
-        assert torch.equal(found.get_buffer(name).cpu(), buffer.cpu()), name
+        value = found.get_buffer(name).cpu()
+        if rounding and name.endswith(("features", "centers", "class_sums")):
+            # Of the sums, in fixed point, every slot may be off by that much.
+            allowed = rounding * (2**30 * len(expected.bank.written) if name.endswith("class_sums") else 1)
+            assert (value.double() - buffer.cpu().double()).abs().max() <= allowed, name
+        else:
+            assert torch.equal(value, buffer.cpu()), name

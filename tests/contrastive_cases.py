@@ -46,7 +46,7 @@ CASES = [
 
 
 def problem(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> tuple[list, dict]:
-    """Arguments and options of `reference.contrastive` but for the form."""
+    """Arguments and options of `reference.contrastive`, except the form."""
     g = torch.Generator().manual_seed(seed)
     scalar_dtype = torch.promote_types(dtype, torch.float32)
 
@@ -112,7 +112,7 @@ def upstream(case: Case, dtype: torch.dtype, device: str = "cpu") -> Tensor:
 
 
 def loss_and_gradients(run, case: Case, arguments: list, grad: Tensor, **options) -> tuple[Tensor, list[Tensor]]:
-    """Row losses, and the gradients of rows, columns and own as far as the case has and wants them."""
+    """Row losses, and the gradients of rows, columns and own, where the case has them and asks for them."""
     arguments = list(arguments)
     needed = [0, 1, 2] if case.columns_need_gradient else [0, 2]
     leaves = []

@@ -1,4 +1,4 @@
-"""What a captured step may not call."""
+"""Operations that a captured step must not call."""
 
 from torch.utils._python_dispatch import TorchDispatchMode
 

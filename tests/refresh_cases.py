@@ -1,4 +1,4 @@
-"""What a method sees between two steps, with a prediction that the test gives."""
+"""The context of a method between two steps, with predictions that the test chooses."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Small runs, and the comparison of what they leave behind."""
+"""Small runs, and the comparison of their results."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,14 +11,14 @@ from bacon_fast.engine.presets import PRESETS
 
 
 def with_parts(config: Config, values: Mapping[str, object]) -> Config:
-    """The configuration with those values, such as {"bacon.top_k": 2}, whose part the method has."""
+    """The configuration with these values, such as {"bacon.top_k": 2}, as far as the method has the part."""
     return config.replace(**{name: value for name, value in values.items() if name.split(".")[0] in config.parts})
 
 
 def tiny(
     run_dir: Path, *, method: str = "fixmatch+abc+bacon", parts: Mapping[str, object] | None = None, **changes
 ) -> Config:
-    """A run of 12 steps. `parts`: values of parts, which act where the method has the part."""
+    """A run of 12 steps. `parts`: values of parts, which act if the method has the part."""
     values = {
         "run_dir": run_dir,
         "steps": 12,
@@ -41,7 +41,7 @@ def final_state(run_dir: Path) -> dict:
 
 
 def assert_equal_states(one: object, two: object, path: str = "state") -> None:
-    """Bit for bit, except what times the run."""
+    """Equal bit for bit, except for times."""
     assert type(one) is type(two), path
     if isinstance(one, torch.Tensor):
         assert one.dtype == two.dtype and torch.equal(one, two), path

@@ -1,4 +1,4 @@
-"""What may import what: the arrows between the rooms, no circles, and each module on its own."""
+"""Which module may import which: the arrows between the rooms, no circles, and each module on its own."""
 
 import ast
 import re
@@ -35,7 +35,8 @@ ARROWS = {
     "reproduce": "cli parser run report engine methods data files",
     "integrations": "losses functional ops reference",
 }
-# What a function may import when it is called, because it is slow or not always there: Triton, the extension, pictures.
+# A function may import these when it is called, because they are slow or not always there: Triton, the extension,
+# pictures.
 LATE = ("bacon_fast.kernels", "bacon_fast._C", "bacon_fast.report", "bacon_fast.reproduce.figures")
 
 
@@ -53,7 +54,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports_of(name: str, path: Path, known: set[str]) -> Iterator[Import]:
-    """Imports of our own modules, those that have to be loaded for them included."""
+    """Imports of our own modules, including the packages that are loaded before them."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
 
     def visit(node: ast.AST, kind: str) -> Iterator[tuple[str, str]]:
@@ -73,7 +74,7 @@ def imports_of(name: str, path: Path, known: set[str]) -> Iterator[Import]:
     for imported, kind in visit(ast.parse(path.read_text()), "now"):
         while imported and imported not in known:  # a name in a module
             imported = imported.rpartition(".")[0]
-        # The packages around a module are loaded before it, but for those that the importer is in.
+        # The packages around a module are loaded before it, except those that the importer is in.
         while "." in imported and not f"{name}.".startswith(f"{imported}."):
             yield Import(name, imported, kind)
             imported = imported.rpartition(".")[0]
@@ -103,7 +104,7 @@ def test_the_table_of_arrows_has_no_circle():
 
 
 def test_no_circle_among_the_modules():
-    """Neither of imports when a module is loaded, nor of late ones, which would only hide it."""
+    """Counts late imports too, which would only hide a circle."""
     graph: dict[str, set[str]] = {name: set() for name in MODULES}
     for one in IMPORTS:
         graph[one.importer].add(one.imported)
@@ -128,7 +129,7 @@ def python(code: str, *arguments: str) -> str:
     return result.stdout
 
 
-# A process for each argument, modules between commas, forked from one that has loaded what others wrote.
+# A process for each argument (modules between commas), forked from one that has loaded the other packages.
 IMPORT = """
 import importlib, os, sys, traceback
 for name in ("scipy.special", "sklearn.manifold", "matplotlib.figure", "torch.utils.tensorboard", "torchvision"):

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of what users call run, and everything that users call has one."""
+"""Every public function and class has an example in its docstring, and the examples run."""
 
 import doctest
 import inspect

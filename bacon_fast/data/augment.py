@@ -83,7 +83,7 @@ class Augment(nn.Module):
         return draw_views(count, seed, step, int(stream), first_slot, strong=strong, size=size, **self._settings())
 
     def _settings(self) -> dict[str, Any]:
-        """What `draw_views` and `augment_views` have to know."""
+        """The settings that `draw_views` and `augment_views` take."""
         return {
             "ranges": self.ranges,
             "padding": self.padding,

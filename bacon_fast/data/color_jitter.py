@@ -1,7 +1,7 @@
-"""torchvision's ColorJitter with another draw for every image of a batch, without the host looking at any.
+"""torchvision's ColorJitter with its own draw for every image of a batch, without the host reading any.
 
-Images are float [N, 3, H, W], RGB in 0..1; every factor is float [N]. The arithmetic is that of
-torchvision.transforms.v2.functional on float images.
+Images are float [N, 3, H, W], RGB in 0..1; every factor is float [N]. The arithmetic is torchvision's on float images
+(torchvision.transforms.v2.functional).
 """
 
 import torch
@@ -29,8 +29,8 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     Returns:
         float [N, 3, H, W] in 0..1.
     """
-    # The hue is the expensive one. It is shifted once, between the operations that an image wants before it and those
-    # it wants after; each of these loops runs the three of all images, with factor 1 where it is not their time.
+    # The hue is expensive, so it is shifted once. One loop applies the operations that come before it in an image's
+    # order, one those after it. Each loop runs all three on all images, with factor 1 where it is not an image's turn.
     hue_at = order.argsort(1)[:, HUE]
     places = torch.arange(3, device=order.device)
     others = order.gather(1, places + (places >= hue_at[:, None]))

@@ -1,4 +1,4 @@
-"""Image files too many for memory: decoded once into one file, which is mapped instead of read."""
+"""Images that do not fit into memory: decoded once into one file, which is then mapped."""
 
 import errno
 import fcntl
@@ -22,24 +22,24 @@ FOLDER = ".bacon_fast"
 CHUNK = 1024
 """Files decoded at once."""
 FINGERPRINT = ".fingerprint"
-"""Suffix of the file beside it that keeps the fingerprint of the dataset which the images are of."""
+"""Suffix of the file beside it, which keeps the fingerprint of the dataset."""
 _BLOCK, _PIECE = 1 << 26, 1 << 20
 _LOCK, _TEMPORARY = ".lock", ".*.tmp"
 _NOT_NOW = (errno.EWOULDBLOCK, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS, errno.EACCES, errno.EPERM)
 DECODING = 3
-"""Of the pixels that `read_files` makes of a file: files decoded by another one are not used."""
+"""Version of the decoding by `read_files`: a file of another version is not used."""
 
 
 def mapped_files(root: Path, files: Sequence[Path], size: int) -> tuple[Tensor, Path]:
     """Files below `root`, decoded as RGB at size x size, as a memory-mapped tensor.
 
     The first call writes root/.bacon_fast/<key>.images, N * size * size * 3 bytes and a digest of them. Calls with the
-    same files, sizes and times of change find it again; they read it once, to compare the digest, and decode the files
-    anew where it does not fit. Files of earlier calls stay; they may be deleted when no run reads them. One process at
-    a time writes, the others wait. Each call removes what writers that were killed have left.
+    same files, sizes and times of change find it again. They read it once, to compare the digest, and decode the images
+    anew if it does not match. Files of earlier calls stay; they may be deleted when no run reads them. One process at a
+    time writes, the others wait. Each call removes what killed writers have left.
 
     Returns:
-        uint8 [N, size, size, 3] on the CPU, read-only, of which only what is read lies in memory; and the file.
+        uint8 [N, size, size, 3] on the CPU, read-only, of which only the parts that are read lie in memory; the file.
 
     Raises:
         ValueError: files that cannot be decoded. OSError: the file cannot be written, for lack of space for instance.
@@ -68,7 +68,7 @@ def remember(path: Path, text: str) -> None:
 
 
 def recall(path: Path) -> str | None:
-    """What `remember` wrote, None where there is no such file or it is damaged."""
+    """The line that `remember` wrote; None if the file is missing or damaged."""
     try:
         text, _, seal = path.read_text().removesuffix("\n").rpartition(" ")
     except (FileNotFoundError, UnicodeDecodeError):
@@ -95,7 +95,7 @@ def remove_left_behind(folder: Path) -> None:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Waits until no other process writes into `folder`, and removes what killed ones have left there."""
+    """Waits until no other process writes into `folder`, and removes what killed writers have left there."""
     with open(folder / _LOCK, "ab") as lock:
         locked = True
         try:
@@ -153,7 +153,7 @@ def _decode(files: Sequence[Path], size: int, path: Path) -> None:
             for start in tqdm(range(0, len(files), CHUNK), f"decoding {len(files)} images", leave=False):
                 try:
                     output.write(read_files(files[start : start + CHUNK], size).numpy().data)
-                except UnreadableImagesError as error:  # go on: who repairs these wants to know of all
+                except UnreadableImagesError as error:  # go on: the user wants to know all of them
                     failed += error.failed
             if failed:
                 raise UnreadableImagesError(failed)

@@ -18,7 +18,7 @@ SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".avif"}
 )
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "AVIF")
-"""What the suffixes stand for, in Pillow's words. Of its other decoders one starts a program: Ghostscript."""
+"""Formats of the suffixes, in Pillow's words. One of its other decoders starts a program: Ghostscript."""
 _MAX_NAMED = 100
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -29,14 +29,14 @@ _TURN = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image of each EXIF orientation upright."""
+"""The operation that turns an image of each EXIF orientation upright."""
 
 
 class UnreadableImagesError(ValueError):
     """Image files that cannot be decoded.
 
     Attributes:
-        failed: of each, its name and the reason. The message shows the first 100.
+        failed: name and reason of each. The message shows the first 100.
     """
 
     def __init__(self, failed: Sequence[str]) -> None:
@@ -122,8 +122,8 @@ def require_targets(paths: Iterable[Path]) -> None:
 def read_files(files: Sequence[Path], size: int | tuple[int, int] | None) -> Tensor:
     """Decodes files as RGB: uint8 [N, H, W, 3], resized to size x size or (H, W) when `size` is given.
 
-    A file may have any of `FORMATS`, whatever its suffix. Images are what a viewer shows: turned as their EXIF
-    orientation says, what is transparent in front of white, and of an animation the first picture.
+    A file may have any of `FORMATS`, whatever its suffix. Images are read as a viewer shows them: turned by their EXIF
+    orientation, transparent parts in front of white, and only the first picture of an animation.
 
     Raises:
         UnreadableImagesError: files that cannot be decoded. ValueError: without `size`, files of different sizes.
@@ -158,7 +158,7 @@ def read_files(files: Sequence[Path], size: int | tuple[int, int] | None) -> Ten
 
 def _read(path: Path) -> Image.Image:
     if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("expected a file, found something else")  # to open a named pipe is to wait for its writer
+        raise ValueError("expected a file, found something else")  # opening a named pipe would wait for its writer
     with open(path, "rb") as file:  # given a path, Pillow maps some TIFFs with the sides of the turned image
         try:
             image = Image.open(file, formats=FORMATS)
@@ -173,7 +173,7 @@ def _read(path: Path) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes a loaded image upright. A TIFF is upright already; some formats keep their EXIF behind the pixels."""
+    """How to turn a loaded image upright. A TIFF is upright already; some formats keep their EXIF behind the pixels."""
     try:
         return _TURN.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # damaged EXIF beside sound pixels, which viewers show as they are
@@ -194,6 +194,6 @@ def _size(image: np.ndarray) -> str:
 
 
 def in_threads(function: Callable, items: Iterable) -> list:
-    """The function's results in order, by one thread a usable core."""
+    """The function's results in order, computed by one thread a usable core."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(function, items))

@@ -41,7 +41,7 @@ class IndexSampler(nn.Module):
         return self.batch(torch.tensor(step, device=self.order.device))
 
     def prepare(self, step: int) -> None:
-        """Makes the buffer hold the permutations that the batch of `step` touches. Cheap unless an epoch begins."""
+        """Fills the buffer with the permutations that the batch of `step` touches. Cheap unless an epoch begins."""
         epoch = step * self.batch_size // self.num_samples
         if epoch == self.first_epoch:
             return

@@ -78,7 +78,7 @@ class Protocol:
         name, source: what tables call it, and where it comes from.
         dataset: name of the dataset it was defined for; other data can be split by it as well.
         labeled_head, gamma_l: N_1 and the imbalance ratio of the labeled set; N_1 None labels every train image, or
-            the share of them that labeled_fraction says.
+            the share labeled_fraction of them.
         unlabeled_head, gamma_u: M_1 and the imbalance ratio of the unlabeled set; gamma_u None is unknown.
         lb_in_ulb: the labeled images are in the unlabeled set too.
         unlabeled_all: the unlabeled set is the dataset's own unlabeled images plus all train images (STL-10).
@@ -155,14 +155,15 @@ def _protocols() -> dict[str, Protocol]:
     inclusive = [("abc-cifar100-20", "cifar100", 200, 300, 20, 20, "[AB] fix_cifar100")]
     inclusive += [(f"cossl-cifar10-{g}", "cifar10", 1500, 3000, g, g, "[CO]") for g in (50, 100, 150)]
     inclusive += [(f"cossl-cifar100-{g}", "cifar100", 150, 300, g, g, "[CO]") for g in (20, 50, 100)]
-    # Here the unlabeled set is everything there is.
+    # Here the unlabeled set holds all images.
     unknown = [
         ("bacon-stl10-10", "stl10", 150, None, 10, None, "[BC], [US]"),
         ("bacon-stl10-20", "stl10", 150, None, 20, None, "[US]"),
         ("bacon-stl10-450-10", "stl10", 450, None, 10, None, "methods.md A.1"),
         ("as-is", "folder", None, None, 1, None, "all train images labeled, all images unlabeled"),
     ]
-    # The balanced settings of the semi-supervised literature: so many labels in all, every train image unlabeled.
+    # The balanced settings of the semi-supervised literature: the name has the number of labels, and every train image
+    # is unlabeled too.
     balanced = [("cifar10", 10, n, "FixMatch, SsCL, SSC") for n in (4, 25, 400)]
     balanced += [("cifar100", 100, n, "FixMatch, SSC") for n in (4, 25)]
     balanced += [(name, 10, n, "[US], SSC") for name in ("stl10", "svhn") for n in (4, 25)]
@@ -262,8 +263,7 @@ class Split:
     """Which images are labeled and which are unlabeled.
 
     Attributes:
-        protocol: how it was drawn.
-        seed: what it was drawn with.
+        protocol, seed: how it was drawn.
         dataset_name, dataset_fingerprint: the images it was drawn from.
         labeled, unlabeled: int64 arrays of indices into `ImageDataset.pool()`.
         labeled_counts, unlabeled_counts: images per class; unlabeled_counts is None when unknown.
@@ -351,7 +351,7 @@ def make_split(dataset: ImageDataset, protocol: Protocol, seed: int) -> Split:
     found = [len(indices) for indices in shuffled]
     if protocol.labeled_head is None:
         fraction = 1.0 if protocol.labeled_fraction is None else protocol.labeled_fraction
-        # At least one image, but of a class that has none.
+        # At least one image, unless the class has none.
         wanted_l = [min(n, max(1, round(fraction * n))) for n in found]
     else:
         wanted_l = class_counts(protocol.labeled_head, protocol.gamma_l, num_classes)

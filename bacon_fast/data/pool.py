@@ -55,7 +55,7 @@ class Window:
         self._sent = [torch.cuda.Event() if cuda else None for _ in range(2)]
 
     def load(self, rows: Tensor, step: int) -> None:
-        """Makes `images` the pool's rows, int64 [n] on the CPU, for the work that is enqueued from now on."""
+        """Fills `images` with these rows of the pool, int64 [n] on the CPU, for the work enqueued afterwards."""
         staged, sent = self._staged[step % 2], self._sent[step % 2]
         if sent is not None:
             sent.synchronize()

@@ -1,4 +1,4 @@
-"""What SimCLR and MoCo v2 do to a view beyond crop and flip, as one transform of a normalized batch on its device."""
+"""The distortions of SimCLR and MoCo v2 beyond crop and flip, as one transform of a normalized batch on its device."""
 
 import math
 from collections.abc import Sequence
@@ -21,15 +21,15 @@ LARGEST_SMALL_IMAGE = 64
 
 
 class SimCLRDistortion(nn.Module):
-    """Color jitter (p 0.8), then gray (p 0.2). Images larger than 64 pixels are before that cropped to 20-100 % of
-    their area and enlarged again, and after it blurred (p 0.5) with a kernel of a tenth of the side.
+    """Color jitter (p 0.8), then gray (p 0.2). Images larger than 64 pixels are first cropped to 20-100 % of their area
+    and enlarged again, and at the end blurred (p 0.5) with a kernel of a tenth of the side.
 
     SimCLR (Chen et al., ICML 2020, appendix A) with the strengths of MoCo v2 (arXiv 2003.04297). Each image has its own
     draws, the Philox counters (seed, step, Stream.SIMCLR, slot); jitter comes in a drawn order, as in torchvision. A
     crop that would be longer than the image is cut to it, where torchvision draws again.
 
     Args:
-        mean, std: per channel, of pixel values in 0..1, that the images were normalized with.
+        mean, std: the images were normalized with these, per channel, of pixel values in 0..1.
         seed: integer in [0, 2^64).
     """
 
@@ -69,7 +69,7 @@ class SimCLRDistortion(nn.Module):
 
 
 def _each(values: Tensor) -> Tensor:
-    """[N] so that it goes with [N, C, H, W]."""
+    """[N] in a shape that broadcasts with [N, C, H, W]."""
     return values[:, None, None, None]
 
 

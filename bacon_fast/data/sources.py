@@ -254,7 +254,7 @@ def _statistics(images: Tensor) -> dict[str, tuple[float, ...]]:
 
 
 def _subfolders(path: Path) -> tuple[list[str], list[Path]]:
-    """Names of the folders in `path`, and what else is there; hidden ones are passed over."""
+    """Names of the folders in `path`, and of everything else there; hidden ones are passed over."""
     entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
     others = [p for p in entries if not p.is_dir()]
     require_targets(others)
@@ -262,7 +262,7 @@ def _subfolders(path: Path) -> tuple[list[str], list[Path]]:
 
 
 def _require_apart(folders: list[Path]) -> None:
-    """Raises ValueError where folders of different names are one folder, or one lies in another, by links."""
+    """Raises ValueError if links make folders of different names one folder, or put one into another."""
     outer, first = "", Path()
     for inner, path in sorted(((os.path.realpath(p), p) for p in folders), key=lambda pair: Path(pair[0]).parts):
         if outer and is_inside(inner, outer):
@@ -276,7 +276,7 @@ def _require_apart(folders: list[Path]) -> None:
 
 
 def _require_own_images(root: Path, images: list[tuple[str, Path]]) -> None:
-    """Raises ValueError for links to images that lie in the folder of another class than the one they are named for."""
+    """Raises ValueError for links that stand in one class's folder and lead to images of another class."""
     parts = [os.path.realpath(root / part) for part in ("train", "test")]
     for name, path in images:
         if not path.is_symlink():

@@ -1,4 +1,4 @@
-"""Images without transparency: in front of white, as most viewers show them."""
+"""Transparent images in front of white, as most viewers show them."""
 
 from typing import IO
 
@@ -23,7 +23,7 @@ def in_front_of_white(image: Image.Image, file: IO[bytes]) -> Image.Image:
 
 
 def _at_eight_bits(color: int | tuple[int, ...], stored_as: str) -> int | tuple[int, ...]:
-    """A PNG's transparent color as Pillow scales the pixels; of its 16 bits, those of the image's depth count."""
+    """A PNG's transparent color, scaled as Pillow scales pixels. It has 16 bits; those of the image's depth count."""
     if isinstance(color, tuple):
         return tuple(value & 255 for value in color)
     bits = int(stored_as.partition(";")[2] or 8)
@@ -31,7 +31,7 @@ def _at_eight_bits(color: int | tuple[int, ...], stored_as: str) -> int | tuple[
 
 
 def _low_bytes(file: IO[bytes]) -> np.ndarray:
-    """The second byte of each value of a PNG of 16 bits, uint8 [H, W, 3]. Pillow decodes the first alone."""
+    """The second byte of each value of a 16-bit PNG, uint8 [H, W, 3]. Pillow decodes only the first."""
     file.seek(0)
     with Image.open(file, formats=["PNG"]) as image:
         image.tile = [(*image.tile[0][:3], "RGB;16L")]  # takes the second byte of two

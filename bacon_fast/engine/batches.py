@@ -21,9 +21,9 @@ _STRONG = (Stream.STRONG_0, Stream.STRONG_1)
 class Batches:
     """The run's images, resident on the device or mapped from a file, and the batch of every step.
 
-    A batch is a pure function of (seed, step): indices, crops, flips and operations are Philox counters. Under several
-    ranks each makes its consecutive part of the labeled rows, and of each view of the unlabeled ones, with the pixels
-    that one process would give these rows of the global batch.
+    A batch is a pure function of (seed, step): indices, crops, flips and operations are drawn from Philox counters.
+    Each of several ranks makes its consecutive part of the labeled rows, and of each view of the unlabeled ones, with
+    the pixels that these rows of the global batch would have in one process.
 
     Args:
         config, split, dataset, device: of the run.
@@ -34,7 +34,7 @@ class Batches:
     Attributes:
         pool: uint8 [M, H, W, 3]: the training images, then the unlabeled ones; indexed by rows int64 [n], it gives
             images on the device.
-        window: the images of the prepared step, where the pool is mapped.
+        window: the images of the prepared step, if the pool is mapped.
         labeled, unlabeled: int64, rows of `pool` by slot. labels: int64, of the labeled slots.
         true_labels: int64, of the unlabeled slots, -1 where unknown; for diagnostics only.
         augment: makes the views, and normalizes.
@@ -91,8 +91,8 @@ class Batches:
         self._host: list[tuple[Tensor, IndexSampler | ClassBalancedSampler]] | None = None
 
     def prepare(self, step: int) -> None:
-        """What the host does before the batch of `step` can be made: nothing, unless an epoch begins or the images are
-        in a file.
+        """The host's work before the batch of `step` can be made: none, unless an epoch begins or the images are in a
+        file.
         """
         for sampler in (self.labeled_sampler, self.unlabeled_sampler):
             if sampler is not None:

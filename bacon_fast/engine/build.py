@@ -76,7 +76,7 @@ def check_backend(config: Config, device: torch.device) -> None:
             raise ValueError(f"loss_backend: {error}") from error
 
 
-# More only wait for each other, and where the system refuses to start so many, OpenMP ends the process.
+# More threads only wait for each other, and where the system refuses to start them, OpenMP ends the process.
 MAX_THREADS_PER_CORE = 4
 
 
@@ -113,7 +113,7 @@ def build_dataset(config: Config) -> ImageDataset:
 
 
 def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Split:
-    """The split in the file `saved`, else the one of --split, else one drawn by protocol, overrides and seed.
+    """The split of the file `saved`, or of --split, or else one drawn by protocol, overrides and seed.
 
     Raises ValueError when `saved` and --split are not the same split.
     """
@@ -130,7 +130,7 @@ def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Sp
     protocol, overrides = PROTOCOLS[config.data.protocol], split_overrides(config)
     if overrides:
         changes = ", ".join(f"{name}={value}" for name, value in overrides.items())
-        # Numbers of another protocol must not pass for those of the named one.
+        # Numbers of a changed protocol must not pass for numbers of the named one.
         named = {"name": f"{protocol.name} with {changes}", "source": f"changed on the command line: {changes}"}
         protocol = dataclasses.replace(protocol, **overrides, **named)
     return make_split(dataset, protocol, config.seed)

@@ -1,4 +1,4 @@
-"""Crash-safe checkpoints: written whole or not at all, refused by name when damaged, the previous one used instead.
+"""Crash-safe checkpoints. A file is written whole or not at all; a damaged one is named, and the one before is used.
 
 A file is torch's archive, then a line with the SHA-256 of all bytes before it. torch's reader does not compare the
 archive's own checksums: without the line, a flipped bit of a weight would be used in silence.
@@ -54,8 +54,8 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
 
 
 def _write(state: dict, path: Path) -> None:
-    # Through a file of Python's, which says why a write fails. torch's own is only told where its archive broke off,
-    # and for that it raises a RuntimeError, of which the reason is then the context.
+    # Through a Python file, which says why a write fails. torch only learns where its archive broke off, and raises a
+    # RuntimeError with the reason as its context.
     with open(path, "wb") as file:
         hashed = _HashingWriter(file)
         torch.save({"format": FORMAT, **state}, hashed)
@@ -63,7 +63,7 @@ def _write(state: dict, path: Path) -> None:
 
 
 class _HashingWriter:
-    """Passes on what is written, and hashes it on the way: the digest is of what was meant to be in the file."""
+    """Passes data on and hashes it on the way: the digest belongs to what was meant to be written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.digest, self.flush = file, hashlib.sha256(), file.flush
@@ -84,7 +84,7 @@ def _digest(path: Path, size: int) -> bytes:
 
 
 def _has_digest(path: Path) -> bool:
-    """Whether the file ends with a digest. Raises CheckpointError when that is not of what is before it."""
+    """Whether the file ends with a digest. Raises CheckpointError if it is not the digest of the bytes before it."""
     size = path.stat().st_size - _TAIL_BYTES
     with open(path, "rb") as file:
         file.seek(max(size, 0))
@@ -92,14 +92,14 @@ def _has_digest(path: Path) -> bool:
     if size < 0 or not (tail.startswith(_MARK) and tail.endswith(b"\n")):
         return False
     if tail[len(_MARK) : -1] != _digest(path, size):
-        raise CheckpointError(f"{path}: its content does not have the digest at its end: the file is damaged")
+        raise CheckpointError(f"{path}: the content does not match the digest at the end: the file is damaged")
     return True
 
 
 def set_aside_after(folder: Path, step: int) -> None:
-    """Clears what a crash left behind: removes half-written files, renames checkpoints newer than `step` to *.damaged.
+    """Cleans up after a crash: removes half-written files, and renames checkpoints newer than `step` to *.damaged.
 
-    A damaged file would otherwise take the place of a good one among the newest that are kept.
+    Otherwise a damaged file would count as one of the newest checkpoints, in place of a good one.
     """
     for path in folder.glob(".step-*.tmp"):
         path.unlink(missing_ok=True)
@@ -119,7 +119,7 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
     """The state in `path`.
 
     Raises:
-        CheckpointError: the file is damaged, to a single bit, or gone.
+        CheckpointError: the file is gone, or damaged by as little as one bit.
         ValueError: it is of another format.
         OSError: it could not be read this time. Neither this nor exhausted memory says anything about the file.
     """
@@ -129,7 +129,7 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
     except CheckpointError:
         raise
     except Exception as error:  # torch raises many types for a damaged archive
-        # For a file cut short torch seeks to before its beginning: EINVAL.
+        # In a file that was cut short, torch seeks to before its beginning: EINVAL.
         if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.ENOENT):
             raise OSError(error.errno, error.strerror, str(path)) from error
         if is_out_of_memory(error):
@@ -138,7 +138,7 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
         raise CheckpointError(f"{path}: {type(error).__name__}: {reason}") from error
     require_format(state, path)
     if not has_digest:
-        raise CheckpointError(f"{path}: expected a digest at its end, found none: the file is damaged")
+        raise CheckpointError(f"{path}: expected a digest at the end, found none: the file is damaged")
     return state
 
 
@@ -147,7 +147,7 @@ def load_latest(folder: Path, map_location: torch.device | str = "cpu") -> tuple
 
     Raises:
         CheckpointError: there is none, or all are damaged.
-        OSError, ValueError: as of `load_checkpoint`.
+        OSError, ValueError: see `load_checkpoint`.
     """
     refused = []
     for path in reversed(list_checkpoints(folder)):

@@ -39,7 +39,7 @@ STEPS = 300_000
 # Every name on the command line that stands alone, and its group.
 GROUP_OF: dict[str, str] = {f.name: group for group, options in GROUPS.items() for f in dataclasses.fields(options)}
 
-# Fields that say where a run happens and how it talks, not what it computes: a resumed run may change them.
+# Fields that do not change the result of a run, but where it happens and what it prints: a resumed run may change them.
 RESUME_MAY_CHANGE = {
     "run": ("run_dir", "resume"),
     "data": ("data_dir", "download", "split", "images"),
@@ -121,7 +121,7 @@ class Config(Options):
         return cls(**top | {"method": method}, **groups, parts=parts)
 
     def replace(self, **changes: object) -> "Config":
-        """The same with other values, named as on the command line: seed, lr, and of parts bacon.top_k.
+        """The same configuration with other values, named as on the command line: seed, lr, bacon.top_k.
 
         Raises ValueError for a part that the method does not have, TypeError for a name that is no field.
         """
@@ -178,9 +178,9 @@ class Config(Options):
         return cls.from_dict(values)
 
     def differences(self, other: "Config") -> list[str]:
-        """Values in which `other`, a saved configuration, would compute something else, as readable lines.
+        """Readable lines, one for each value by which `other`, a saved configuration, computes something else.
 
-        A run records what "auto" became on its device, so "auto" agrees with whatever it was.
+        A run records what "auto" became on its device, so "auto" agrees with whatever was recorded.
         """
         mine, theirs = self.flat(), other.flat()
         if self.engine.precision == "auto":

@@ -13,7 +13,7 @@ class Diagnostics(nn.Module):
     Buffers:
         pairs [K*(K+1)+1] int64: how often a row of true class i got pseudo-label j (cell i*(K+1)+j; j = K: none) since
             the last `read`; the last cell takes the rows whose true class is unknown.
-        window [K, K+1] int64: what the last `read` returned.
+        window [K, K+1] int64: the counts at the last `read`.
         centers [K,D] float32, has_center [K] bool: BaCon's centers at the last `read` (D = 0 without a bank).
 
     Args:
@@ -44,10 +44,10 @@ class Diagnostics(nn.Module):
         """JSON-ready values of an evaluation's row, and a fresh start. The host waits for the device here.
 
         Returns:
-            pseudo_precision and pseudo_recall [K], as `pseudo_label_quality` gives them, when a row with a known class
-            was seen; class_count_estimate [K], BaCon's counts nu_c of selected slots (methods.md E.1), and
-            center_drift, the mean over classes of 1 - cosine between the center now and at the last read, where there
-            is a bank and two such centers.
+            pseudo_precision and pseudo_recall [K], from `pseudo_label_quality`, if a row with a known class was seen.
+            With a bank: class_count_estimate [K], BaCon's counts nu_c of selected slots (methods.md E.1), and
+            center_drift, the mean of 1 - cosine between a class's center now and at the last read, over the classes
+            that have both.
         """
         values = {}
         self.window.copy_(self.pairs[:-1].view_as(self.window))

@@ -1,10 +1,10 @@
 """The processes of one run: torchrun's environment, the process group, and what the ranks tell each other.
 
-Each rank computes the losses of the global batch from rows gathered from all (methods/gather.py), so parameters,
-buffers and decisions are the same everywhere, and one of them, rank 0, writes the files. Without torchrun there is one
-process: rank 0 of 1, for which every exchange returns what it is given.
+Each rank computes the losses of the global batch from rows gathered from all ranks (methods/gather.py), so parameters,
+buffers and decisions are the same everywhere. Rank 0 writes the files. Without torchrun there is one process, rank 0
+of 1, and every exchange returns what it is given.
 
-What the hosts tell each other travels over gloo, and no device waits for it; a device's tensors travel over NCCL.
+Messages between hosts travel over gloo, and no device waits for them; a device's tensors travel over NCCL.
 """
 
 import os
@@ -27,8 +27,8 @@ T = TypeVar("T")
 # Rank 0 leaves the run directory under this key in the store of torchrun, which outlives the processes it restarts.
 _RUN_DIR = "bacon_fast/run_dir"
 
-# Groups live as long as the process. The last reference must not be that of a DistributedDataParallel: its destructor
-# holds Python's lock while it joins gloo's threads, and these may wait for the lock to drop the tensors they just sent.
+# Groups live as long as the process. A DistributedDataParallel must not hold the last reference: its destructor keeps
+# Python's lock while it joins gloo's threads, which may wait for that lock to drop the tensors they just sent.
 _JOINED: list[dist.ProcessGroup] = []
 
 
@@ -120,10 +120,10 @@ def process_group(device: torch.device, timeout: float) -> Iterator[dist.Store |
             f"({reason}). The newest checkpoint is whole: start the same command again with --run-dir and --resume"
         ) from error
     finally:
-        if dist.is_initialized() and not lost:  # to take a group apart would wait for the lost rank again
+        if dist.is_initialized() and not lost:  # destroying the group would wait for the lost rank again
             dist.destroy_process_group()
         # gloo's threads still hold the tensors of the last exchange, and need Python's lock for a moment to drop them.
-        # The interpreter aborts when it ends before.
+        # If the interpreter ends before that, it aborts.
         time.sleep(0.2)
 
 
@@ -134,7 +134,7 @@ def _join(launch: Launch, device: torch.device, timeout: timedelta) -> dist.Stor
     if cuda:
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
-    # A prefix for each start: torchrun keeps the store over restarts, and with it the addresses of dead processes.
+    # A prefix for each start: torchrun keeps the store, with the addresses of dead processes, over restarts.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=dist.PrefixStore(f"bacon_fast/{launch.restarts}/{launch.world_size}", store),
@@ -153,7 +153,7 @@ def _says_that_a_rank_is_lost(error: RuntimeError) -> bool:
 
 
 def rank() -> int:
-    """Of this process in the group; 0 without one."""
+    """This process's rank in the group; 0 without one."""
     return dist.get_rank() if num_ranks() > 1 else 0
 
 
@@ -183,7 +183,7 @@ def broadcast(value: T) -> T:
 
 
 def from_main(work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, the only one that does it; what it raises there is raised on all ranks."""
+    """Runs `work` on rank 0 only. All ranks return its result, or raise its error."""
     if num_ranks() == 1:
         return work()
     value, error = None, None
@@ -208,7 +208,7 @@ def all_reduce_max(*values: int) -> list[int]:
 
 
 def require_equal(values: dict[str, object]) -> None:
-    """Raises ValueError, on all ranks, when the value of a name is not the same on all of them."""
+    """Raises ValueError, on all ranks, if any value differs between them."""
     if num_ranks() == 1:
         return
     found: list[dict] = [{}] * num_ranks()
@@ -225,7 +225,7 @@ def require_equal(values: dict[str, object]) -> None:
 
 
 def leader_first(work: Callable[[], T]) -> T:
-    """What `work` returns, done by the first process of each machine before the others: for downloads."""
+    """Runs `work` on every process, on the first one of each machine before the others: for downloads."""
     launch = Launch.from_environment() if num_ranks() > 1 else None
     if launch is None:
         return work()
@@ -236,7 +236,7 @@ def leader_first(work: Callable[[], T]) -> T:
 
 @torch.no_grad()
 def copy_from_main(*modules: nn.Module) -> None:
-    """Makes all parameters and buffers of the modules those of rank 0, bit for bit."""
+    """Copies all parameters and buffers of the modules from rank 0, bit for bit."""
     if num_ranks() > 1:
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):
@@ -245,9 +245,9 @@ def copy_from_main(*modules: nn.Module) -> None:
 
 @torch.no_grad()
 def copy_statistics_from_main(*modules: nn.Module) -> None:
-    """Makes the running statistics of all BatchNorm layers those of rank 0.
+    """Copies the running statistics of all BatchNorm layers from rank 0.
 
-    Unless they are synchronized (`Config.sync_batchnorm`), each rank's describe the rows that this rank has seen.
+    Unless they are synchronized (`--sync-batchnorm`), each rank's statistics describe the rows that this rank has seen.
     """
     if num_ranks() == 1:
         return
@@ -260,7 +260,7 @@ def copy_statistics_from_main(*modules: nn.Module) -> None:
 
 
 def gather_rows(rows: Tensor, total: int) -> Tensor:
-    """Consecutive parts [ceil(total / ranks), ...] of all ranks put together, without what is over: [total, ...]."""
+    """Joins the consecutive parts [ceil(total / ranks), ...] of all ranks, without the padding: [total, ...]."""
     if num_ranks() == 1:
         return rows
     gathered = rows.new_empty(num_ranks() * len(rows), *rows.shape[1:])
@@ -272,7 +272,7 @@ def gather_rows(rows: Tensor, total: int) -> Tensor:
 
 
 def started_before(store: dist.Store | None) -> Path | None:
-    """The directory of this very run, when torchrun has started it before (--max-restarts)."""
+    """The directory of this run, if torchrun has started it before (--max-restarts)."""
     found = None
     if store is not None and is_main() and store.check([_RUN_DIR]):
         found = store.get(_RUN_DIR).decode()
@@ -281,6 +281,6 @@ def started_before(store: dist.Store | None) -> Path | None:
 
 
 def mark_started(store: dist.Store | None, run_dir: Path) -> None:
-    """Lets the processes that torchrun starts after a failure of these know which run to continue."""
+    """Tells the processes that torchrun may start after a failure which run to continue."""
     if store is not None and is_main():
         store.set(_RUN_DIR, str(run_dir))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class AveragePairs(NamedTuple):
-    """What an average does in a step: averages[i] moves towards sources[i], copies[i] is set to copied[i].
+    """The work of an average in a step: averages[i] moves towards sources[i], and copies[i] is set to copied[i].
 
     momentum: weight of the old average.
     """
@@ -21,7 +21,7 @@ class AveragePairs(NamedTuple):
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Moves all of it. No host synchronization, fixed storage."""
+        """Moves and sets all of them, in place and without host synchronization."""
         torch._foreach_lerp_(self.averages, self.sources, 1 - self.momentum)
         if self.copies:
             torch._foreach_copy_(self.copies, self.copied)
@@ -34,7 +34,7 @@ class EMA(nn.Module):
         network: the online network; the average starts at its current parameters.
         momentum: m in [0, 1].
         buffers: "copy" takes BatchNorm's running statistics from the online network ([US], [FX]); "average" averages
-            every floating-point buffer as the parameters ([AB], [CO]). Integer buffers are copied in both.
+            every floating-point buffer like the parameters ([AB], [CO]). Integer buffers are copied in both cases.
     """
 
     def __init__(self, network: nn.Module, momentum: float, buffers: Literal["copy", "average"] = "copy") -> None:

@@ -13,6 +13,7 @@ from bacon_fast.engine.metrics import confusion_matrix
 
 EVALUATION_BATCH = 500
 CALIBRATION_BINS = 15
+SUM_ROWS = 8192  # rows a product: its one-hot matrix has as many
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Evaluation:
 def predict(network: nn.Module, normalize: Augment, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Features float32 [N,F] and logits float32 [N,K] of uint8 images [N,H,W,3], in batches, in evaluation mode.
 
-    `network` has a method `predict(images) -> (features, logits)` and is left in the mode it came in.
+    `network` has a method `predict(images) -> (features, logits)`. Its mode, training or evaluation, is left as it was.
     """
     was_training = network.training
     network.eval()
@@ -50,13 +51,13 @@ def predict(network: nn.Module, normalize: Augment, images: Tensor, device: torc
 def predict_together(
     network: nn.Module, normalize: Augment, images: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """`predict` with the images divided over the ranks and the results, the same bits, on all of them.
+    """`predict` with the images divided over the ranks. All ranks return the same results, bit for bit.
 
-    Running statistics that are each rank's own have to be made equal before (`copy_statistics_from_main`).
+    If each rank has its own running statistics, make them equal first (`copy_statistics_from_main`).
     """
     part = -(-len(images) // num_ranks())
     own = images[rank() * part : (rank() + 1) * part]
-    # A rank without images predicts one for the shapes of its rows, which `gather_rows` drops.
+    # A rank without images predicts one, for the shapes of its rows; `gather_rows` drops it.
     features, logits = predict(network, normalize, own if len(own) else images[:1], device)
     missing = (0, 0, 0, part - len(features))
     return gather_rows(F.pad(features, missing), len(images)), gather_rows(F.pad(logits, missing), len(images))
@@ -82,7 +83,18 @@ def calibration_bins(logits: Tensor, labels: Tensor) -> Tensor:
     confidence, predicted = logits.double().softmax(1).max(1)
     bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
     rows = torch.stack([torch.ones_like(confidence), confidence, (predicted == labels).double()], dim=1)
-    return rows.new_zeros(CALIBRATION_BINS, 3).index_add_(0, bins, rows)
+    return _sums(rows, bins, CALIBRATION_BINS)
+
+
+def _sums(rows: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """Sums [num_groups,F] of the rows [N,F] of each group [N].
+
+    By products: `index_add_` adds on a GPU in any order, and float64 sums then differ from run to run.
+    """
+    total = rows.new_zeros(num_groups, rows.shape[1])
+    for part, groups in zip(rows.split(SUM_ROWS), group.split(SUM_ROWS)):
+        total += F.one_hot(groups, num_groups).to(rows.dtype).T @ part
+    return total
 
 
 def calibration_error(bins: Tensor) -> float:
@@ -92,13 +104,13 @@ def calibration_error(bins: Tensor) -> float:
 
 
 def intra_class_variance(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Mean over the present classes of the mean squared distance of unit features to their class mean: 0-d float64.
+    """Mean squared distance of unit features to their class mean, averaged over the classes that occur: 0-d float64.
 
     For unit vectors that is 1 - |mean|^2: 0 when a class is one direction, near 1 when it is spread over all.
     Arguments: features float [N,F], labels int64 [N].
     """
     unit = F.normalize(features.double(), dim=1)
-    sums = unit.new_zeros(num_classes, unit.shape[1]).index_add_(0, labels, unit)
-    images = unit.new_zeros(num_classes).index_add_(0, labels, unit.new_ones(len(labels)))
+    sums = _sums(unit, labels, num_classes)
+    images = _sums(unit.new_ones(len(labels), 1), labels, num_classes)[:, 0]
     variance = 1 - (sums / images.clamp(min=1)[:, None]).square().sum(1)
     return torch.where(images > 0, variance, 0).sum() / (images > 0).sum()

@@ -13,7 +13,7 @@ from bacon_fast.methods.gather import num_ranks
 
 Result = tuple[dict[str, Tensor], dict[str, Tensor]]
 
-# Steps of a phase before its capture, in which libraries choose algorithms and allocate, and kernels are compiled.
+# Steps of a phase before its capture. In these, libraries choose algorithms and allocate, and kernels are compiled.
 WARM_UP = 3
 
 
@@ -33,38 +33,42 @@ class Capture(Protocol):
     """How a step is recorded."""
 
     def __call__(self, run: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
-        """Records what `run` would do. Returns what does it, again and again, and the tensors that it writes."""
+        """Records what `run` would do. Returns a function that repeats it, and the tensors that it writes."""
 
     def reset(self) -> None:
-        """All that was recorded is dropped."""
+        """Drops all recordings."""
 
 
 class CudaCapture:
-    """Records on the current stream, which may not be the default one.
+    """Records on the current stream, which must not be the default one.
 
-    All graphs of a run share their memory: they replay one after the other, and none reads what another left in it.
+    All graphs of a run share their memory: they replay one after the other, and none reads what another left there.
     """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        # A broken capture's graph goes only with the run: torch's cache of pinned host memory still knows its pool, and
+        # asks about it when it next hands out a block.
+        self._broken: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, run: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads, such as that of TensorBoard, may do what they like meanwhile.
+        # thread_local: other threads, such as TensorBoard's, may use the GPU meanwhile.
         options = {"stream": torch.cuda.current_stream(), "capture_error_mode": "thread_local"}
         try:
             with torch.cuda.graph(graph, self._pool, **options):
                 result = run()
         except Exception:
-            # Best effort: the eager step draws nothing from torch's generators and can do without.
+            self._broken.append(graph)
+            # Best effort: the eager step draws nothing from torch's generators and works without this.
             with suppress(Exception):
                 self._clear_broken_capture()
             raise
         return graph.replay, result
 
     def _clear_broken_capture(self) -> None:
-        """What torch 2.11 leaves when a capture ends in an error: allocations still go to its pool, and the generator
-        believes that it is captured, until a capture succeeds."""
+        """Undoes what torch 2.11 leaves behind when a capture ends in an error: allocations still go to its pool, and
+        the generator believes that it is captured, until a capture succeeds."""
         device = torch.cuda.current_device()
         with suppress(RuntimeError):  # where the capture did not even begin
             torch._C._cuda_endAllocateToPool(device, self._pool)
@@ -74,16 +78,16 @@ class CudaCapture:
             torch.zeros((), device="cuda")
 
     def reset(self) -> None:
-        # Memory whose last graph is gone cannot be shared again, and must not go while a replay still runs.
+        # Memory cannot be shared again after its last graph is gone, and must not go while a replay still runs.
         torch.cuda.current_stream().synchronize()
         self._pool = torch.cuda.graph_pool_handle()
 
 
 class GraphedStep:
-    """Takes the steps of `program`: `WARM_UP` of each phase as they are, then by replaying the phase's graph.
+    """Runs the steps of `program`: the first `WARM_UP` of each phase eagerly, then by replaying the phase's graph.
 
     Every step counts once: warm-up steps are steps of the run, and a capture executes nothing. If a capture fails, the
-    reason is reported and this and all later steps run as they are.
+    reason is reported, and this and all later steps run eagerly.
 
     Args:
         program: the step. Its state must be in place: a graph holds addresses.

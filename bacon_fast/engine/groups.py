@@ -1,4 +1,4 @@
-"""The groups of a configuration: what every run has, whatever its method. Each option stands alone: --lr, --steps."""
+"""The groups of a configuration: options of every run, whatever its method. Each stands alone: --lr, --batch-size."""
 
 import re
 from dataclasses import dataclass
@@ -34,9 +34,9 @@ class RunOptions(Options):
 class DataOptions(Options):
     """Images and split.
 
-    images: "memory" decodes all images in memory, resident on the device. "mapped" (dataset folder with an image size)
-    decodes them once into a file in data_dir/.bacon_fast, 3 bytes a pixel, from which each step's images are sent.
-    Files there of another size or of images that have changed since may be deleted.
+    images: "memory" decodes all images into memory, and keeps them on the device. "mapped" (dataset folder with an
+    image size) decodes them once into a file in data_dir/.bacon_fast, 3 bytes a pixel; each step's images are sent from
+    there. You may delete files there that belong to another size, or to images that have changed since.
     """
 
     dataset: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(DATASETS) + "}")] = "digits"
@@ -136,7 +136,7 @@ class OptimizerOptions(Options):
     weight_decay: float = 5e-4
     """Weight decay (adam: 0.02 in ABC's recipe)."""
     lr_schedule: Literal["constant", "cosine", "cosine_to_zero"] = "constant"
-    """cosine is FixMatch's, of 7/16 of a period; cosine_to_zero MoCo v2's."""
+    """cosine: FixMatch's, 7/16 of a period; cosine_to_zero: MoCo v2's."""
     ema: float = 0.999
     """Momentum of the parameter average that evaluation uses."""
     ema_buffers: Literal["copy", "average"] = "copy"
@@ -160,13 +160,13 @@ class EngineOptions(Options):
     compile: bool = False
     """Compile network and losses with torch.compile."""
     graph: Literal["auto", "on", "off"] = "auto"
-    """The whole step as one CUDA graph launch: auto (on a single GPU, unless the capture fails), on (an error where it
-    is impossible), or off (the same step, launch by launch)."""
+    """The whole step as one CUDA graph launch: auto (on a single GPU, unless the capture fails), on (an error if it is
+    impossible), or off (the same step, launch by launch)."""
     threads: int = 0
     """CPU threads; 0: the cores this process may use."""
     sync_batchnorm: bool = False
-    """Under torchrun: normalize with the statistics of the whole batch, so that the run is that of a single process.
-    Without, each process normalizes its own rows, and the running statistics of the first are evaluated and saved."""
+    """Under torchrun: normalize with the statistics of the whole batch, so that the run equals one in a single process.
+    Without, each process normalizes its own rows, and the first one's running statistics are evaluated and saved."""
     rank_timeout: float = 600.0
     """Under torchrun: seconds a process waits for the others before it gives up."""
 

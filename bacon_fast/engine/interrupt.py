@@ -1,4 +1,4 @@
-"""Stopping a run between two steps, so that what is saved is a whole step's state."""
+"""Stopping a run between two steps, so that the saved state is that of a whole step."""
 
 import signal
 import threading
@@ -6,7 +6,7 @@ import time
 
 from bacon_fast.engine import distributed
 
-# Seconds between two questions of the ranks to each other whether one of them was asked to stop.
+# Every so many seconds the ranks ask each other whether one of them was told to stop.
 ASK_EVERY = 1.0
 
 
@@ -44,8 +44,8 @@ class StopRequest:
     def agreed(self, step: int, *, now: bool = False) -> int | None:
         """The signal that any rank received, on all ranks after the same step; None while there is none.
 
-        One process answers at once. Several ask each other, which lets their hosts meet but waits for no device, about
-        once a second: after a number of steps that follows from the speed that all of them measured.
+        One process answers at once. Several ask each other about once a second, after a number of steps that follows
+        from the speed they all measured. Their hosts wait for each other then, but for no device.
 
         Args:
             step: completed steps, the same on all ranks.
@@ -56,7 +56,7 @@ class StopRequest:
         if not now and step < self._next:
             return None
         steps, seconds = max(1, step - self._asked), time.perf_counter() - self._time
-        # At most twice as long as before: what a first step takes, or a burst of launches, says little.
+        # At most twice as long as before: the time of a first step, or of a burst of launches, says little.
         gap = max(1, min(2 * steps, int(steps * ASK_EVERY / max(seconds, 1e-6))))
         signum, negative_gap = distributed.all_reduce_max(self.signum or 0, -gap)
         self._asked, self._next, self._time = step, step - negative_gap, time.perf_counter()

@@ -10,19 +10,19 @@ from pathlib import Path
 
 _FILE = ".lock"
 
-# What file systems answer that have no locks, as those that machines share may.
+# Errors of file systems without locks, such as some that machines share.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class DirectoryLock:
     """Exclusive use of a directory, which is made when it is missing.
 
-    It lasts until `release`, or until this process and those that inherit `descriptor` ended, however they did. Where
-    the file system has no locks, a warning says so and everybody is let in.
+    It lasts until `release`, or until this process and all that inherit `descriptor` have ended, in whatever way. Where
+    the file system has no locks, a warning says so and nobody is kept out.
 
     Args:
         folder: the directory; the file .lock in it carries the lock.
-        name: of the argument that named it, for the message.
+        name: the argument that named the directory, for the message.
 
     Raises:
         ValueError: it is locked already, by another process or another object of this one.
@@ -53,14 +53,14 @@ class DirectoryLock:
             self._close()
 
     def _is_in_place(self) -> bool:
-        """Whether the file is still the one in the directory: who held the lock before may have removed it."""
+        """Whether the file is still in the directory: the previous holder of the lock may have removed it."""
         try:
             return os.path.samestat(os.fstat(self.descriptor), os.stat(self.folder / _FILE))
         except FileNotFoundError:
             return False
 
     def release(self) -> None:
-        """Gives the directory back. One that was made for the lock and holds nothing else goes, with made parents."""
+        """Gives the directory back. If it was made for the lock and is otherwise empty, it goes, with new parents."""
         if not self._close.alive:
             return
         with contextlib.suppress(OSError):  # a parent may be in use by now

@@ -17,7 +17,7 @@ from bacon_fast.files import errors_name, write_atomically
 
 
 class Rows:
-    """Rows of a run, in memory alone: all that ranks other than 0 keep.
+    """Rows of a run in memory. Ranks other than 0 keep nothing else.
 
     A row is a dict with "step" and "kind" ("train" or "eval"); its other values are numbers, lists or None.
     """
@@ -45,7 +45,7 @@ class Rows:
         """The accuracies of an evaluation, as a line."""
 
     def close(self) -> None:
-        """No more rows come."""
+        """Ends the log."""
 
 
 class Progress:
@@ -56,7 +56,7 @@ class Progress:
         self._shown: dict[str, str] = {}
 
     def add(self, steps: int, start: int) -> None:
-        """One more run, of so many steps, of which `start` are behind it."""
+        """Adds a run of `steps` steps, `start` of which are done."""
         if self.bar is not None:
             self.bar.total += steps
             self.bar.initial += start
@@ -95,8 +95,8 @@ class RunLogger(Rows):
         steps: length of the run.
         start: completed steps (resume).
         rows: rows of the run up to `start`.
-        progress: shared with other runs, which `name` tells this one from; None: its own.
-        lock: on `run_dir`, which `close` releases.
+        progress: a display that runs share; `name` tells them apart. None: its own.
+        lock: on `run_dir`; `close` releases it.
     """
 
     def __init__(
@@ -133,10 +133,10 @@ class RunLogger(Rows):
             self._write_csv()
 
     def _open_board(self) -> None:
-        """TensorBoard's events, written anew from the rows.
+        """Writes TensorBoard's events anew from the rows.
 
-        Its own way to forget lost steps, a purge mark in a further file, depends on the order of the files' times: it
-        fails where the clock went back, and the files of a run killed before its first checkpoint have no mark at all.
+        TensorBoard forgets lost steps by a purge mark in a further file, and relies on the order of the files' times.
+        That fails where the clock went back, and a run killed before its first checkpoint has no mark at all.
         """
         folder = self.run_dir / "tensorboard"
         for earlier in folder.glob("events.out.tfevents.*"):
@@ -146,7 +146,7 @@ class RunLogger(Rows):
             self._add_to_board(row)
 
     def _add_to_board(self, row: dict) -> None:
-        with errors_name(self.run_dir / "tensorboard"):  # raised here for the thread that writes
+        with errors_name(self.run_dir / "tensorboard"):  # an error of the writing thread is raised here
             for name, value in row.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self.board.add_scalar(f"{row['kind']}/{name}", value, row["step"])

@@ -2,7 +2,7 @@
 
 import torch
 
-# Of the RuntimeErrors with which torch and CUDA's libraries report it, beside the types made for it.
+# Parts of the messages of RuntimeErrors by which torch and CUDA's libraries report it, beside their own types.
 _MESSAGES = ("DefaultCPUAllocator", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED", "std::bad_alloc")
 
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class Meter:
-    """Running sums at fixed addresses, so that a captured step updates them too; the host waits in `read` alone.
+    """Running sums at fixed addresses, so that a captured step updates them too. The host waits only in `read`.
 
     Args:
-        device: of the values.
+        device: the device of the values.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,7 +39,7 @@ class Meter:
         return int(sum(steps for steps, _ in counts)), int(sum(finite for _, finite in counts))
 
     def read(self) -> dict[str, float]:
-        """Mean of each value over the steps since the last call that had it, and a fresh start."""
+        """Mean of each value over those steps since the last call that had it. Starts again from zero."""
         totals: dict[str, tuple[float, float]] = {}
         for names, sums, finite in self._sums.values():
             *found, steps = sums.tolist()
@@ -55,7 +55,7 @@ class Meter:
         return {phase: [list(names), *sums] for phase, (names, *sums) in self._sums.items() if float(sums[0][-1])}
 
     def load_state_dict(self, state: dict[str, list]) -> None:
-        """Takes up the sums of `state_dict`, before the first step."""
+        """Continues from the sums of `state_dict`. Call it before the first step."""
         device = self._one.device
         self._sums = {
             phase: (list(names), sums.to(device), finite.to(device)) for phase, (names, sums, finite) in state.items()

@@ -10,7 +10,7 @@ from torch import Tensor
 HEADLINE = ("top1", "bacc", "gm")
 GROUPS = ("many", "medium", "few")
 MEAN_WINDOW = 20
-# The three ways papers read a run's accuracy off its evaluations, keys of `History.summary`: never to be mixed.
+# Three ways in which papers read a run's accuracy off its evaluations; keys of `History.summary`. Never mix them.
 READINGS = {
     "last": "last evaluation",
     "mean_last_20": "mean of last 20",
@@ -172,10 +172,10 @@ class History:
 
         Returns:
             ``last``: the last evaluation (with its ``step``); ``mean_last_20``: the mean of the last 20, or of all
-            when there are fewer (``evaluations`` says how many), and of none of an earlier generation, that is of
-            another network (``generation`` of a row; none is 0); ``best_on_test``: the maximum of each metric on its
-            own (``steps`` says where), with the recalls of the evaluation of the best bacc. That one is optimistic,
-            because the test set chose it. A value without a test image is None, one that rows lack is left out.
+            when there are fewer (``evaluations`` says how many), without those of an earlier generation, which had
+            another network (``generation`` of a row, 0 by default); ``best_on_test``: the maximum of each metric on
+            its own (``steps`` says where), with the recalls at the best bacc. It is optimistic, because the test set
+            chose it. A value without a test image is None; a value that rows lack is left out.
 
         Raises:
             ValueError: if there is no evaluation.

@@ -1,7 +1,7 @@
-"""The optimizers of a run. A step moves the run's average along, and makes the host wait for nothing.
+"""The optimizers of a run. A step also moves the run's average, and never makes the host wait.
 
-Both take the fused path of torch.amp.GradScaler: fp16's gradient scale is divided out inside the step, and a step whose
-gradients overflowed changes nothing but the average.
+Both use the fused path of torch.amp.GradScaler: the step itself divides by fp16's gradient scale, and a step with
+overflowed gradients changes only the average.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,8 +22,8 @@ class SGD(torch.optim.SGD):
     float32 tensor on the parameters' device. Where `functional.sgd_ema_` has no native backend, torch's fused kernels
     take the step.
 
-    Momentum starts as zeros, which give the same first step. Left to itself torch allocates without filling, and its
-    fused kernel leaves the garbage in place when fp16's first step overflows and is skipped; nor does it let a
+    Momentum starts as zeros, which give the same first step. By itself torch allocates momentum without filling it, and
+    its fused kernel leaves the garbage in place when fp16's first step overflows and is skipped. torch also lets no
     parameter of a group, such as the projection, start later than the others.
     """
 
@@ -75,7 +75,7 @@ class SGD(torch.optim.SGD):
             (p, p.grad, self.state[p]["momentum_buffer"], average_of.pop(id(p), None), group["weight_decay"])
             for p, group in parameters
         ]
-        # What the average follows beside: frozen parameters, and statistics that are averaged.
+        # What else the average follows: frozen parameters, and averaged statistics.
         rows += [
             (source, None, None, average_of[id(source)], 0.0) for source in average.sources if id(source) in average_of
         ]
@@ -94,7 +94,7 @@ class SGD(torch.optim.SGD):
 
 
 class Adam(torch.optim.Adam):
-    """ABC's recipe (methods.md C): torch's fused Adam, after which what was trained shrinks by 1 - shrink * lr.
+    """ABC's recipe (methods.md C): torch's fused Adam; then the trained parameters are multiplied by 1 - shrink * lr.
 
     `lr` may be a 0-d float32 tensor on the parameters' device.
     """
@@ -105,7 +105,7 @@ class Adam(torch.optim.Adam):
         self._set_capturable()
 
     def _set_capturable(self) -> None:
-        """Lets a CUDA graph capture the step: so far as a checkpoint goes, only the device decides."""
+        """Lets a CUDA graph capture the step. The device decides, whatever a checkpoint says."""
         for group in self.param_groups:
             group["capturable"] = group["params"][0].is_cuda
 

@@ -16,7 +16,7 @@ class PhaseParallel:
     None, so that it is not decayed.
 
     Args:
-        forward: the method, or what torch.compile made of it, with the same parameters and buffers on all ranks.
+        forward: the method, compiled or not, with the same parameters and buffers on all ranks.
     """
 
     def __init__(self, forward: nn.Module) -> None:
@@ -25,7 +25,7 @@ class PhaseParallel:
 
     def __call__(self, batch: Batch, step: Tensor, phase: Hashable) -> StepOutput:
         if phase not in self._wrapped:
-            # Buffers stay equal by themselves; BatchNorm's statistics without synchronization are each rank's own.
+            # Buffers stay equal by themselves. Without synchronization each rank has its own statistics in BatchNorm.
             self._wrapped[phase] = DistributedDataParallel(
                 self.forward, broadcast_buffers=False, static_graph=True, init_sync=False
             )

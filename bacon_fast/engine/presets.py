@@ -30,7 +30,7 @@ class Preset:
     def config(self, method: str | None = None) -> Config:
         """The configuration, for the preset's own method or another.
 
-        Its mu gives way to that of a base learner which takes only one.
+        A base learner that takes only one mu overrides the preset's.
         """
         method = method or self.method
         views = dict(self.overrides.get("views", {}))

@@ -17,7 +17,7 @@ def learning_rate(name: str, base: float, step: int, steps: int) -> float:
     """Rate of the step after `step` completed ones.
 
     constant: every imbalanced method of [US] and [BC]. cosine: base * max(0, cos(7 pi t / (16 T))), FixMatch's own
-    (methods.md 0.3). cosine_to_zero: base * (1 + cos(pi t / T)) / 2, half a period down to 0, as MoCo v2's.
+    (methods.md 0.3). cosine_to_zero: base * (1 + cos(pi t / T)) / 2, half a period down to 0, like MoCo v2's.
     """
     _check(name)
     if name == "constant":

@@ -23,7 +23,7 @@ class Outcome(NamedTuple):
 
 
 def with_resume(configs: Sequence[Config]) -> list[Config]:
-    """The configurations as they can be run: under `resume`, a run whose directory does not exist yet begins.
+    """The configurations, ready to run: under `resume`, a run without a directory starts from the beginning.
 
     Raises:
         ValueError: without `resume`, a directory holds a run.
@@ -43,13 +43,13 @@ def with_resume(configs: Sequence[Config]) -> list[Config]:
 def fit_together(configs: Sequence[Config]) -> list[Outcome]:
     """Trains all runs to their ends, step by step in turn, and returns how each ended, in order.
 
-    Each run is the one that `Trainer(config).fit()` would be: with its own directory, bit for bit on a CPU. On a GPU
-    each has a stream and graphs of its own, so that their work overlaps. All of them read one dataset. A run that
-    diverges is reported and leaves the others alone.
+    Each run has its own directory and is what `Trainer(config).fit()` would give, on a CPU bit for bit. On a GPU each
+    has its own stream and graphs, so that their work overlaps. All of them read one dataset. A run that diverges is
+    reported and does not disturb the others.
 
     Raises:
         StoppedError: a signal asked to stop; every run has saved its state.
-        ValueError, CheckpointError: as of `with_resume` and `Trainer`; or the configurations name different datasets.
+        ValueError, CheckpointError: see `with_resume` and `Trainer`; or the configurations name different datasets.
     """
     for name in ("dataset", "data_dir", "image_size", "classes"):
         if len(found := {getattr(config.data, name) for config in configs}) > 1:
@@ -77,7 +77,7 @@ def _take_turns(trainers: list[Trainer]) -> dict[Trainer, DivergedError]:
             streams.enter_context(trainer.on_stream())
         while running:
             for trainer in tuple(running):
-                # Its own stream and no other, so that it waits for nobody.
+                # Its own stream, so that it waits for no other run.
                 with nullcontext() if trainer.stream is None else torch.cuda.stream(trainer.stream):
                     try:
                         trainer.advance(stop)

@@ -25,14 +25,14 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
 
 
 class TrainStep:
-    """The step of a run. All it changes has a fixed address: parameters, buffers, optimizer, average, sums.
+    """The step of a run. Whatever it changes has a fixed address: parameters, buffers, optimizer, average, sums.
 
     Args:
         config: of the run.
-        method: whose buffers and parameters are trained.
-        forward: `method`, or what wraps it (torch.compile, DistributedDataParallel).
+        method: the method; its buffers and parameters are trained.
+        forward: `method`, or its wrapper (torch.compile, DistributedDataParallel).
         batches, optimizer, ema, diagnostics: of the run.
-        meter: takes the losses and statistics of every step.
+        meter: receives the losses and statistics of every step.
 
     Attributes:
         counter: completed steps, 0-d int64 on the device.
@@ -64,7 +64,7 @@ class TrainStep:
         return self.run(self.prepare(step))
 
     def prepare(self, step: int) -> Hashable:
-        """What the host does before a step can run: returns its phase."""
+        """The host's work before a step can run. Returns the step's phase."""
         self.batches.prepare(step)
         return self.method.phase(step)
 
@@ -78,7 +78,7 @@ class TrainStep:
         self.scaler.scale(output.total).backward()
         schedule = self.method.schedule(self.counter, config.steps)
         self.rate.copy_(learning_rate_tensor(config.optimizer.lr_schedule, config.optimizer.lr, *schedule))
-        for group in self.optimizer.param_groups:  # here, as a checkpoint may have brought another rate
+        for group in self.optimizer.param_groups:  # set in every step: a checkpoint may have brought another rate
             group["lr"] = self.rate
         self.scaler.step(self.optimizer, average=self.ema.pairs(self.method.network))
         self.scaler.update()
@@ -90,7 +90,7 @@ class TrainStep:
         return output.losses, output.stats
 
     def forget_broken_step(self) -> None:
-        """Clears what a step that was recorded in part, and not executed, left on the host."""
+        """Clears what a step left on the host when its recording broke off before it was executed."""
         self.optimizer.zero_grad(set_to_none=True)
         for name in ("grad_scale", "found_inf"):  # GradScaler's, for the length of a step
             vars(self.optimizer).pop(name, None)

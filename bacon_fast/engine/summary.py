@@ -1,4 +1,4 @@
-"""The content of summary.json: what a finished run reached, and what it was."""
+"""The content of summary.json: the accuracy that a run reached, and how it was run."""
 
 import platform
 from typing import Any
@@ -25,7 +25,7 @@ def summarize(
 
     Args:
         history: of the whole run, to its last step.
-        train_seconds: what the steps took, without evaluations and checkpoints.
+        train_seconds: time of the steps, without evaluations and checkpoints.
     """
     last = history.rows[-1]
     cuda = device.type == "cuda"

@@ -45,7 +45,7 @@ from bacon_fast.models.batchnorm import synchronize
 
 
 class DivergedError(RuntimeError):
-    """The loss, or what the run would save, is no longer finite."""
+    """The loss, or a tensor that the run would save, is no longer finite."""
 
 
 class StoppedError(RuntimeError):
@@ -83,7 +83,7 @@ class Trainer:
     Args:
         config: of the run.
         dataset: the one that `config` names, if it is loaded already.
-        progress, name: the display that this run shares with others, and what it is called there.
+        progress, name: a display that this run shares with others, and the run's name there.
 
     Raises:
         ValueError: a wrong setting, a split that does not fit the data, or a run directory that holds another run or
@@ -174,7 +174,7 @@ class Trainer:
     def _newest_state(self) -> tuple[Path, dict | None]:
         """Locks the run directory, and returns the newest checkpoint if the configuration allows to continue from it.
 
-        None in its place for a run that begins.
+        The state is None for a run that begins.
         """
         folder = self.run_dir / "checkpoints"
         path, state = self.run_dir / "config.json", None
@@ -237,7 +237,7 @@ class Trainer:
         self.generation += 1
         build.seed_everything(self.config.seed + self.generation)
         fresh = build.build_method(self.config, self._info)
-        with torch.no_grad():  # the method's own buffers stay, those of the network do not
+        with torch.no_grad():  # the method's own buffers stay, the network's do not
             for own, new_start in zip(self.method.parameters(), fresh.parameters(), strict=True):
                 own.copy_(new_start)
         self.method.network.load_state_dict(fresh.network.state_dict())
@@ -248,7 +248,7 @@ class Trainer:
     # --- state -----------------------------------------------------------------------------------------------------
 
     def state(self) -> dict:
-        """All that a resumed run needs. Draws are functions of (seed, step), so no generator state is among it."""
+        """All that a resumed run needs. Draws are functions of (seed, step), so there is no generator state."""
         return {
             "config": self.config.to_dict(),
             "bacon_fast": bacon_fast.__version__,
@@ -313,7 +313,7 @@ class Trainer:
     # --- one step --------------------------------------------------------------------------------------------------
 
     def train_step(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One step of the method (engine/step.py). Returns losses and statistics as 0-d tensors, for the caller's
+        """One step of the method (engine/step.py). Returns losses and statistics as 0-d tensors, ready on the caller's
         stream; the next step may overwrite them.
         """
         with self.on_stream():
@@ -334,7 +334,8 @@ class Trainer:
 
     @contextmanager
     def on_stream(self) -> Iterator[None]:
-        """Inside, CUDA work goes to the run's own stream, after the caller's work before and before that after."""
+        """Inside, CUDA work goes to the run's own stream. It waits for the caller's earlier work, and the caller's
+        later work waits for it."""
         caller = None if self.stream is None else torch.cuda.current_stream(self.device)
         if caller == self.stream:
             yield
@@ -427,14 +428,14 @@ class Trainer:
         )
 
     def _saved_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What a checkpoint holds of the method, its average and the optimizer."""
+        """The tensors of the method, its average and the optimizer that a checkpoint holds."""
         yield from self.method.state_dict().items()
         yield from ((f"average of {name}", tensor) for name, tensor in self.ema.state_dict().items())
         for parameter, state in self.optimizer.state_dict()["state"].items():
             yield from ((f"optimizer's {name} of parameter {parameter}", value) for name, value in state.items())
 
     def _log_train(self) -> None:
-        means = self.meter.read()  # the host waits for the device here, and so the time below is that of whole steps
+        means = self.meter.read()  # the host waits for the device here, so the time below is of whole steps
         first, started = self._window
         seconds, self._window = time.perf_counter() - started, None
         self.train_seconds += seconds

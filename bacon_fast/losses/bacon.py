@@ -42,8 +42,9 @@ class BaConOutput(NamedTuple):
 class BaConLoss(nn.Module):
     """Balanced feature-level contrastive loss (BaCon, AAAI 2024, arXiv 2403.12986) on top of backbone features.
 
-    One call is one step: it selects samples as classes and counts them, computes the loss with the centers of the step
-    before, then writes the reliable projections into the memory bank and moves the centers (methods.md E.2).
+    One call is one step (methods.md E.2): it selects samples as classes and counts them, computes the loss with the
+    centers of the step before, writes the reliable projections into the memory bank, and moves the centers. The loss
+    itself is `functional.bacon_loss`, its formula `reference.bacon_loss.bacon_loss`.
 
     Args:
         in_features: F, width of the backbone's features.
@@ -53,24 +54,24 @@ class BaConLoss(nn.Module):
         proj_layers: 1, 2, or 0 for none, where D = F (`models.heads.projection_head`).
         temperature, bta, negative_weight, neg_mode, min_temperature: see `functional.bacon_loss`; None takes the
             variant's value.
-        top_k: an unlabeled row is no negative of its ``top_k`` likeliest classes; lowered to K-1 where K is small. 1 is
+        top_k: an unlabeled row is no negative of its ``top_k`` likeliest classes; lowered to K-1 if K is small. 1 is
             the loss without reliable negative selection (methods.md E.4): every row predicted as another class is a
             negative.
-        reliable_threshold: rows whose confidence is at least this are reliable: they are the anchors of the loss and
-            are written to the bank.
-        count_threshold: unlabeled rows whose confidence is at least this are selected as their pseudo-label.
+        reliable_threshold: rows of at least this confidence are reliable: they are the anchors of the loss and are
+            written to the bank.
+        count_threshold: unlabeled rows of at least this confidence are selected as their pseudo-label.
         variant: "fixed" is the paper's loss with the released code's slips corrected; "official" the released code;
             "blog" what the blog post's listing means (temperature 0.5, bta 1, at least 0.1, sum of negatives, unit
             projections).
         backend: of the loss, see `functional.bacon_loss`. "reference" also takes the bank's reference.
-        count_gate: what ``count_threshold`` is compared with, the largest "prob" or, in the released code, "logit".
+        count_gate: ``count_threshold`` is compared with the largest "prob" or, in the released code, "logit".
         labeled_counts: labeled rows are selected as their labels "always" or, in the released code, only
             "with_pseudo", that is if an unlabeled row of the batch is selected too.
         center_slots: a center is the mean over the slots of its class that were "written" or, in the released code, of
             all "selected" ones, which hold a vector of ones until they are written.
-        centers: the loss pulls rows to the centers of the memory "bank", as published or, for an ablation, to the mean
+        centers: the loss pulls rows to the centers of the memory "bank", as published, or, for an ablation, to the mean
             over the reliable rows of the class in this "batch", labeled and weak, without a gradient. The bank is kept
-            either way.
+            up to date either way.
 
     The released code also projects the strong views and drops the result, which changes nothing and is not offered. As
     there, a slot whose class changes keeps its old feature under the new class.
@@ -170,7 +171,7 @@ class BaConLoss(nn.Module):
                 unlabeled set, each counted from 0.
             progress: t/T, a number or a 0-d tensor.
             active: False before the loss starts. The loss then is a zero without graph, so the projection has no
-                gradient and is not decayed, while bank, counts and centers are kept up.
+                gradient and is not decayed; bank, counts and centers are still updated.
 
         Returns:
             BaConOutput. Its stats are "reliable", the share of reliable rows, "bank_fill", the share of slots that hold
@@ -202,7 +203,7 @@ class BaConLoss(nn.Module):
         unlabeled_slots: Tensor,
         progress: float | Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Loss and share of reliable rows, by two launches of kernels/bacon_step.py."""
+        """Loss and share of reliable rows, by the kernels of BaCon's step."""
         with torch.autocast(projected.device.type, enabled=False):
             return bacon_step_(
                 projected,
@@ -235,7 +236,7 @@ class BaConLoss(nn.Module):
         progress: float | Tensor,
         active: bool,
     ) -> tuple[Tensor, Tensor]:
-        """The same by the operations of which the step consists."""
+        """The same step, operation by operation."""
         batch = labels.shape[0]
         logits = logits.detach().to(accumulator_dtype(logits.dtype))
         probability, logit = logits.softmax(dim=1).amax(dim=1), logits.amax(dim=1)

@@ -68,12 +68,12 @@ class MemoryBank(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
     def current_centers(self) -> tuple[Tensor, Tensor]:
-        """Centers [K,D] and has_center [K] for a loss whose backward comes after the next `write_`."""
+        """Centers [K,D] and has_center [K] for a loss, whose backward pass may come after the next `write_`."""
         return snapshot(self.centers), snapshot(self.has_center)
 
     @torch.no_grad()
     def select_(self, slots: Tensor, labels: Tensor, gate: Tensor) -> None:
-        """Selects the rows of a batch as their labels where ``gate``: slots, labels [R] int64, gate [R] bool."""
+        """Selects the gated rows of a batch as their labels: slots, labels [R] int64, gate [R] bool."""
         functional.bank_select_(
             self.selected_label,
             self.class_counts,
@@ -89,7 +89,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def write_(self, slots: Tensor, features: Tensor, gate: Tensor) -> None:
-        """Writes the rows of a batch where ``gate`` and updates the centers: features [R,D], any float dtype."""
+        """Writes the gated rows of a batch and updates the centers: features [R,D], any float dtype."""
         functional.bank_write_(
             self.features,
             self.written,

@@ -1,7 +1,7 @@
-"""Methods: what one training step computes. Here stand the parts they are made of, and which combinations exist.
+"""Methods: what one training step computes. This file has the table of their parts, and says which combinations exist.
 
-A method's name is its parts between plus signs: a base learner, then a class balancer, then a regularizer, such as
-fixmatch+abc+bacon. To add a part: write its file, with its options, its module and `build`, and one line in the table.
+A method's name joins its parts by plus signs: a base learner, then a class balancer, then a regularizer, such as
+fixmatch+abc+bacon. To add a part, write its file (options, module, `build`) and one line in the table.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ _BALANCED_BY_IMAGE = {"bacon": "it takes the bias out of the logits that BaCon r
 _TWO_BALANCERS = "a method has one balancer, as each sets the targets of the unlabeled rows"
 _BESIDE_BACON = "BaCon is added to a base learner alone or with ABC; beside another balancer nobody has measured it"
 
-# The order is that of METHODS, and that of the parts within a name.
+# METHODS has this order, and so have the parts within a name.
 _TABLE = (
     Part("base", supervised.SupervisedOptions, supervised.build, alone=_NO_UNLABELED_ROWS),
     Part("base", fixmatch.FixMatchOptions, fixmatch.build),
@@ -51,7 +51,7 @@ PARTS: dict[str, Part] = {part.name: part for part in _TABLE}
 
 
 def refusal(words: Sequence[str]) -> str | None:
-    """Why these parts, in the table's order, make no method; None when they do."""
+    """Why these parts, given in the table's order, make no method; None if they make one."""
     parts = [PARTS[word] for word in words]
     base, *added = parts
     if base.kind != "base" or any(part.kind == "base" for part in added):
@@ -73,7 +73,7 @@ def refusal(words: Sequence[str]) -> str | None:
 
 
 def names() -> tuple[str, ...]:
-    """The methods that exist: of each base learner it alone, then with what can be added, by the last part."""
+    """The methods that exist: each base learner alone, then with its additions, ordered by the last one."""
     additions = [name for name, part in PARTS.items() if part.kind != "base"]
     found = []
     for base in (name for name, part in PARTS.items() if part.kind == "base"):
@@ -91,7 +91,7 @@ METHODS: tuple[str, ...] = names()
 def parts_of(method: str) -> tuple[str, ...]:
     """The names of a method's parts, the base learner first.
 
-    Raises ValueError, with the reason where the parts exist, for what is no method.
+    Raises ValueError for a name that is no method, with the reason if its parts exist.
 
     Example:
         >>> parts_of("fixmatch+abc+bacon")
@@ -110,7 +110,7 @@ def parts_of(method: str) -> tuple[str, ...]:
 
 
 def default_options(method: str) -> dict[str, PartOptions]:
-    """The options of a method's parts by name: their defaults, or those that the parts beside them give them."""
+    """Default options of a method's parts, by name. A part may change the defaults of the parts beside it."""
     kinds = {name: PARTS[name].options for name in parts_of(method)}
     changes: dict[str, dict[str, object]] = {name: {} for name in kinds}
     for name in kinds:
@@ -126,7 +126,7 @@ def missing_part(method: str, part: str) -> str:
 
 
 def build_method(options: Mapping[str, PartOptions], setup: Setup, network: Network | PrototypeNetwork) -> Method:
-    """The method of these parts, the base learner first, on a fresh network."""
+    """Builds the method of these parts, the base learner first, on a fresh network."""
     base, *added = options
     additions = {}
     for part in (PARTS[name] for name in added):

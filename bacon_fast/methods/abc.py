@@ -37,7 +37,7 @@ class ABC(nn.Module):
         threshold: confidence from which a pseudo-label counts.
         lambda_abc: weight of both losses.
         steps, epochs: T and E; the keep probability of pseudo-labels anneals from 1 to N_min / N_c in E stages.
-        seed: of the masks, which are drawn from counters (seed, step, stream, row).
+        seed: of the masks. `functional.fixmatch_abc_loss` draws them from counters (seed, step, stream, row).
         backend: of `functional.fixmatch_abc_loss`.
 
     Raises:

@@ -7,10 +7,10 @@ _EPSILON = 1e-6
 
 
 class DistributionAlignment(nn.Module):
-    """Scales probabilities by the wanted over the present average prediction: p' ∝ p · (target + ε) / (p̄ + ε).
+    """Scales probabilities by the target over the current average prediction: p' ∝ p · (target + ε) / (p̄ + ε).
 
     Args:
-        target: the distribution wanted, float [K]: the labeled classes' frequencies.
+        target: the wanted distribution, float [K]: the frequencies of the labeled classes.
         momentum: p̄ <- momentum · p̄ + (1 - momentum) · mean of p over the batch, before it is used; the first batch
             sets it.
 
@@ -31,7 +31,7 @@ class DistributionAlignment(nn.Module):
 
     @torch.no_grad()
     def forward(self, probabilities: Tensor, exponent: Tensor | None = None) -> Tensor:
-        """Aligned probabilities [U,K] of those of one batch; updates the average.
+        """Aligned probabilities [U,K] of one batch; updates the average.
 
         With `exponent`, 0-d float, the target is the wanted distribution to that power, scaled to sum 1.
         """

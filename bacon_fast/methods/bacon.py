@@ -24,7 +24,7 @@ class BaConOptions(PartOptions):
     variant: Literal["fixed", "official", "blog"] = "fixed"
     """The specification, the released code, or the copied listing, corrected."""
     neg_mode: Literal["authors", "paper"] | None = None
-    """Denominator of a class's anchors together, or of each (paper)."""
+    """One denominator for all anchors of a class (authors), or one for each anchor (paper)."""
     proj_dim: int = 32
     """D, width of the contrastive space."""
     proj_layers: int = 1
@@ -42,11 +42,11 @@ class BaConOptions(PartOptions):
     centers: Literal["bank", "batch"] = "bank"
     """Class centers: means over the bank or the batch (ablation)."""
     count_gate: Literal["prob", "logit"] | None = None
-    """What --threshold counts by: the largest probability or logit."""
+    """Compare --threshold with the largest probability or logit."""
     labeled_counts: Literal["always", "with_pseudo"] | None = None
-    """Count them always, or only beside a selected unlabeled image."""
+    """Count labeled images always, or only beside a selected unlabeled one."""
     center_slots: Literal["written", "selected"] | None = None
-    """A center is of the slots with a feature, or of all selected ones."""
+    """Average into a center the slots with a feature, or all selected ones."""
 
     def check(self) -> None:
         self.require_weights("lambda_con", "bta")
@@ -79,7 +79,7 @@ class BaCon(BaConLoss):
     def contrast(
         self, out: Outputs, batch: Batch, step: Tensor, *, active: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Loss `contrastive`, 0-d float32, and statistics; updates the bank. `active`: of the step, as of `active`."""
+        """Loss `contrastive`, 0-d float32, and statistics; updates the bank. `active`: what `active(step)` says."""
         loss, stats = self(
             out.anchor_features,
             batch.labels,

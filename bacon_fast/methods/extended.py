@@ -1,4 +1,4 @@
-"""A method with what is added to it: a class balancer, and a contrastive loss that starts late."""
+"""A method with its additions: a class balancer, and a contrastive loss that starts late."""
 
 from collections.abc import Hashable
 from typing import NamedTuple
@@ -15,8 +15,9 @@ from bacon_fast.models.network import Network
 
 
 class Phase(NamedTuple):
-    """Whether BaCon's loss is added yet (before, the projection has no gradient at all and is not decayed), and the
-    balancer's own phase.
+    """Program of a step: whether BaCon's loss is added yet, and the balancer's own phase.
+
+    Before BaCon's loss is added, its projection has no gradient and is not decayed.
     """
 
     contrast: bool
@@ -24,7 +25,7 @@ class Phase(NamedTuple):
 
 
 class ExtendedMethod(Method):
-    """Method with a balancer and a regularizer, either of which may be None; hands on to the balancer what it decides.
+    """Method with a balancer and a regularizer, either of which may be None. The balancer decides phase and refreshes.
 
     Args:
         network: backbone and heads.
@@ -62,7 +63,7 @@ class ExtendedMethod(Method):
 
     @torch.no_grad()
     def averaged_features(self, batch: Batch, weak: Tensor, strong: Tensor, phase: Hashable) -> Tensor | None:
-        """Features by the averaged backbone of the images the balancer asks for, of the global batch."""
+        """Averaged features of the images that the balancer asks for, for the global batch."""
         images = None if self.balancer is None else self.balancer.averaged_images(batch, weak, strong, phase)
         if images is None:
             return None

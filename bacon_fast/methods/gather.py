@@ -67,7 +67,7 @@ def own_views(rows: Tensor, num_labeled: int, num_unlabeled: int) -> Tensor:
 
 
 def gather_batch(batch: Batch) -> Batch:
-    """The batch with labels, slots and true labels of all ranks; images stay those of this rank."""
+    """The batch with the labels, slots and true labels of all ranks; its images stay this rank's."""
     ranks = num_ranks()
     if ranks == 1:
         return batch

@@ -1,4 +1,4 @@
-"""What a method is to the training loop: one static step, and what it may do between steps."""
+"""The base of all methods: one static step, and the work that it may do between steps."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from bacon_fast.losses.bacon import BaConLoss
 from bacon_fast.methods.outputs import Batch, StepOutput
 
 CHUNK = 4096
-"""Images of the pool that are on the device at once between steps."""
+"""How many images of the pool are on the device at once between steps."""
 
 
 @dataclass(frozen=True)
 class RefreshContext:
-    """What a method may look at between two steps, where the host may wait for the device.
+    """What a method may read between two steps. The host may wait for the device there.
 
     Attributes:
         step: completed optimizer steps.
-        pool: uint8 [M, H, W, 3], every image of the run. pool[rows], rows int64 [n], is on the device, also where the
+        pool: uint8 [M, H, W, 3], every image of the run. pool[rows], for rows int64 [n], is on the device even if the
             pool is a mapped file: take `CHUNK` rows at once (`predict_rows` does).
         labeled, unlabeled: int64 [n_lb] and [n_ulb], rows of `pool`; position = slot.
         labels: int64 [n_lb], the labels trained on.
@@ -43,7 +43,7 @@ class RefreshContext:
     ) -> tuple[Tensor, ...]:
         """What `keep` returns for the features and logits of `rows` of the pool, int64 [n], n > 0: tensors [n, ...].
 
-        Beyond them it holds one `CHUNK` of rows only.
+        Beside the result it holds only one `CHUNK` of rows.
         """
         kept: tuple[Tensor, ...] = ()
         for first, chunk in zip(range(0, len(rows), CHUNK), rows.split(CHUNK)):
@@ -56,7 +56,7 @@ class RefreshContext:
 
 @dataclass(frozen=True)
 class NewGeneration:
-    """A method's wish to start again from a fresh network, with another labeled set (CReST).
+    """A method's request to start again from a fresh network, with another labeled set (CReST).
 
     labeled int64 [n], rows of the pool; labels int64 [n].
     """
@@ -90,12 +90,12 @@ class Method(nn.Module):
         self._averaged: tuple[nn.Module, ...] = ()
 
     def bind(self, averaged: nn.Module) -> None:
-        """Makes the run's averaged network known to the method, without becoming part of its state."""
+        """Gives the method the run's averaged network, which does not become part of the method's state."""
         self._averaged = (averaged,)  # in a tuple, so that it is not registered as a submodule
 
     @property
     def averaged(self) -> nn.Module:
-        """The averaged network (EMA) of the run; read only within a step."""
+        """The averaged network (EMA) of the run. A step only reads it."""
         return self._averaged[0]
 
     @property
@@ -120,9 +120,9 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def schedule(self, step: int | Tensor, steps: int) -> tuple[int | Tensor, int]:
-        """Where the schedules (learning rate, ramps) of the step that follows `step` of `steps` are, and their length.
+        """Position and length of the schedules (learning rate, ramps) in the step after `step` of `steps` steps.
 
-        Those of the run, unless the method starts again. `step` is an integer, or 0-d int64 on the device.
+        They are the run's, unless the method starts again. `step` is an integer, or 0-d int64 on the device.
         """
         return step, steps
 
@@ -131,5 +131,5 @@ class Method(nn.Module):
         return False
 
     def refresh(self, context: RefreshContext) -> NewGeneration | None:
-        """Work between steps, such as features of the whole set; everything it changes is in buffers."""
+        """Work between steps, such as features of the whole set. It changes buffers only."""
         raise NotImplementedError

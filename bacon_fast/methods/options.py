@@ -1,4 +1,4 @@
-"""Options: frozen dataclasses that check themselves. Groups of a configuration and parts of a method are such."""
+"""Options: frozen dataclasses that check themselves, for the groups of a configuration and the parts of a method."""
 
 import sys
 from dataclasses import dataclass, fields
@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, Union, get_args, get_origin, get_type_hint
 
 @dataclass(frozen=True)
 class Options:
-    """Base of all options. A value that is not of its field's annotated type, or out of range, is refused by name.
+    """Base of all options. It refuses a value of another type than annotated, or out of range, and names its field.
 
     Raises:
         ValueError: names the field, what it takes and what was found.
@@ -23,7 +23,7 @@ class Options:
     """
 
     part: ClassVar[str] = ""
-    """Name of the part of a method, which stands before its fields: daso in --daso.start. Empty: fields stand alone."""
+    """Name of the part, which stands before its fields: daso in --daso.start. Empty: the fields stand alone."""
 
     def __post_init__(self) -> None:
         for name, kind in _kinds(type(self)).items():
@@ -72,16 +72,15 @@ class Options:
 class SharedOptions(Options):
     """Options that several parts of methods read.
 
-    usb_compat reaches DebiasPL, DASO, CoSSL, and CReST, which in USB acts where the labeled counts do not fall from
-    class to class.
+    usb_compat changes DebiasPL, DASO and CoSSL, and CReST where the labeled counts do not fall from class to class.
     """
 
     threshold: float = 0.95
-    """Confidence from which a pseudo-label, and BaCon's count, counts."""
+    """Least confidence of a pseudo-label that is used, and of a row that BaCon counts."""
     epochs: int = 1000
     """E: ABC anneals, SAW counts and SsCL refreshes by epochs."""
     distribution_momentum: float = 0.999
-    """Of the running mean of predictions (ReMixMatch, CReST+, DebiasPL)."""
+    """Momentum of the average prediction (ReMixMatch, CReST+, DebiasPL)."""
     usb_compat: bool = False
     """Bring back errors of USB's code that published numbers contain."""
     loss_backend: Literal["auto", "reference", "cpp", "triton"] = "auto"
@@ -93,7 +92,7 @@ class SharedOptions(Options):
 
     @property
     def backend(self) -> str | None:
-        """`loss_backend` as operations take it: None for the best one."""
+        """`loss_backend` as the operations take it: None for the best one."""
         return None if self.loss_backend == "auto" else self.loss_backend
 
 
@@ -105,7 +104,7 @@ def _kinds(options: type) -> dict[str, object]:
 
 
 def _is_of(kind: object, value: object) -> bool:
-    """Whether a value is what an annotation says. An integer may stand for a float, True and False for no number."""
+    """Whether a value fits an annotation. An integer may stand for a float; True and False are no numbers."""
     origin, of = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(_is_of(one, value) for one in of)
@@ -136,9 +135,9 @@ def _words(kind: object) -> str:
 
 
 def from_json(options: type[Options], values: dict) -> Options:
-    """Options from their JSON values: texts become paths, and lists tuples, where a field takes them.
+    """Options from their JSON values. A string becomes a path, and a list a tuple, where the field takes one.
 
-    Raises ValueError unless there is a value for each field and no other, and for values that do not fit.
+    Raises ValueError for a missing or an unknown field, and for a value that does not fit.
     """
     kinds, label = _kinds(options), options.part or options.__name__
     for what, names in (("unknown", set(values) - set(kinds)), ("missing", set(kinds) - set(values))):

@@ -48,7 +48,7 @@ class Batch:
 
 
 def wide(values: Tensor) -> Tensor:
-    """The same in at least float32: what comes out of a network under autocast may be half."""
+    """The same values in at least float32: a network under autocast may return half precision."""
     return values.to(accumulator_dtype(values.dtype))
 
 
@@ -121,6 +121,6 @@ class Outputs:
 
     @property
     def anchor_logits(self) -> Tensor:
-        """Logits of the anchors by the evaluated head: the auxiliary one where there is one."""
+        """Logits of the anchors from the evaluated head: the auxiliary one where there is one."""
         logits = self.logits if self.balanced is None else self.balanced
         return logits[: self.num_labeled + self.num_unlabeled]

@@ -15,9 +15,9 @@ class PartOptions(Options):
 
     Class attributes:
         part: its name.
-        operation: of `bacon_fast.ops`, if `loss_backend` chooses who computes it.
-        unlabeled_ratio: of a base, the only mu it takes; None: any.
-        changes: other defaults for the options of parts that are beside it in a method, {part: {field: value}}.
+        operation: the operation of `bacon_fast.ops` whose backend `loss_backend` chooses, or None.
+        unlabeled_ratio: the only mu that a base takes; None: any.
+        changes: other defaults that a part gives to the parts beside it, {part: {field: value}}.
     """
 
     operation: ClassVar[str | None] = None
@@ -25,16 +25,19 @@ class PartOptions(Options):
     changes: ClassVar[Mapping[str, Mapping[str, object]]] = {}
 
     def network(self) -> dict[str, object]:
-        """What it asks of the network: fields of `models.spec.NetworkSpec`."""
+        """What the part needs of the network: fields of `models.spec.NetworkSpec`."""
         return {}
 
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What the split and the dataset say.
+    """Sizes and counts of the split and the dataset.
 
-    num_classes: K. labeled_counts: N_c, int64 [K]. num_labeled, num_unlabeled: sizes of the two sets (0: none). mean,
-    std: per channel, that images are normalized with.
+    Attributes:
+        num_classes: K.
+        labeled_counts: N_c, int64 [K].
+        num_labeled, num_unlabeled: sizes of the two sets (0: none).
+        mean, std: per channel, for the normalization of images.
     """
 
     num_classes: int
@@ -47,7 +50,7 @@ class DataInfo:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a part may know of the run it is built for, beside its own options.
+    """What `build` of a part knows of the run, beside the part's own options.
 
     Attributes:
         data: counts and sizes.
@@ -78,12 +81,12 @@ class Part:
         kind: a base learner makes a method; a balancer and a regularizer are added to one; an extension changes the
             part that it extends, which reads its options.
         options: of the part; their class names it.
-        build: (options, setup) -> module; of a base (options, setup, network, balancer, regularizer) -> Method, where
-            a base that takes no additions leaves out the last two. None for an extension.
-        alone: of a base, why nothing can be added to it; empty: something can.
+        build: (options, setup) -> module. For a base: (options, setup, network, balancer, regularizer) -> Method; a
+            base without additions takes neither balancer nor regularizer. None for an extension.
+        alone: why nothing can be added to a base; empty if something can.
         refuses: parts that a balancer does not go with, and why.
         beside: regularizers that a balancer goes with.
-        extends: of an extension, the part.
+        extends: the part that an extension changes.
     """
 
     kind: Literal["base", "balancer", "regularizer", "extension"]

@@ -1,7 +1,7 @@
 """ReMixMatch as a base (methods.md D; Berthelot et al., ICLR 2020, arXiv 1911.09785), alone or with its additions.
 
-The passes are those of USB and of BaCon's authors: every view and every mixed block by itself, in training mode with
-BatchNorm statistics of its own; only the first mixed block moves the running ones.
+The passes are as in the code of USB and of BaCon's authors. Each view and each mixed block goes through the network
+alone, in training mode, with its own BatchNorm statistics; only the first mixed block updates the running ones.
 """
 
 from collections.abc import Hashable, Mapping
@@ -22,6 +22,7 @@ from bacon_fast.methods.method import NewGeneration, RefreshContext
 from bacon_fast.methods.mixup import MixUp, draw_quarter_turns, mix, rotate
 from bacon_fast.methods.outputs import Batch, Outputs, StepOutput, step_output, wide
 from bacon_fast.methods.part import PartOptions, Setup
+from bacon_fast.methods.powers import powers
 from bacon_fast.models.batchnorm import frozen_statistics
 from bacon_fast.models.heads import main_head
 from bacon_fast.models.network import Network
@@ -71,11 +72,10 @@ class ReMixMatch(ExtendedMethod):
         alignment_momentum: of the average prediction.
         abc: ABC on the network's balanced head, or None.
         regularizer: BaCon's loss, or None.
-        balancer: CDMAD, CoSSL, CReST, DARP or DASO, or None; what it says in `Targets` beside probabilities and losses
-            is FixMatch's alone.
+        balancer: CDMAD, CoSSL, CReST, DARP or DASO, or None. Of its `Targets` only probabilities and losses are used.
     """
 
-    # In the order in which MixUp has them, behind the labeled rows.
+    # MixUp's order, after the labeled rows.
     unlabeled_views = ("strong", "strong", "weak")
 
     def __init__(
@@ -123,8 +123,8 @@ class ReMixMatch(ExtendedMethod):
         with torch.no_grad(), frozen_statistics(self.network):
             weak_out = self.network(weak)
 
-        # 3: the views as they are. Statistics are frozen, so a pass whose result nothing uses can be left out: that of
-        # the second strong view, and without ABC and BaCon that of the labeled one.
+        # 3: the views as they are. Statistics are frozen, so a pass that nothing uses can be left out: the second
+        # strong view's, and without ABC and BaCon the labeled one's.
         with frozen_statistics(self.network):
             strong_out = self.network(strong)
             needed = self.abc is not None or self.regularizer is not None
@@ -147,7 +147,7 @@ class ReMixMatch(ExtendedMethod):
             mixed_logits += [self.network(block)[1] for block in others]
         mixed_logits = wide(gather_views(torch.cat(mixed_logits), *sizes))
 
-        # The first strong view, turned: by how much?
+        # The rotation task: by how much was the first strong view turned?
         turns = draw_quarter_turns(batch.num_unlabeled, self.seed, step)
         with frozen_statistics(self.network):
             rotated_features = self.network(rotate(strong, own_views(turns, 0, rows)))[0]
@@ -171,7 +171,7 @@ class ReMixMatch(ExtendedMethod):
         if labeled_out is None:
             return step_output(losses, stats, pseudo_labels)
 
-        # ABC and BaCon see the passes of 1 and 3, so weak rows have no graph behind their features.
+        # ABC and BaCon see passes 1 and 3, so the features of weak rows have no graph.
         views = zip(labeled_out, weak_out, strong_out, strict=True)
         joined = [None if view[0] is None else gather_views(torch.cat(view), *sizes) for view in views]
         out = Outputs(*joined, batch.num_labeled, batch.num_unlabeled)
@@ -186,14 +186,14 @@ class ReMixMatch(ExtendedMethod):
     def _targets(
         self, logits: Tensor, seen: Rows | None, step: Tensor, phase: Hashable
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Targets of the unlabeled rows, [U,K], by the weak views' logits [U,K]; the balancer's losses."""
+        """Targets [U,K] of the unlabeled rows from the weak views' logits [U,K], and the balancer's losses."""
         probabilities, losses, balancer = logits.softmax(1), {}, self.balancer
         if balancer is not None and not balancer.on_targets:
             balanced = balancer(seen, step, phase)
             probabilities, losses = balanced.probabilities, balanced.losses
         if balancer is None or not balancer.aligns:
             probabilities = self.alignment(probabilities)
-        targets = probabilities ** (1 / self.sharpening)
+        targets = powers(probabilities, 1 / self.sharpening)
         targets = targets / targets.sum(1, keepdim=True)
         if balancer is not None and balancer.on_targets:
             balanced = balancer(replace(seen, weak_logits=targets.log()), step, phase)

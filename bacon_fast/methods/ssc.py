@@ -50,13 +50,13 @@ class SSC(Method):
     positives. Any other one has a label of its own, and so its other view as its only positive, as in SimCLR.
 
     Args:
-        network: backbone, projector and prototypes; its temperature is that of the pseudo-labels.
+        network: backbone, projector and prototypes; pseudo-labels have its temperature.
         threshold: confidence from which a pseudo-label counts.
         temperature: T of the loss.
         lambda_proto, lambda_up, lambda_down: weight of the prototypes' rows, of confident and of unconfident ones;
             labeled rows have weight 1.
-        reduction: "wmean", the weighted mean over the rows that have a positive, or "pml", what the authors' code makes
-            of it with pytorch-metric-learning (methods.md G.3).
+        reduction: "wmean", the weighted mean over the rows that have a positive, or "pml", what the authors' code
+            computes with pytorch-metric-learning (methods.md G.3).
         backend: of `functional.sup_con_loss`.
     """
 

@@ -22,8 +22,8 @@ __all__ = [
 
 
 def build_backbone(name: str, in_channels: int = 3, *, bn_momentum: float | None = None) -> nn.Module:
-    """The backbone called ``name``: "wrn-DEPTH-WIDTH" (such as "wrn-28-2"; "wrn-28-2-usb" as USB builds it, see
-    `WideResNet`), "resnet18" or "resnet50".
+    """The backbone called ``name``: "wrn-DEPTH-WIDTH" (such as "wrn-28-2"; "wrn-28-2-usb" is USB's, see `WideResNet`),
+    "resnet18" or "resnet50".
 
     ``bn_momentum`` is the weight of the newest batch in BatchNorm's running statistics; None: the backbone's own.
     Raises ValueError for any other name, and for a depth that is neither 6n+4 nor 8n+5.

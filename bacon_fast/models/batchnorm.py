@@ -1,4 +1,4 @@
-"""BatchNorm layers of the backbones, with control over their statistics, and fused with what surrounds them."""
+"""BatchNorm layers of the backbones, with control over their statistics, and fused with their neighbors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +23,9 @@ class BatchNorm2d(nn.BatchNorm2d):
     Attributes:
         update_statistics: False leaves running_mean, running_var and num_batches_tracked as they are; a pass in
             training mode still normalizes with the statistics of its own batch. See `frozen_statistics`.
-        sync_group: a process group of torch.distributed, or True for all ranks: in training mode the batch is that of
-            all of them together. None: each process for itself. See `synchronize`. A layer that holds a process group
-            cannot be copied or pickled; one that says True can.
+        sync_group: a process group of torch.distributed, or True for all ranks: in training mode the statistics are
+            taken over their batches together. None: each process for itself. See `synchronize`. A layer with a process
+            group cannot be copied or pickled; one with True can.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
@@ -64,9 +64,9 @@ class BatchNormAct2d(BatchNorm2d):
 
     Args:
         num_features, eps, momentum: as in `BatchNorm2d`.
-        negative_slope: of the LeakyReLU.
+        negative_slope: slope of the LeakyReLU.
 
-    Attribute ``backend``: that of `functional.batch_norm_act`; None for the best one.
+    Attribute ``backend``: for `functional.batch_norm_act`; None for the best one.
     """
 
     def __init__(

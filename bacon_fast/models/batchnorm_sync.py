@@ -64,7 +64,7 @@ class _Normalize(torch.autograd.Function):
         wide = grad.to(mean.dtype)
         normalized = (x.to(mean.dtype) - _by_channel(mean)) * _by_channel(inverse)
         sums = torch.stack([(wide * normalized).sum(_OVER), wide.sum(_OVER)])
-        # A rank's own parameters get its own gradient: adding up over ranks is the data-parallel wrapper's work.
+        # A rank's own parameters get its own gradient: the data-parallel wrapper adds up over ranks.
         grad_weight, grad_bias = sums.to(weight.dtype, copy=True).unbind()
         dist.all_reduce(sums, group=ctx.group)
         along, constant = sums / total
@@ -86,9 +86,9 @@ def sync_batch_norm(
 ) -> Tensor:
     """Training-mode batch normalization of x [N,C,H,W] over the batches of all ranks of ``group`` (None: all ranks).
 
-    Equal in output, gradient and running statistics to one process with the whole batch. A collective: every rank of
-    the group has to call it, and to run its backward. The gradients of ``weight`` and ``bias`` are those of the rank's
-    own part. Running statistics that are given are updated, the same on all ranks.
+    Output, gradient and running statistics are as in one process with the whole batch. Every rank of the group must
+    call it, and run its backward pass. The gradients of ``weight`` and ``bias`` cover the rank's own part. Running
+    statistics, if given, are updated, the same on all ranks.
 
     Raises:
         RuntimeError: torch.distributed is not initialized.

@@ -1,4 +1,4 @@
-"""torch's convolution, kept from a wrong gradient on images of one pixel's width."""
+"""torch's convolution without its wrong gradient on images one pixel wide."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

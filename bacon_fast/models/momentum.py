@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class MomentumEncoder(nn.Module):
     """theta_k <- m * theta_k + (1 - m) * theta_q on parameters (He et al., MoCo, CVPR 2020, eq. 2; methods.md F.3).
 
-    BatchNorm's running statistics are the copy's own: it has other batches than the query encoder. Nothing in here
-    receives a gradient or is known to the optimizer's decay.
+    The copy has its own running statistics in BatchNorm, as it sees other batches than the query encoder. Its
+    parameters receive no gradient, and the optimizer does not decay them.
 
     Args:
         backbone, projection: the query encoder, copied as it is now.

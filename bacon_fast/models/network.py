@@ -60,7 +60,7 @@ class DebiasedNetwork(Network):
 
 
 class TeacherNetwork(Network):
-    """Network whose balanced head is CoSSL's teacher: no part of the forward pass, and predicting once it is ready.
+    """Network whose balanced head is CoSSL's teacher: it takes no part in the forward pass, and predicts once ready.
 
     Buffers:
         teacher_ready: 0-d bool, whether the balanced head predicts; before, the main head does.

@@ -1,4 +1,4 @@
-"""What defines a network, so that it can be built again from a checkpoint without the run's configuration."""
+"""The description of a network, from which a checkpoint is opened without the run's configuration."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,8 +16,8 @@ class NetworkSpec:
         num_classes: K.
         bn_momentum: weight of the newest batch in BatchNorm's running statistics.
         heads: "main" is one classifier, "debiased" one that CDMAD debiases; "balanced" adds the auxiliary one (ABC),
-            "teacher" CoSSL's; "prototypes" has SSC's in the place of a classifier.
-        temperature: of the prototypes' similarities.
+            "teacher" CoSSL's; "prototypes" has SSC's prototypes in place of a classifier.
+        temperature: similarities to the prototypes are divided by it.
     """
 
     backbone: str
@@ -28,7 +28,7 @@ class NetworkSpec:
 
 
 def build_network(spec: NetworkSpec) -> Network | PrototypeNetwork:
-    """The network, freshly initialized from torch's generator: what is averaged and evaluated.
+    """The network that is trained, averaged and evaluated, freshly initialized from torch's generator.
 
     Example:
         >>> build_network(NetworkSpec("wrn-10-1", num_classes=10, bn_momentum=0.1)).head.out_features

@@ -1,4 +1,4 @@
-"""SSC's network: a backbone, a projector, and one prototype a class in the place of a classifier (methods.md G.1)."""
+"""SSC's network: a backbone, a projector, and one prototype a class in place of a classifier (methods.md G.1)."""
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,10 @@ class PrototypeNetwork(nn.Module):
         backbone: name for `build_backbone`.
         num_classes: K.
         bn_momentum: weight of the newest batch in BatchNorm's running statistics.
-        temperature: T_pl, what similarities are divided by to give logits.
+        temperature: T_pl; similarities divided by it are the logits.
 
     Attributes:
-        prototypes: parameter [K,F], of standard normal entries at first; of any length, only their direction counts.
+        prototypes: parameter [K,F], with standard normal entries at first. Only the direction of each counts.
     """
 
     def __init__(self, backbone: str, num_classes: int, *, bn_momentum: float, temperature: float) -> None:
@@ -43,6 +43,6 @@ class PrototypeNetwork(nn.Module):
 
     @torch.inference_mode()
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit projections [N,F], in which the prototypes lie too, and logits [N,K] (methods.md G.2)."""
+        """Unit projections [N,F], in the space of the prototypes, and logits [N,K] (methods.md G.2)."""
         projections = self(images)
         return F.normalize(projections.float(), dim=1), self.logits(projections)

@@ -20,8 +20,8 @@ def _norm(channels: int, eps: float) -> BatchNormAct2d:
 class BasicBlock(nn.Module):
     """Pre-activation block: BN, LeakyReLU, 3x3 convolution, twice, added to the input.
 
-    Where the width changes, the 1x1 shortcut convolution reads the activated input, elsewhere the raw input passes.
-    The sum at the end of a block is left to the BN that reads it: between blocks travel its two terms. Without
+    Where the width changes, the 1x1 shortcut convolution reads the activated input; elsewhere the raw input passes.
+    The BN of the next block computes the sum at the end of a block: a block returns its two terms. Without
     ``activated``, the block has no first BN and LeakyReLU: convolution and shortcut read the raw input.
     """
 
@@ -54,7 +54,7 @@ class WideResNet(nn.Module):
     group at 128·width channels, and stride 2 in all four. num_features is the last number of channels. Any input size
     works. There is no classifier: heads live outside (models.heads).
 
-    ``usb``: as USB 0.3.2 has it, on whose code BaCon's is built. In the first block of every group but the first,
+    ``usb``: as in USB 0.3.2, on which BaCon's code is built. In the first block of every group but the first,
     convolution and shortcut read the raw input; its BN and LeakyReLU have no effect.
     """
 

@@ -17,7 +17,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def apply_ops(images: Tensor, ops: Tensor, magnitudes: Tensor, *, backend: str | None = None) -> Tensor:
-    """Applies to each image its own chain of S operations, bit for bit as Pillow 13 does.
+    """Applies its own chain of S operations to each image, bit for bit as Pillow 13 does.
 
     Args:
         images: uint8 [N, H, W, 3].
@@ -55,7 +55,7 @@ class ViewRequest:
         indices: int64 [n], rows of the pool.
         stream: the `data.philox.Stream` the draws come from.
         strong: RandAugment and Cutout after crop and flip.
-        first_slot: slot of the first image; rank r of a distributed job passes its offset in the global batch, and so
+        first_slot: slot of the first image. A rank of a distributed job passes its offset in the global batch, and so
             makes the views that one process would make.
     """
 
@@ -88,7 +88,7 @@ def augment_views(
         requests: the views wanted, in the order of the output's rows.
         seed: integer in [0, 2^64).
         step: integer, or a 0-d int64 tensor on the device of `pool` (never read by the host).
-        table: float32 [3, 256], what each level of each channel is normalized to.
+        table: float32 [3, 256], the normalized value of each level of each channel.
         ranges: float64 [3, 14], low, span and unit of each operation's magnitude.
         padding, hflip, num_ops, cutout: as in `Augment`.
         dtype: float32, bfloat16 or float16.
@@ -100,8 +100,8 @@ def augment_views(
         `dtype` [sum of n, 3, H, W].
 
     Raises:
-        TypeError, ValueError: an argument that is not as described.
-        IndexError: on a CPU, an index outside of the pool.
+        TypeError, ValueError: an argument is not as described.
+        IndexError: on a CPU, an index is outside of the pool.
         RuntimeError: `backend` is not usable here; the message says why.
     """
     check_images("pool", pool)
@@ -160,7 +160,7 @@ def _(images: Tensor, ops: Tensor, magnitudes: Tensor) -> Tensor:
     return torch.empty_like(images)
 
 
-# Of a thread block on a GPU: two images of 4 bytes a pixel, and csrc/augment/pixel_ops.h's Scratch.
+# Shared memory of a thread block: two images of 4 bytes a pixel, and Scratch of csrc/augment/pixel_ops.h.
 _BYTES_PER_PIXEL = 8
 _SCRATCH_BYTES = 4 * 1024
 

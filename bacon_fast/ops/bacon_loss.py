@@ -46,28 +46,28 @@ def bacon_loss(
     """Balanced feature-level contrastive loss of BaCon (AAAI 2024, arXiv 2403.12986), a 0-d tensor.
 
     Each reliable row is pulled to the center of its class, at a temperature that depends on how many samples are
-    selected as the class (balanced temperature adjusting), and pushed from the rows of the batch that surely are of
-    another class (reliable negative selection). Only ``features`` receives a gradient. Formula:
+    selected as the class (balanced temperature adjusting). It is pushed from the rows of the batch that surely belong
+    to another class (reliable negative selection). Only ``features`` receives a gradient. Formula:
     `reference.bacon_loss.bacon_loss`.
 
     Training on a GPU does not call this: there `losses.BaConLoss` takes the whole step, loss, gradient and memory bank,
-    in two launches of kernels/bacon_step.py (`ops.bacon_step`).
+    in four launches of kernels/bacon_step_phases.py (`ops.bacon_step`).
 
     Args:
         features: [R,D] float, projections, the B labeled rows first, then R-B weakly augmented unlabeled rows. Need not
             be normalized. float16 and bfloat16 are computed in float32.
         labels: [B] int64, classes of the labeled rows, 0..K-1.
-        logits: [R-B,K] float, auxiliary head's logits of the unlabeled rows: the largest gives a row's class, the
-            ``top_k`` largest the classes that it is no negative of.
+        logits: [R-B,K] float, the auxiliary head's logits of the unlabeled rows. The largest gives a row's class; the
+            row is no negative of the classes of its ``top_k`` largest.
         centers: [K,D] float, class centers.
         reliable: [R] bool, the rows that are anchors; the others have no term of their own but still are negatives.
         class_counts: [K] number, >= 0, how many samples are selected as each class; sets the temperatures.
         progress: t/T in 0..1, a number or a 0-d tensor.
-        temperature: tau, of the negatives, and of the positives up to the adjustment.
-        bta: strength of the temperature adjustment, 0 turns it off; below 1 unless ``min_temperature`` is above 0, so
-            that all temperatures are positive.
+        temperature: tau, of the negatives, and of the positives before the adjustment.
+        bta: strength of the temperature adjustment; 0 turns it off. It must be below 1 unless ``min_temperature`` is
+            above 0, so that all temperatures are positive.
         negative_weight: the mean over the negatives counts as this many negatives; None takes the plain sum instead.
-        top_k: of how many classes, its likeliest, an unlabeled row is no negative. With top_k >= K unlabeled rows are
+        top_k: an unlabeled row is no negative of this many classes, its likeliest. With top_k >= K unlabeled rows are
             nobody's negatives; `losses.BaConLoss` therefore lowers it to K-1.
         neg_mode: "authors" averages exp(similarity) over all rows of the class and all its negatives, as the released
             code does; "paper" averages over the negatives of the row alone.
@@ -265,7 +265,7 @@ def _run_triton(
     has_center: Tensor | None,
     min_temperature: float,
 ) -> Tensor:
-    """Backend "triton": the instance of the contrastive family that is BaCon's loss, its codes, scales and offsets."""
+    """Backend "triton": BaCon's loss as an instance of the contrastive family, by its codes, scales and offsets."""
     num_rows, num_classes = features.shape[0], centers.shape[0]
     dtype = accumulator_dtype(features.dtype)
     classes, codes = row_codes(labels, logits.detach(), num_classes, top_k)
@@ -278,7 +278,7 @@ def _run_triton(
     if has_center is not None:
         contributes = contributes & has_center[classes]
     live = _count(classes, contributes.long(), num_classes) > 0  # classes with a term in the loss
-    # A row takes part as member of a live class, or as negative of one: of any that is not among its codes.
+    # A row takes part as a member of a live class, or as a negative of one that is not among its codes.
     own_live = torch.where(codes >= 0, live[codes.clamp_min(0)], False).sum(dim=1)
     used = live[classes] | (live.sum() > own_live)
 

@@ -1,8 +1,8 @@
-"""BaCon's whole step by kernels/bacon_step.py, what training runs on a GPU: `bacon_step_`, where `fuses_bacon_step`.
+"""BaCon's whole step by kernels/bacon_step_phases.py: `bacon_step_`. Training runs it on a GPU (`fuses_bacon_step`).
 
-The step changes the bank, and torch.library gives autograd to ops that change nothing only. So one op takes the step
-and returns the gradient along with the loss, and an autograd function ties the two to the features; its backward is an
-op too and has no derivative of its own.
+The step changes the bank, and torch.library gives autograd only to ops that change nothing. So one op takes the step
+and returns the gradient along with the loss, and an autograd function ties both to the features. Its backward is an op
+too, without a derivative of its own.
 """
 
 from typing import Any
@@ -159,7 +159,7 @@ def _step(
     count_gate: str,
     labeled_counts: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from ..kernels.bacon_step import bacon_step
+    from ..kernels.bacon_step_design import bacon_step
 
     return bacon_step(
         features,

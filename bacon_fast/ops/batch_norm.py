@@ -27,27 +27,27 @@ def batch_norm_act(
     negative_slope: float = 0.01,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """LeakyReLU(BatchNorm(x + residual)) and x + residual, what a pre-activation residual block begins with.
+    """LeakyReLU(BatchNorm(x + residual)) and x + residual: the beginning of a pre-activation residual block.
 
-    BatchNorm: Ioffe and Szegedy, ICML 2015; pre-activation blocks: He et al., ECCV 2016. The formula, and in training
-    what happens to the running statistics: `reference.batch_norm.batch_norm_act`.
+    BatchNorm: Ioffe and Szegedy, ICML 2015; pre-activation blocks: He et al., ECCV 2016. The formula, and the update of
+    the running statistics in training: `reference.batch_norm.batch_norm_act`.
 
     Args:
         x: [N,C,H,W] float. Statistics of float16 and bfloat16 are computed in float32. The fused backends read memory
             format channels_last and convert other formats to it.
         weight, bias: [C] float, scale and shift of the normalized values.
-        running_mean, running_var: [C] float, in training updated in place (both None: nothing is), else read.
-        num_batches_tracked: 0-d int64 or None, in training incremented in place.
-        residual: as x, same dtype; added to x first.
+        running_mean, running_var: [C] float. Training updates them in place, unless both are None; else they are read.
+        num_batches_tracked: 0-d int64 or None. Training increments it in place.
+        residual: same shape and dtype as x; added to x first.
         training: normalize with the statistics of this batch instead of the running ones.
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
-        negative_slope: of the LeakyReLU; 0 is ReLU, 1 no activation.
+        negative_slope: slope of the LeakyReLU; 0 is ReLU, 1 no activation.
         backend: None for the best one, "reference", "cpp" or "triton". Without ``training`` always the reference.
 
     Returns:
-        (activated, sum), both [N,C,H,W] in the dtype of x; the sum is x itself without a residual. Both are
-        differentiable, once, by x, residual, weight and bias.
+        (activated, sum), both [N,C,H,W] in the dtype of x; the sum is x itself without a residual. Both can be
+        differentiated once, with respect to x, residual, weight and bias.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -106,18 +106,18 @@ def batch_norm_act(
 
 
 def default_backend(x: Tensor) -> str | None:
-    """What serves x when no backend is named: None is the best fused one. Whether fusing pays is decided here alone.
+    """The backend for x when none is named: None is the best fused one. Only this function decides whether fusing pays.
 
-    torch.compile fuses by itself, and would take the fused ops for opaque. Other formats than channels_last would have
-    to be copied first. benchmarks/batchnorm.py measures what this rests on.
+    torch.compile fuses by itself, and could not look into the fused ops. Other formats than channels_last would have to
+    be copied first. benchmarks/batchnorm.py measures both.
     """
     plain = torch.compiler.is_compiling() or not x.is_contiguous(memory_format=torch.channels_last)
     return "reference" if plain else None
 
 
 # A backend is two ops, bacon_fast::batch_norm_act_BACKEND and bacon_fast::batch_norm_act_backward_BACKEND, both for
-# training mode only. The forward changes the running statistics, and torch.library gives autograd to ops that change
-# nothing only: an autograd function ties the two together. The backward has no derivative of its own.
+# training mode only. The forward changes the running statistics, and torch.library gives autograd only to ops that
+# change nothing: so an autograd function ties the two together. The backward has no derivative of its own.
 #
 # x, residual [N,C,H,W]; the vectors [C]. sum is x + residual, and empty without a residual: an output is no input.
 # mean and inverse [C], in float32 (float64 for float64 inputs), are the batch's mean and 1 / sqrt(var + eps).
@@ -127,7 +127,7 @@ _FORWARD = (
     "-> (Tensor activated, Tensor sum, Tensor mean, Tensor inverse)"
 )
 # sum is here what was normalized, x without a residual; grad_sum the gradient that reaches it from elsewhere, if any.
-# grad_x is also that of the residual. activated, sum and grad_x are channels_last, whatever the inputs are.
+# grad_x is the residual's gradient too. activated, sum and grad_x are channels_last, whatever the inputs are.
 _BACKWARD = (
     "(Tensor grad_activated, Tensor? grad_sum, Tensor sum, Tensor weight, Tensor bias, Tensor mean, Tensor inverse, "
     "float negative_slope) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"

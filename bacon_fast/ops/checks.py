@@ -49,7 +49,7 @@ def check_integer(name: str, value: int, *, low: int) -> None:
 
 
 def check_progress(progress: float | Tensor) -> None:
-    """Raises unless it is a 0-d tensor or a number in 0..1; what the tensor holds is checked where it is read."""
+    """Raises unless it is a 0-d tensor or a number in 0..1. A tensor's value is checked where it is read."""
     if isinstance(progress, Tensor):
         check_shape("progress", progress)
         check_kind("progress", progress, "number")

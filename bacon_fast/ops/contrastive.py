@@ -1,6 +1,6 @@
-"""The contrastive family, of which BaCon's, SupCon's, InfoNCE's and SsCL's losses are instances: `contrastive`.
+"""The contrastive family: `contrastive`. The losses of BaCon, SupCon, InfoNCE and SsCL are its instances.
 
-The backward is an op too, so that torch.compile sees both; it has no derivative of its own.
+The backward is an op too, so that torch.compile sees both. It has no derivative of its own.
 """
 
 from functools import partial
@@ -35,10 +35,10 @@ def contrastive(
     eps: float = 1e-12,
     backend: str,
 ) -> Tensor:
-    """The family's loss of every row by the backend "cpp" or "triton"; rows and columns have to have one dtype.
+    """The family's loss of every row by the backend "cpp" or "triton". Rows and columns must have one dtype.
 
-    Arguments and formulas: `reference.contrastive.contrastive`. What `choose_backend("contrastive", ...)` returns is
-    this with its backend, or the reference.
+    Arguments and formulas: `reference.contrastive.contrastive`. `choose_backend("contrastive", ...)` returns this
+    function with its backend, or the reference.
     """
     dtype = accumulator_dtype(rows.dtype)
     if columns is not None and columns.dtype != rows.dtype:
@@ -50,7 +50,7 @@ def contrastive(
     def scalars(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach().to(dtype).contiguous()
 
-    # Columns that need no gradient and are nobody's positives act on the rows through the mean of the negatives alone.
+    # Columns that need no gradient and are nobody's positives act on the rows only through the mean of the negatives.
     keep_mean = (
         backend == "triton"
         and torch.is_grad_enabled()
@@ -113,7 +113,7 @@ _CPP_ARGUMENTS = f"{_arguments({'own', 'own_scale', 'group'})}, int num_groups"
 _OPTIONS = "str form, str match, float floor, float eps"
 _NEEDS = "bool needs_rows, bool needs_columns, bool needs_own"
 _GRADIENTS = "(Tensor grad_rows, Tensor grad_columns, Tensor grad_own)"
-# What the forward leaves to the backward, in the accumulator's dtype; the C++ code uses the first only.
+# The forward saves these for the backward, in the accumulator's dtype; the C++ code uses only the first.
 _SAVED = "Tensor stats, Tensor column_inverse_norm, Tensor mean_column"
 _CPP_STATS = 5  # kNumStats in csrc/contrastive/family.h
 _TRITON_STATS = 7  # NUM_STATS in kernels/contrastive_math.py; the own logits follow
@@ -136,7 +136,7 @@ torch.library.define(
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """How tensor cores multiply: float32 as torch.set_float32_matmul_precision says; of float16's gradients tf32."""
+    """How tensor cores multiply: float32 as torch.set_float32_matmul_precision says, gradients of float16 as tf32."""
     if dtype == torch.float64:
         return "ieee"
     # Unlike torch.get_float32_matmul_precision, this can be read however the precision was set.
@@ -145,7 +145,7 @@ def input_precision(dtype: torch.dtype) -> str:
 
 
 def _native_arguments(arguments: tuple) -> tuple:
-    """The C++ ops take every vector: what is None here is filled in."""
+    """The arguments of the C++ ops, which take every vector: fills in those that are None."""
     named = dict(zip(_TENSORS, arguments))
     rows = named["rows"]
     count, zero = rows.shape[0], torch.zeros_like(named["negative_scale"])
@@ -280,7 +280,7 @@ torch.library.register_autograd("bacon_fast::contrastive_backward", _refuse)
 
 
 class _Contrastive(torch.autograd.Function):
-    """What register_autograd makes of `_setup` and `_differentiate`, without its hundred microseconds a call."""
+    """The same as register_autograd with `_setup` and `_differentiate`, without its hundred microseconds a call."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:

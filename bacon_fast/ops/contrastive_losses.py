@@ -19,7 +19,7 @@ LARGEST_LABEL = 2**31 - 1  # the kernels compare 32-bit integers
 
 
 def _per_row(rows: Tensor, value: float) -> Tensor:
-    """The value for each row, in the dtype in which losses of the rows are computed."""
+    """The value for each row, in the dtype of the rows' losses."""
     return torch.full((rows.shape[0],), value, dtype=accumulator_dtype(rows.dtype), device=rows.device)
 
 
@@ -32,8 +32,8 @@ def _same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _divide(total: Tensor, divisor: Tensor) -> Tensor:
-    """total / divisor, 0 with zero gradient where the divisor is 0."""
-    return torch.where(divisor > 0, total, 0) / torch.where(divisor > 0, divisor, 1)
+    """total / divisor, or the total, which then is 0 or NaN, where the divisor is 0."""
+    return total / torch.where(divisor == 0, 1, divisor)
 
 
 def _has_duplicate(labels: Tensor) -> Tensor:
@@ -58,13 +58,13 @@ def sup_con_loss(
 ) -> Tensor:
     """Supervised contrastive loss (SupCon, NeurIPS 2020, L_out); with prototypes the loss of SSC (arXiv 2409.07292).
 
-    Rows are the prototypes, if any, then the features; each row is compared with all others by cosine similarity s:
+    Rows are the prototypes, if any, then the features. Each row is compared with all others by cosine similarity s:
 
         loss_r = log Σ_{j≠r} exp(s_rj / temperature) - mean over the rows j≠r of the same label of s_rj / temperature
 
     and 0 for a row whose label no other row has. SSC: features are the labeled rows and both strong views of the
-    unlabeled ones; an unconfident sample gets a label of its own, such as K plus its index, and so only its other view
-    as positive. Gradients reach features and prototypes, as anchors and as what anchors are compared with.
+    unlabeled ones; an unconfident sample gets a label of its own, such as K plus its index, so its other view is its
+    only positive. Gradients reach features and prototypes, both as anchors and as the rows that anchors compare with.
 
     Args:
         features: [N,D] float, D up to 512 on a GPU. Need not be normalized. Half precision is computed in float32.
@@ -73,13 +73,14 @@ def sup_con_loss(
         weights: [N] float, >= 0, weight of each feature's loss; None means 1. Receives no gradient.
         prototype_weight: weight of each prototype's loss.
         temperature: > 0.
-        reduction: "wmean", Σ w·loss / Σ w over the rows that have a positive; "pml", what pytorch-metric-learning's
-            SupConLoss gives for losses multiplied by w / mean(w), an average over the positive ones; "none".
+        reduction: "wmean", Σ w·loss / Σ w over the rows that have a positive; "pml", as pytorch-metric-learning's
+            SupConLoss for losses multiplied by w / mean(w), which averages over losses above 0; "none".
         backend: None for the best one, "reference", "cpp" or "triton".
 
     Returns:
         0-d tensor, or with "none" the weighted loss of each row [K+N], prototypes first. Exactly 0 with zero gradient
-        where no row has a positive or all weights are 0, and for "pml" also where no two labels differ.
+        if no row has a positive or all weights are 0; for "pml" also if all labels are equal. Not finite if features or
+        weights are not.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -134,15 +135,16 @@ def sup_con_loss(
         form="mean",
         match="positive",
     )
-    weighted = torch.where(weight > 0, weight * row_loss, 0)
+    # Written so that a NaN, of which no comparison holds, stays one.
+    weighted = torch.where(weight <= 0, 0, weight * row_loss)
     if reduction == "none":
         return weighted
     if reduction == "wmean":
         return _divide(weighted.sum(), torch.where(_has_duplicate(labels), weight, 0).sum())
     if labels.shape[0] == 0:
         return weighted.sum()
-    mean_of_positive = _divide(weighted.sum() * labels.shape[0], weight.sum() * (weighted > 0).sum())
-    return torch.where(labels.amax() != labels.amin(), mean_of_positive, 0)
+    mean_of_positive = _divide(weighted.sum() * labels.shape[0], weight.sum() * (~(weighted <= 0)).sum())
+    return torch.where((labels.amax() == labels.amin()) & mean_of_positive.isfinite(), 0, mean_of_positive)
 
 
 def info_nce(
@@ -158,8 +160,8 @@ def info_nce(
 
         loss_r = log( 1 + Σ over the negatives j of exp((s(r, j) - s(r, positive of r)) / temperature) )
 
-    with cosine similarities s. Memory is linear in queries plus negatives. Where the negatives need no gradient, as
-    those of a queue, the GPU code finds loss and gradient in one pass over them.
+    with cosine similarities s. Memory is linear in queries plus negatives. If the negatives need no gradient, like a
+    queue, the GPU code finds loss and gradient in one pass over them.
 
     Args:
         queries: [R,D] float, D up to 512 on a GPU. Need not be normalized. Half precision is computed in float32.
@@ -171,7 +173,7 @@ def info_nce(
 
     Returns:
         0-d tensor, the mean over the queries (0 for none), or the loss of each [R]. All inputs receive gradients;
-        detach what shall not.
+        detach those that need none.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -240,21 +242,20 @@ def sscl_loss(
         form "prod", line 3:  log( 1 + Σ_n exp(gamma·(s_n + margin)) · Σ_p exp(-gamma·alpha_p·s_p) )
         form "sum", line 2:   log( 1 + Σ_n exp(gamma·(s_n + margin)) / Σ_p exp(gamma·alpha_p·s_p) )
 
-    with cosine similarities s of the query to its positives p and the negatives n. "prod" wants all positives close,
-    "sum" one of them; with one positive they agree. Only the queries receive a gradient, found in one pass over the
-    queue.
+    with cosine similarities s of the query to its positives p and the negatives n. "prod" pulls all positives close,
+    "sum" one of them; with one positive they agree. Only the queries receive a gradient, in one pass over the queue.
 
     Args:
         queries: [R,D] float, D up to 512 on a GPU. Need not be normalized. Half precision is computed in float32.
         keys: [R,P,D] float, positives of each query: its own key and P-1 keys of labeled images of its class.
         queue: [C,D] float, the negatives.
-        alpha: [R,P] float in 0..1, how far each positive is trusted; 0 leaves a positive of logit 0. None means 1.
-        key_mask: [R,P] bool, False for keys that are not there, as where a class has too few. None: all are there.
+        alpha: [R,P] float in 0..1, trust in each positive; with 0 its logit is 0. None means 1.
+        key_mask: [R,P] bool, False for keys that do not exist, such as those of a class with too few. None: all exist.
         gamma: > 0, one over the temperature.
         margin: added to the negatives' similarities; negative relaxes.
         form: "prod" or "sum".
-        query_classes, queue_classes: [R] and [C] int64 in 0..2^31-1: a queue entry of the query's class is no
-            negative; -1 is nobody's class. None, as in the paper: all entries are.
+        query_classes, queue_classes: [R] and [C] int64 in 0..2^31-1. A queue entry of the query's class is no negative;
+            -1 is nobody's class. None, as in the paper: all entries are negatives.
         reduction: "mean" or "none".
         backend: None for the best one, "reference", "cpp" or "triton".
 
@@ -312,6 +313,8 @@ def sscl_loss(
     own_scale = scale[:, None].expand(rows, keys.shape[1])
     if alpha is not None:
         own_scale = own_scale * alpha.detach()
+    # To the family a scale that is NaN is a key that is not there; one of a key that is there shows in the loss.
+    broken = ~own_scale.isfinite() if key_mask is None else ~own_scale.isfinite() & key_mask
     if key_mask is not None:
         own_scale = own_scale.where(key_mask, math.nan)
     row_loss = run(
@@ -331,4 +334,6 @@ def sscl_loss(
         form=form,
         match="ignore",
     )
+    if alpha is not None:
+        row_loss = torch.where(broken.any(dim=1), math.nan, row_loss)
     return row_loss if reduction == "none" else row_loss.sum() / max(rows, 1)

@@ -13,11 +13,11 @@ from .checks import check_devices, check_integer, check_kind, check_number, chec
 
 
 class FixMatchABCOutput(NamedTuple):
-    """What `fixmatch_abc_loss` returns; the losses are 0-d and differentiable, the rest is for logs.
+    """The result of `fixmatch_abc_loss`. The losses are 0-d and differentiable, the rest is for logs.
 
     supervised, unsupervised: FixMatch's losses of the main head.
     abc_labeled, abc_unlabeled: ABC's losses of the balanced head.
-    pseudo_rate: 0-d, share of unlabeled rows whose pseudo-label by the main head is confident.
+    pseudo_rate: 0-d, share of unlabeled rows with a confident pseudo-label of the main head.
     abc_rate: 0-d, share of unlabeled rows that enter ``abc_unlabeled``.
     pseudo_known, pseudo_correct: 0-d, confident rows with a known true label, and those among them that are right.
     """
@@ -48,18 +48,18 @@ def fixmatch_abc_loss(
     """FixMatch's loss of the main head and ABC's of the balanced head: masks, statistics and gradients in one pass.
 
     FixMatch (NeurIPS 2020): cross entropy on the labels, and of the strong views against the confident pseudo-labels of
-    the weak views. ABC (NeurIPS 2021): the same on a second head, a row of class c being kept with a probability that
-    falls with the size of the class. Formulas: `reference.fixmatch_abc.fixmatch_abc_loss`.
+    the weak views. ABC (NeurIPS 2021): the same on a second head, which keeps a row of class c with a probability that
+    falls with the size of the class. The masks are drawn here. Formulas: `reference.fixmatch_abc.fixmatch_abc_loss`.
 
     Args:
         logits, balanced: [B+2U,K] float, main and balanced head's logits of the B labeled, the U weak and the U strong
             rows. float16 and bfloat16 are computed in float32.
         labels: [B] int64, classes of the labeled rows.
-        true_labels: [U] int64, -1 where unknown; for the statistics alone.
+        true_labels: [U] int64, -1 where unknown; only for the statistics.
         keep_labeled: [K] float, probability of keeping a labeled row of each class: N_min / N_c.
         keep_unlabeled: [K] float, the same for unlabeled rows, by their pseudo-label: 1 - (e/E)(1 - N_min / N_c).
         step: completed optimizer steps, an integer or a 0-d int64 tensor.
-        seed: key of the draws, 0..2^64-1; they are the counter-based ones of `data.philox`.
+        seed: key of the draws, 0..2^64-1. The draws are counters (`data.philox`).
         threshold: least confidence of a pseudo-label that is used.
         backend: None for the best one, "reference", "cpp" or "triton".
 
@@ -132,8 +132,8 @@ def fixmatch_abc_loss(
     return FixMatchABCOutput(*losses.unbind(), *stats.unbind())
 
 
-# Two forward ops, one a backend, share a schema and an autograd formula. The backward is an op too, so that
-# torch.compile sees both, and has no derivative of its own.
+# Two forward ops, one for each backend, share a schema and an autograd formula. The backward is an op too, so that
+# torch.compile sees both; it has no derivative of its own.
 _FORWARD = (
     "(Tensor logits, Tensor balanced, Tensor labels, Tensor true_labels, Tensor keep_labeled, Tensor keep_unlabeled, "
     "Tensor step, int seed, float threshold) "

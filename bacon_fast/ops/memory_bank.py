@@ -25,8 +25,8 @@ def bank_select_(
 ) -> None:
     """Marks the gated rows' slots as selected for a class, in place: the first half of a step of BaCon's memory bank.
 
-    A slot that changes class takes the feature it holds along. Where gated rows name one slot twice, the last row wins.
-    A non-gated row changes nothing. `losses.MemoryBank` owns the buffers.
+    A slot that changes class takes its feature along. If gated rows name a slot twice, the last row wins. A row that is
+    not gated changes nothing. `losses.MemoryBank` owns the buffers.
 
     Args:
         selected_label: [n] int64, the class of every slot, -1 for none; changed.
@@ -80,8 +80,8 @@ def bank_write_(
     """Writes the gated rows' features and sets the centers, in place: the second half of a step of BaCon's memory bank.
 
     The center of a class is the mean over the slots that are selected as the class and hold a feature. Features are
-    clamped to ±4096; a row with a component that is not finite is not written. Where gated rows name one slot twice,
-    the last row wins. Sums are exact: no number of writes, in whatever order, makes them drift.
+    clamped to ±4096; a row with a component that is not finite is not written. If gated rows name a slot twice, the
+    last row wins. Sums are exact: they do not drift, however many writes there are, and in whatever order.
 
     Args:
         bank, written, class_sums, class_sizes, selected_label: as in `bank_select_`; all but the last are changed.
@@ -136,14 +136,14 @@ def class_centers(
     """Mean feature of each class over a whole memory bank: what `bank_select_` and `bank_write_` keep up to date.
 
     Args:
-        bank: [n,D] float, one feature a slot, within ±4096. Not normalized.
+        bank: [n,D] float, one feature a slot. Not normalized. Clamped to ±4096, as `bank_write_` does.
         labels: [n] int64, class of each slot, 0..K-1, or -1 for none.
         num_classes: K.
-        written: [n] bool, the slots that hold a feature; None: all do. What the others hold, NaN included, is not read.
+        written: [n] bool, the slots that hold a feature; None: all do. The others are not read, so they may hold NaN.
 
     Returns:
-        centers [K,D] float32, 0 where a class has no slot, and has_center [K] bool. The sums are exact, so the order of
-        the slots does not matter.
+        centers [K,D] float32, 0 where a class has no slot, NaN where a slot that counts for it is not finite, and
+        has_center [K] bool. The sums are exact, so the order of the slots does not matter.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -165,9 +165,12 @@ def class_centers(
     check_kind("written", written, "bool")
     check_devices("bank", bank, labels=labels, written=written)
     check_values("labels", labels, f"classes in 0..{num_classes - 1}, or -1", -1, num_classes - 1)
-    return reference.memory_bank.class_centers(
-        *reference.memory_bank.class_sums_and_sizes(bank.detach(), written, labels, num_classes)
-    )
+    bank = bank.detach()
+    sums, sizes = reference.memory_bank.class_sums_and_sizes(bank, written, labels, num_classes)
+    centers, has_center = reference.memory_bank.class_centers(sums, sizes)
+    broken = written & (labels >= 0) & ~bank.isfinite().all(dim=1)
+    num_broken = torch.zeros_like(sizes).index_add_(0, labels.clamp_min(0), broken.long())
+    return torch.where((num_broken > 0)[:, None], torch.nan, centers), has_center
 
 
 def _check_bank_arguments(**tensors: Tensor) -> None:
@@ -214,7 +217,7 @@ torch.library.define(
 @torch.library.register_fake("bacon_fast::bank_select_")
 @torch.library.register_fake("bacon_fast::bank_write_")
 def _(*arguments: Any) -> None:
-    """Nothing is returned; what changes is in the schema."""
+    """Returns nothing; the schema says which tensors change."""
 
 
 def _select(*arguments: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""SGD with Nesterov momentum and the moving average of what it trains, in one pass: `sgd_ema_`."""
+"""SGD with Nesterov momentum and the moving average of the parameters, in one pass: `sgd_ema_`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def sgd_ema_(
     found_inf: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
-    """One step of many tensors at once, in place: what follows the backward pass of a training step.
+    """One step of many tensors at once, in place: the update after the backward pass of a training step.
 
     The native backends read and write every element once; on a GPU that is one launch for up to 512 tensors of a dtype.
     Formula: `reference.sgd_ema.sgd_ema_`. The learning rate and the overflow flag are read where the step runs, never
@@ -46,7 +46,7 @@ def sgd_ema_(
         rate: learning rate, one float32 number.
         momentum: of the velocities.
         average_momentum: weight of the old average, 0 to 1.
-        grad_scale: what the gradients were multiplied by, one float32 number (`torch.amp.GradScaler`).
+        grad_scale: the gradients were multiplied by this, one float32 number (`torch.amp.GradScaler`).
         found_inf: one float32 number; if it is not 0, parameters and momenta stay as they are.
         backend: None for the best one, "reference", "cpp" or "cuda".
 
@@ -98,7 +98,7 @@ torch.library.define(
 
 @torch.library.register_fake("bacon_fast::sgd_ema_")
 def _(*arguments: Any) -> None:
-    """Nothing is returned; what changes is in the schema."""
+    """Returns nothing; the schema says which tensors change."""
 
 
 def _run(*arguments: Any) -> None:

@@ -32,7 +32,7 @@ WEAK_WORDS = 3  # top, left, flip; strong views add Cutout's size and center, th
 
 
 def apply_ops(images: Tensor, ops: Tensor, magnitudes: Tensor) -> Tensor:
-    """Each image's own chain of operations; the arguments are those of `bacon_fast.ops.augment.apply_ops`."""
+    """Each image's own chain of operations. Arguments: see `bacon_fast.ops.augment.apply_ops`."""
     apply_one = apply_grouped if images.device.type == "cpu" else apply_masked
     for s in range(ops.shape[1]):
         images = apply_one(images, ops[:, s], magnitudes[:, s])
@@ -40,7 +40,7 @@ def apply_ops(images: Tensor, ops: Tensor, magnitudes: Tensor) -> Tensor:
 
 
 def apply_grouped(images: Tensor, ops: Tensor, magnitudes: Tensor) -> Tensor:
-    """On a host: each operation runs on the images that drew it."""
+    """On a CPU: each operation runs on the images that drew it."""
     result = torch.empty_like(images)
     for k, function in enumerate(FUNCTIONS.values()):
         rows = torch.nonzero(ops == k)[:, 0]
@@ -50,7 +50,7 @@ def apply_grouped(images: Tensor, ops: Tensor, magnitudes: Tensor) -> Tensor:
 
 
 def apply_masked(images: Tensor, ops: Tensor, magnitudes: Tensor) -> Tensor:
-    """On a device: each operation runs on all images and a mask picks; selecting rows would make the host wait."""
+    """On a GPU: each operation runs on all images and a mask picks; selecting rows would make the host wait."""
     result = images
     for k, function in enumerate(FUNCTIONS.values()):
         result = torch.where((ops == k)[:, None, None, None], function(images, magnitudes), result)
@@ -59,7 +59,7 @@ def apply_masked(images: Tensor, ops: Tensor, magnitudes: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Draws:
-    """What was drawn for N views.
+    """The draws of N views.
 
     Attributes:
         top, left: int64 [N], corner of the crop in the padded image.
@@ -94,7 +94,7 @@ def draw_views(
 ) -> Draws:
     """Draws of ``count`` views of images of ``size`` (H, W), slots first_slot .. first_slot + count - 1.
 
-    The other arguments are those of `augment_views`.
+    `augment_views` explains the other arguments.
     """
     slots = torch.arange(first_slot, first_slot + count, device=ranges.device)
     words = philox(seed, step, stream, slots, WEAK_WORDS + (3 + 2 * num_ops if strong else 0))
@@ -173,7 +173,7 @@ def augment_views(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:
-    """The views of all requests as one batch; the arguments are those of `bacon_fast.ops.augment.augment_views`."""
+    """The views of all requests as one batch. Arguments: see `bacon_fast.ops.augment.augment_views`."""
     options = {"ranges": ranges, "padding": padding, "hflip": hflip, "num_ops": num_ops, "cutout": cutout}
     views = []
     for of, stream, is_strong, first_slot in zip(indices, streams, strong, first_slots, strict=True):

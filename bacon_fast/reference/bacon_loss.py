@@ -1,8 +1,8 @@
 """BaCon's contrastive loss in plain PyTorch: the specification that runs.
 
 Feng et al., "BaCon: Boosting Imbalanced Semi-supervised Learning via Balanced Feature-Level Contrastive Learning",
-AAAI 2024 (arXiv 2403.12986). A batch has R rows: B labeled ones, then weakly augmented unlabeled ones. Every row is
-pulled to the center of its class and pushed from the rows that surely are of another class.
+AAAI 2024 (arXiv 2403.12986). A batch has R rows: B labeled ones, then weakly augmented unlabeled ones. Every reliable
+row is pulled to the center of its class and pushed from the rows that surely belong to another class.
 
 Differentiable with respect to the features, float64-capable, free of host synchronization and of data-dependent shapes.
 """
@@ -13,7 +13,7 @@ import sys
 import torch
 from torch import Tensor
 
-from .values import accumulator_dtype, check_values
+from .values import accumulator_dtype, check_values, normalize
 
 EPS_COSINE = 1e-8  # smallest norm a vector is divided by
 EPS_LOG = 1e-8  # added to the denominator of the softmax, as in the authors' code
@@ -58,11 +58,6 @@ def negatives_of_classes(codes: Tensor, num_classes: int) -> Tensor:
     return (codes[None] != classes[:, None, None]).all(dim=2)
 
 
-def normalize(rows: Tensor) -> Tensor:
-    """Rows divided by their norm, or by `EPS_COSINE` if that is larger."""
-    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(EPS_COSINE)
-
-
 def masked_logsumexp(values: Tensor, mask: Tensor, dim: int) -> Tensor:
     """log of the sum of exp(values) where ``mask``; about `MASKED` where the mask is empty."""
     return torch.where(mask, values, MASKED).logsumexp(dim)
@@ -85,13 +80,13 @@ def bacon_loss(
     has_center: Tensor | None = None,
     min_temperature: float = 0.0,
 ) -> Tensor:
-    """The contrastive loss; the arguments are those of `bacon_fast.functional.bacon_loss`, which also validates them.
+    """The contrastive loss. `bacon_fast.functional.bacon_loss` has the same arguments, and validates them.
 
     Per row r of class c, with cosine similarities s:
 
         x_r = s(r, center of c) / tau_c                                             positive logit
         G_r = log(negative_weight · mean over negatives j of exp(s(r, j) / tau))    neg_mode "paper"
-        G_c = the same, the mean being over all rows of class c and all negatives   neg_mode "authors"
+        G_c = the same, but the mean is over all rows of class c and all negatives  neg_mode "authors"
         loss_r = log(exp(x_r) + exp(G_r) + eps) - x_r
 
     and the loss is the mean of loss_r over the reliable rows. ``negative_weight=None`` takes the sum in place of the
@@ -112,10 +107,10 @@ def bacon_loss(
     live_class = (member & contributes).any(dim=1)  # [K]: classes with a term in the loss
     enters_mean = live_class[classes] if neg_mode == "authors" else contributes
 
-    # What takes no part in the loss is replaced before the first arithmetic on it: NaN · 0 would still be NaN.
+    # Rows without a part in the loss are replaced before the first arithmetic on them: NaN · 0 would still be NaN.
     used = enters_mean | (negative_table & live_class[:, None]).any(dim=0)
-    unit = normalize(torch.where(used[:, None], features.to(dtype), 0))
-    unit_centers = normalize(torch.where(live_class[:, None], centers.detach().to(dtype), 0))
+    unit = normalize(torch.where(used[:, None], features.to(dtype), 0), EPS_COSINE)
+    unit_centers = normalize(torch.where(live_class[:, None], centers.detach().to(dtype), 0), EPS_COSINE)
 
     tau = balanced_temperatures(class_counts, progress, temperature, bta, min_temperature).to(dtype)
     positive = (unit * unit_centers[classes]).sum(dim=1) / tau[classes]  # x_r

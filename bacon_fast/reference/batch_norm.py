@@ -1,7 +1,7 @@
-"""Batch normalization with residual sum before and LeakyReLU after it, by torch's own operations.
+"""Batch normalization with the residual sum before and LeakyReLU after it, by torch's own operations.
 
-Ioffe and Szegedy, "Batch Normalization", ICML 2015, in the place that He et al., "Identity Mappings in Deep Residual
-Networks", ECCV 2016, give it.
+Ioffe and Szegedy, "Batch Normalization", ICML 2015, placed as in He et al., "Identity Mappings in Deep Residual
+Networks", ECCV 2016.
 """
 
 import torch.nn.functional as F
@@ -24,8 +24,8 @@ def batch_norm_act(
     """(activated, s), both [N,C,H,W], with s = x + residual, or x itself without a residual.
 
     activated = LeakyReLU(weight · (s - mean) / sqrt(var + eps) + bias) by channel. In training, mean and var (biased)
-    are those of s over N, H and W, and what is given of the running statistics moves towards them, the variance
-    unbiased, by ``momentum``. Otherwise mean and var are the running ones.
+    are computed from s over N, H and W, and the running statistics, if given, move towards them (the variance unbiased)
+    by ``momentum``. Otherwise mean and var are the running ones.
     """
     s = x if residual is None else x + residual
     if training and num_batches_tracked is not None:

@@ -9,15 +9,10 @@ import math
 import torch
 from torch import Tensor
 
-from .values import accumulator_dtype
+from .values import accumulator_dtype, normalize
 
 FORMS = ("mean", "sum", "prod")
 MATCHES = ("positive", "ignore")
-
-
-def normalize(vectors: Tensor, eps: float) -> Tensor:
-    """Vectors of the last axis divided by max(norm, eps)."""
-    return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(eps)
 
 
 def masked_logsumexp(values: Tensor, mask: Tensor) -> Tensor:
@@ -76,7 +71,7 @@ def contrastive(
     Args:
         rows: [R,D] float16, bfloat16, float32 or float64, the anchors. Half precision is computed in float32.
         columns: [C,D], or None: the rows themselves.
-        own: [R,M,D] or None, further positives of each row, columns of nobody else.
+        own: [R,M,D] or None, further positives that belong to one row each.
         row_code: [R] integer, >= 0.
         column_code: [C,T] integer, -1 pads; or None: no column matches any row.
         self_column: [R] integer, index of the column that a row ignores, -1 for none; or None: none for all.
@@ -84,22 +79,22 @@ def contrastive(
         own_scale: [R,M]; 0 keeps a positive of logit 0, NaN means that the row has no such positive.
         negative_bias, negative_offset: [R] or None (0).
         group: [R] integer in 0..num_groups-1, or None: every row is its own group. All rows of a group enter its n,
-            whatever becomes of their own loss.
+            also those without a loss of their own.
         floor: added to the negatives' sum, >= 0.
         eps: smallest norm a vector is divided by.
 
     Returns:
-        [R] in float32 (float64 for float64 rows). 0 for rows without a positive. Another row with non-finite features
-        or own columns has loss NaN, as has its group, but passes no NaN to the gradient of others.
+        [R] in float32 (float64 for float64 rows). A row with non-finite features or own columns has loss NaN, and so has
+        every row of its group, but no NaN reaches the gradients of others. Any other row without a positive has 0.
 
-    Only rows, columns and own receive a gradient; it includes that of a column as somebody's negative or positive.
+    Only rows, columns and own receive a gradient. A column's gradient counts its part as negative and as positive.
     """
     dtype = accumulator_dtype(rows.dtype)
     scale, own_scale = positive_scale.to(dtype), None if own_scale is None else own_scale.to(dtype)
     columns = rows if columns is None else columns
     num_rows, num_columns = rows.shape[0], columns.shape[0]
 
-    # Which column is what to which row.
+    # The relation of each column to each row.
     if column_code is None:
         matches = torch.zeros(num_rows, num_columns, dtype=torch.bool, device=rows.device)
     else:
@@ -110,11 +105,12 @@ def contrastive(
     is_negative = candidate & ~matches
     is_positive = candidate & matches if match == "positive" else torch.zeros_like(matches)
 
-    # Non-finite rows and columns that nobody looks at are replaced before the first arithmetic: 0 · NaN is NaN.
+    # Non-finite rows and columns that no loss uses are replaced before the first arithmetic: 0 · NaN is NaN.
     broken = ~rows.isfinite().all(dim=1)
     if own is not None:
         present = ~own_scale.isnan()
         broken = broken | (present & ~own.isfinite().all(dim=2)).any(dim=1)
+    row_broken = broken
     u = normalize(torch.where(broken[:, None], 0, rows.to(dtype)), eps)
     used = (is_negative | is_positive).any(dim=0)
     w = normalize(torch.where(used[:, None], columns.to(dtype), 0), eps)
@@ -157,7 +153,7 @@ def contrastive(
     else:
         sign = 1 if form == "sum" else -1
         exponent = negative - sign * masked_logsumexp(sign * x, is_positive)
-        loss = torch.where(bounded, torch.logaddexp(exponent, torch.zeros_like(exponent)), 0)
+        loss = torch.where(bounded | exponent.isnan(), torch.logaddexp(exponent, torch.zeros_like(exponent)), 0)
     # NaN in the loss of a broken row, and in its gradient, so that a gradient scaler sees it.
     loss = torch.where(broken, rows.to(dtype).sum(dim=1) * torch.where(broken, math.nan, 0), loss)
-    return torch.where(num_positives > 0, loss, 0)
+    return torch.where((num_positives > 0) | row_broken, loss, 0)

@@ -59,7 +59,7 @@ def fixmatch_abc_loss(
     seed: int,
     threshold: float,
 ) -> FixMatchABCLosses:
-    """The arguments are those of `bacon_fast.functional.fixmatch_abc_loss`, which also validates them.
+    """`bacon_fast.functional.fixmatch_abc_loss` has the same arguments, and validates them.
 
         supervised     mean over labeled b of CE(logits_b, y_b)
         unsupervised   mean over unlabeled j of [p_j confident] · CE(strong logits_j, argmax p_j)

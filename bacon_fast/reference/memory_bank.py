@@ -5,7 +5,7 @@ center of a class is the mean over its slots that hold a feature (methods.md E.1
 row wins where one is named twice.
 
 Sums are exact. A feature enters them as a 64-bit fixed-point number, so they depend neither on the order of the writes
-nor on how many there were: 30 bits behind the point, values within ±4096, and room for 2^21 slots in one class.
+nor on their number: 30 bits behind the point, values within ±4096, and room for 2^21 slots in one class.
 """
 
 import torch
@@ -18,8 +18,8 @@ SCALE = 2.0**30  # steps of the fixed-point grid per unit; float32 values of 2^-
 
 
 def fixed_point(features: Tensor) -> Tensor:
-    """Features on the grid of the sums, int64."""
-    return (features.double() * SCALE).round().long()
+    """Features on the grid of the sums, int64: clamped to ±LIMIT, NaN as 0."""
+    return (features.double().nan_to_num(0.0).clamp(-LIMIT, LIMIT) * SCALE).round().long()
 
 
 def class_sums_and_sizes(

@@ -45,7 +45,7 @@ def philox(seed: int, step: Tensor, stream: int, slots: Tensor, words: int) -> T
 
 
 def philox_uniform(seed: int, step: Tensor, stream: int, slots: Tensor) -> Tensor:
-    """One float32 in [0, 1) per slot: `to_uniform` of the first word of `philox`, whose arguments these are."""
+    """One float32 in [0, 1) per slot: `to_uniform` of the first word of `philox`, with the same arguments."""
     return to_uniform(philox(seed, step, stream, slots, 1)[:, 0], torch.float32)
 
 

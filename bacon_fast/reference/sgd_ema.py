@@ -1,7 +1,7 @@
-"""One step of SGD with Nesterov momentum, and the moving average of what it trains, in plain PyTorch.
+"""One step of SGD with Nesterov momentum, and of the moving average of the parameters, in plain PyTorch.
 
-Momentum: Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013, as
-torch.optim.SGD has it. The average: methods.md 0.3.
+Momentum: Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013, in the form
+of torch.optim.SGD. The average: methods.md 0.3.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ def sgd_ema_(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """The arguments are those of `bacon_fast.functional.sgd_ema_`, with an empty tensor for every None in a list.
+    """Arguments: see `bacon_fast.functional.sgd_ema_`, with an empty tensor for every None in a list.
 
-    One after the other, the first three only with a gradient, and the second and third unless found_inf:
+    One after the other; the first three only with a gradient, the second and third not if found_inf:
 
         slope = gradient / grad_scale + weight_decay · parameter
         velocity <- momentum · velocity + slope

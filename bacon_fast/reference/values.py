@@ -1,4 +1,6 @@
-"""What the references share: the dtype to compute in, and a check of what stands in a tensor."""
+"""Shared by the references: the dtype to compute in, unit vectors, and a check of a tensor's values."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -9,11 +11,23 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def check_values(name: str, values: Tensor, expected: str, low: float, high: float) -> None:
-    """Raises ValueError unless all values are within low..high; NaN never is.
+def normalize(vectors: Tensor, eps: float) -> Tensor:
+    """Vectors of the last axis divided by max(norm, eps).
 
-    Reading them costs next to nothing on a CPU, outside of torch.compile. Silent on a GPU, where the host would have to
-    wait for the values, and for tensors that hold none (FakeTensor).
+    Those whose squares could overflow are shrunk by a power of two first, which changes no bit of the others.
+    """
+    exponent = math.frexp(torch.finfo(vectors.dtype).max)[1]
+    huge = (vectors.detach().abs() > 2.0 ** (exponent * 3 // 8)).any(dim=-1, keepdim=True)
+    factor = vectors.new_ones(()).where(~huge, 2.0 ** -(exponent * 5 // 8))
+    shrunk = vectors * factor
+    return shrunk / torch.linalg.vector_norm(shrunk, dim=-1, keepdim=True).clamp_min(eps * factor)
+
+
+def check_values(name: str, values: Tensor, expected: str, low: float, high: float) -> None:
+    """Raises ValueError unless all values are within low..high, which NaN is not.
+
+    Reading them costs next to nothing on a CPU, outside of torch.compile. There is no check on a GPU, where the host
+    would have to wait for the values, nor of tensors that hold none (FakeTensor).
     """
     if values.device.type != "cpu" or type(values) is not Tensor or torch.compiler.is_compiling() or not values.numel():
         return

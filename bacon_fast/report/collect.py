@@ -13,7 +13,7 @@ def collect(trainer: Trainer, summary: dict) -> ReportData:
     """Everything a report can show of a finished run. Predicts the test images once more, for their features.
 
     Args:
-        summary: what `trainer.fit` returned.
+        summary: the result of `trainer.fit`.
     """
     config, dataset, split = trainer.config.flat(), trainer.dataset, trainer.split
     regularizer = trainer.method.regularizer

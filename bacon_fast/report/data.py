@@ -1,4 +1,4 @@
-"""What a report shows, as plain values: made by collect.py from a run, or by hand."""
+"""The content of a report as plain values: collect.py makes it from a run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-# At most so many test images are embedded, and so many images are shown with their views.
+# The most test images that are embedded, and the most images that are shown with their views.
 MAX_POINTS = 2000
 MAX_VIEWS = 10
 
 
 @dataclass
 class ReportData:
-    """What a report shows: K classes, N test images, n sample images of shape [H, W, 3]. Absent parts are None.
+    """The content of a report: K classes, N test images, n sample images of shape [H, W, 3]. Absent parts are None.
 
     Raises:
         ValueError: if an array's shape does not fit the others, or the history is empty.

@@ -12,7 +12,7 @@ from bacon_fast.report.html import Picture
 
 
 def diagnostic_pictures(data: ReportData, order: np.ndarray, picture: Callable[..., Picture]) -> list[Picture]:
-    """What the run recorded of these; nothing for what it did not."""
+    """A picture for each of these that the run recorded."""
     names, rows, pictures = data.class_names, data.history, []
     quality = [
         (label, *_table(rows, key, len(names)))

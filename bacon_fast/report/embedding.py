@@ -13,7 +13,7 @@ def embed(values: np.ndarray, *, normalize: bool = False) -> tuple[np.ndarray, s
 
     Args:
         values: float [N, D].
-        normalize: scale rows to unit length first, so that neighborhoods are those of the cosine.
+        normalize: scale rows to unit length first, so that the cosine decides who is a neighbor.
 
     Returns:
         ([N, 2], "t-SNE" or "PCA").

@@ -269,7 +269,7 @@ def _draw_line(axes: Axes, line: Line, number: int, theme: Theme) -> None:
 
 
 def _smooth(values: np.ndarray, radius: int) -> np.ndarray:
-    """Centered moving mean; near the ends over the neighbors that exist."""
+    """Centered moving mean; near the ends it covers the neighbors that exist."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     low, high = np.maximum(index - radius, 0), np.minimum(index + radius + 1, len(values))
@@ -277,7 +277,7 @@ def _smooth(values: np.ndarray, radius: int) -> np.ndarray:
 
 
 def _value_limits(axes: Axes) -> None:
-    """Show a curve that is constant up to rounding against zero, not as noise magnified."""
+    """Shows a curve that is constant up to rounding against zero, not as magnified noise."""
     low, high = axes.dataLim.intervaly
     if np.isfinite([low, high]).all() and high - low <= 1e-6 * max(abs(low), abs(high)):
         axes.set_ylim(min(1.25 * low, 0), max(1.25 * high, 0) or 1)

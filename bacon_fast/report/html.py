@@ -57,7 +57,7 @@ footer { color: var(--muted); font-size: 0.82rem; margin-top: 56px; }
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture in its two appearances, with what one sees on it."""
+    """One picture in its two appearances, light and dark, with its description."""
 
     light: bytes
     dark: bytes

@@ -1,4 +1,4 @@
-"""report.html: everything a run showed, on one self-contained page, and its pictures as PNG files."""
+"""report.html: all that is known of a run on one self-contained page, and its pictures as PNG files."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +60,7 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
             html.section("Data", html.settings(data.dataset)),
             html.section("Run", html.settings(_scalars(data.summary))),
             html.section("Configuration", html.settings(data.config)),
-            "<footer>Accuracies are those of the averaged (EMA) model on the test set. "
+            "<footer>Accuracies belong to the averaged (EMA) model on the test set. "
             "The pictures are also in the folder figures.</footer>",
         ]
     )
@@ -250,5 +250,5 @@ def _view_pictures(data: ReportData, picture: Callable[..., Picture]) -> list[Pi
 
 
 def _scalars(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that fit on a line; accuracies per class and per evaluation have their own places."""
+    """The entries that fit on a line; accuracies per class and per evaluation are shown elsewhere."""
     return {key: value for key, value in values.items() if isinstance(value, (str, bool, int, float))}

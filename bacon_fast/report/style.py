@@ -108,7 +108,7 @@ def class_axis_label(num_classes: int) -> str:
 
 
 def literal(names: Sequence[str]) -> list[str]:
-    """Names as matplotlib shows them letter by letter: a pair of dollar signs would be read as a formula."""
+    """Names that matplotlib shows letter by letter: it would read a pair of dollar signs as a formula."""
     return [name.replace("$", r"\$") for name in names]
 
 
@@ -123,13 +123,13 @@ def class_ticks(axes: Axes, class_names: Sequence[str], order: np.ndarray) -> No
 
 
 def rank_colors(num_classes: int, theme: Theme) -> tuple[Colormap, Normalize]:
-    """Colors from the class with most to the one with fewest labels, without those that fade into the background."""
+    """Colors from the class with the most labels to the one with the fewest. None fades into the background."""
     colors = matplotlib.colormaps["cividis"](np.linspace(*theme.rank_range, 256))
     return LinearSegmentedColormap.from_list("rank", colors), Normalize(0, max(num_classes - 1, 1))
 
 
 def rank_colorbar(figure: Figure, axes: Axes, num_classes: int, theme: Theme) -> None:
-    """What `rank_colors` mean."""
+    """The legend of `rank_colors`."""
     cmap, norm = rank_colors(num_classes, theme)
     bar = figure.colorbar(ScalarMappable(norm, cmap), ax=axes, shrink=0.85, pad=0.02)
     bar.set_ticks([0, num_classes - 1], labels=["most", "fewest"])

@@ -63,7 +63,7 @@ class Arguments:
     calibrate: bool = True
     """Try each kind of run for some seconds first, to say how long it will take."""
     dry_run: bool = False
-    """Only list the runs and what is known of their time."""
+    """Only list the runs, and how long they will take as far as that is known."""
 
 
 def main() -> None:
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def reproduce(arguments: Arguments, command: str) -> Collection[str]:
-    """Does what `command` asks, which the table quotes. Returns the names of the runs that failed.
+    """Does what the arguments ask. The table quotes `command`. Returns the names of the runs that failed.
 
     Raises:
         ValueError: an argument does not fit, or `out` holds other runs or is in use.
@@ -152,7 +152,7 @@ def _options(arguments: Arguments) -> Options:
 
 
 def _words(name: str, text: str) -> list[str]:
-    """Words between commas; each once."""
+    """The words between commas, each once."""
     words = [word.strip() for word in text.split(",")]
     if "" in words or len(set(words)) < len(words):
         raise ValueError(f"{name}: expected different words between commas, found {text!r}")
@@ -179,7 +179,7 @@ def _listing(runs: Sequence[Run]) -> list[str]:
 
 
 def _plan(cells: Sequence[Cell], runs: Sequence[Run], seconds: float | None, jobs: int) -> str:
-    """What there is to do, and about how long it takes."""
+    """Prints what there is to do, and about how long it takes."""
     left = [run for run in runs if run.state != "done"]
     lines = [f"not run: {reason}" for reason in dict.fromkeys(cell.missing for cell in cells if cell.missing)]
     if not left:

@@ -16,18 +16,18 @@ from bacon_fast.methods import METHODS, PARTS, parts_of
 from bacon_fast.parser import override, words_of
 from bacon_fast.reproduce.tables import Column, Row, Table
 
-# A shortened run is still evaluated this often, so that the mean of the last 20 is one of its second half (of what its
-# last network has, where methods start again: CReST).
+# A shortened run is still evaluated this often, so that the mean of the last 20 covers its second half (or, for methods
+# that start again like CReST, the part of its last network).
 EVALUATIONS = 40
 LOG_ROWS = 40
 
-# Fields that the table, or an option of its own, gives to each run.
+# Fields that each run gets from the table, or from an option of this command.
 GIVEN = ("method", "seed", "run_dir", "resume", "dataset", "data_dir", "device")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a call changes in every run of a table.
+    """The changes of a call to every run of a table.
 
     Attributes:
         budget: in (0, 1], factor of the steps.
@@ -152,7 +152,7 @@ def _cell(row: Row, column: Column, seeds: Sequence[int], options: Options, out:
 
 
 def _config(column: Column, row: Row, options: Options) -> Config:
-    """The column's preset with its and the row's overrides, then the options; the last one given wins."""
+    """The column's preset, with the overrides of column and row, then the options. The last one given wins."""
     values = {"device": options.device, "report": False, **column.overrides, **row.changes(column)}
     config = PRESETS[column.preset].config(row.method).replace(**values)
     if options.dataset is not None:
@@ -171,7 +171,7 @@ def _part(name: str) -> str:
 
 
 def check_settings(table: Table, settings: Mapping[str, str]) -> None:
-    """Raises ValueError for a setting that is the table's own, no option of train.py, or acts in none of its rows."""
+    """Raises ValueError for a setting that the table fixes, that is no option of train.py, or that no row has."""
     for name in settings:
         part, _, field = name.rpartition(".")
         if name in GIVEN:
@@ -187,7 +187,7 @@ def check_settings(table: Table, settings: Mapping[str, str]) -> None:
 
 
 def check_images(runs: Sequence[Run]) -> None:
-    """Raises ValueError when a finished run saw other images than those that its configuration names now."""
+    """Raises ValueError if a finished run saw other images than its configuration names now."""
     datasets: dict[tuple, ImageDataset] = {}
     for run in (run for run in runs if run.state == "done"):
         config, data = run.config, run.config.data
@@ -201,7 +201,7 @@ def check_images(runs: Sequence[Run]) -> None:
             Split.load(run.folder / "split.json").verify(datasets[source])
         except ValueError as error:
             raise ValueError(
-                f"out: {run.folder} holds a run on other images, those of {recorded}; name another --out. {error}"
+                f"out: {run.folder} holds a run on other images, from {recorded}; name another --out. {error}"
             ) from error
 
 
@@ -229,7 +229,7 @@ def shorten(config: Config, budget: float) -> Config:
 
 
 def command_words(config: Config) -> list[str]:
-    """The words after `train.py` that give this configuration: its preset, then what differs from it."""
+    """The words after `train.py` that give this configuration: its preset, then the differences."""
     preset, words = PRESETS[config.preset], [config.preset]
     if config.method != preset.method:
         words += ["--method", config.method]

@@ -29,12 +29,12 @@ class Source:
     Attributes:
         title: what it is.
         metric: "bacc" (balanced accuracy), "top1", or "error" (100 - top-1).
-        steps, steps_by_method: length of its runs, and of those of other length.
-        schedule, base_schedule: learning rates of its runs, and where other of the base learners alone.
+        steps, steps_by_method: length of its runs, and of the methods with another length.
+        schedule, base_schedule: learning rates of its runs, and of base learners alone where they differ.
         selection: which evaluation was reported.
         seeds: runs per number; None: not stated.
-        deviation: what its ± is; None: not stated.
-        note: what else keeps its numbers apart from ours.
+        deviation: the meaning of its ±; None: not stated.
+        note: other differences between its numbers and ours.
         values: protocol -> method -> Value.
     """
 
@@ -287,7 +287,7 @@ def _cpg(cpg: str, simpro: str) -> Context:
     return Context("a note on CPG (NeurIPS 2025), best", {"CPG": cpg, "CPG's own SimPro": simpro})
 
 
-# Protocol of ours -> what else is in print for such counts.
+# Our protocol -> other published numbers for such counts.
 OTHER_PROTOCOLS: dict[str, tuple[Context, ...]] = {
     "usb-cifar10-1500-100": (
         Context(

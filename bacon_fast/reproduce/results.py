@@ -1,4 +1,4 @@
-"""What the runs of a table gave: each cell's accuracies over its seeds."""
+"""Results of the runs of a table: each cell's accuracies over its seeds."""
 
 import statistics
 from collections.abc import Collection, Sequence

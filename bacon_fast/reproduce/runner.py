@@ -1,4 +1,4 @@
-"""Runs of a table as processes: several at once, each resumable, none stopped by another's failure."""
+"""The runs of a table as processes: several at once, each resumable. A failure does not stop the others."""
 
 import contextlib
 import os
@@ -95,7 +95,7 @@ def execute(runs: Sequence[Run], slots: Sequence[Slot], lock_descriptor: int) ->
                         failures.append(Failure(run, status))
                         progress.say(str(failures[-1]))
                 progress.update([run for run, _ in running.values()])
-        finally:  # a second signal, or a defect of ours: nothing may go on unattended
+        finally:  # a second signal, or a bug: no process may run on unattended
             for _, process in running.values():
                 process.kill()
             for _, process in running.values():

@@ -1,4 +1,4 @@
-"""Where runs go at the same time: on a CPU a group of cores for each, on GPUs a device for each."""
+"""Places for runs at the same time: on a CPU each has a group of cores, on GPUs each has a device."""
 
 import itertools
 import os

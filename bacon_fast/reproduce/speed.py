@@ -1,4 +1,4 @@
-"""How long a table will take: each distinct kind of run is tried for a moment before the first one starts."""
+"""How long a table will take: each kind of run is tried for a moment before the first one starts."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from bacon_fast.files import write_atomically
 from bacon_fast.reproduce.matrix import Run
 from bacon_fast.reproduce.slots import Slot
 
-# What decides the speed. Runs that agree in all of it are measured once.
+# These values decide the speed. Runs that agree in all of them are measured once.
 FIELDS = (
     "method", "dataset", "image_size", "backbone", "batch_size", "unlabeled_ratio", "precision", "compile", "graph",
 )  # fmt: skip
@@ -55,7 +55,7 @@ def load(out: Path) -> dict[str, Speed]:
 
 
 def estimate(runs: Sequence[Run], speeds: dict[str, Speed], jobs: int) -> float | None:
-    """Seconds for all that is left with `jobs` runs at once, about; None when a speed is not known."""
+    """About how many seconds all remaining steps take with `jobs` runs at once; None if a speed is not known."""
     left = [run for run in runs if run.state != "done"]
     if any(key(run.config, jobs) not in speeds for run in left):
         return None
@@ -66,7 +66,7 @@ def estimate(runs: Sequence[Run], speeds: dict[str, Speed], jobs: int) -> float 
 def calibrate(runs: Sequence[Run], slots: Sequence[Slot], out: Path) -> dict[str, Speed]:
     """Measures what is not known yet, with all slots at work, and keeps it in `out`/speed.json.
 
-    A kind of run that fails is left out: its error will be seen, and reported, when its turn comes.
+    A kind of run that fails is left out. The run itself will report the error.
     """
     speeds = load(out)
     configs = {key(run.config, len(slots)): run.config for run in runs if run.state != "done"}
@@ -111,7 +111,7 @@ def measure(config: Config, folder: Path) -> Speed:
         finished.set()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     times = [(0, 0.0)] + [(r["step"], r["train_seconds"]) for r in rows if r["kind"] == "train"]
-    # What happens once, such as allocation, compilation and capture, lies before the first row.
+    # Work that happens once, such as allocation, compilation and capture, lies before the first row.
     (first_step, first_time), (last_step, last_time) = times[min(1, len(times) - 2)], times[-1]
     started = time.perf_counter()
     trainer.evaluation()
@@ -141,7 +141,7 @@ def main() -> None:
         folder.mkdir()
         try:
             speeds.append(dataclasses.asdict(measure(Config.from_dict(values), folder)))
-        except Exception as error:  # whatever it is, the run itself will say it again
+        except Exception as error:  # whatever it is, the run itself will report it
             print(f"{values['method']}: {error!r}", file=sys.stderr)
             speeds.append(None)
     write_atomically(path.with_suffix(".speeds"), lambda file: file.write_text(json.dumps(speeds)))

@@ -1,4 +1,4 @@
-"""The table as Markdown and CSV: ours beside the published number, and in each row how both came about."""
+"""The table as Markdown and CSV: ours beside the published number, and in each row how both were obtained."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ def markdown(table: Table, results: Sequence[Result], options: Options, command:
 
 
 def caveats(table: Table, options: Options) -> list[str]:
-    """What the numbers must not be mistaken for."""
+    """Warnings: what the numbers are not."""
     notes = []
     if options.budget < 1:
         note = f"Every run has only {100 * options.budget:g} % of its preset's steps."
@@ -106,7 +106,7 @@ def _published_only(table: Table, protocol: str | None, width: int) -> list[list
 
 
 def _also_published(table: Table, protocol: str | None) -> list[str]:
-    """Other published numbers: of the same protocol, and those that only look alike."""
+    """Other published numbers: of the same protocol, and of protocols that only look alike."""
     lines = []
     for source in SOURCES:
         if source is not table.source and (values := source.values.get(protocol)):

@@ -13,8 +13,8 @@ Overrides = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Row:
-    """A method, or a variation of one. `overrides` are values by name, as on the command line: lr, bacon.top_k; those
-    of `per_column` come on top.
+    """A method, or a variation of one. `overrides` are values by their names on the command line: lr, bacon.top_k.
+    `per_column` has further ones, column by column.
     """
 
     name: str
@@ -59,11 +59,11 @@ def _methods(*names: str, overrides: Overrides = MappingProxyType({})) -> tuple[
 # What the released configurations set per method beyond the defaults (methods.md 0.3, A.2, H). The base
 # learners alone run the cosine schedule, everything added to them a constant rate.
 _COSINE = {"lr_schedule": "cosine"}
-# DASO's temperature where the unlabeled classes are not distributed as the labeled ones, and on CIFAR-100.
+# DASO's temperature where the unlabeled classes are distributed differently from the labeled ones, and on CIFAR-100.
 _DASO_APART = {"daso.t_dist": 0.3}
 _DASO_APART_ON = dict.fromkeys(("bacon-cifar100", "bacon-stl10"), _DASO_APART)
-# Of BaCon's configurations, those of the older baselines have mu = 7 on CIFAR-10, and all of these but CReST's on
-# CIFAR-100: its tables are not of equal compute.
+# In BaCon's configurations the older baselines have mu = 7 on CIFAR-10, and all of them but CReST on CIFAR-100: the
+# methods of its tables do not have equal compute.
 _WIDE = {"unlabeled_ratio": 7}
 _BACON_DASO, _USB_DASO = {"daso.start": 5120 / 300_000}, {"daso.start": 5120 / 262_144}
 _BACON_DARP, _USB_DARP = {"darp.start": 0.2}, {"darp.start": 200 / 256}
@@ -151,7 +151,7 @@ def _columns(*presets: str, **overrides) -> tuple[Column, ...]:
     return tuple(Column(preset, overrides) for preset in presets)
 
 
-# The published numbers are of USB's code, or of BaCon's, which is built on it: of its network (models/wrn.py).
+# The published numbers come from USB's code, or BaCon's, which is built on it. Both have USB's network (models/wrn.py).
 _USB_NETWORK = {"backbone": "wrn-28-2-usb"}
 
 
@@ -189,7 +189,7 @@ TABLES: dict[str, Table] = {
     "ablation": Table("BaCon with one thing changed at a time", _ablation(), _columns("bacon-cifar10", **_USB_NETWORK)),
     "sscl-cifar10": Table(
         "SsCL on CIFAR-10 with few labels",
-        # SsCL's strong view is without Cutout, that of the others is with it (methods.md 0.3, F.1).
+        # SsCL's strong view has no Cutout, the others' has it (methods.md 0.3, F.1).
         (
             *_methods("sscl"),
             *_methods("fixmatch", overrides={"cutout": True}),

@@ -1,1 +1,1 @@
-"""What travels to a GPU machine that is lent for minutes, made without a GPU: `python -m benchmarks.gpu_bundle`."""
+"""Makes, without a GPU, the files for a GPU machine that is lent for minutes: `python -m benchmarks.gpu_bundle`."""

@@ -1,1 +1,1 @@
-"""Training steps a second of the same step, from the way peers make it to ours: `python -m benchmarks.throughput`."""
+"""Training steps a second of one step, written as peers write it and as we do: `python -m benchmarks.throughput`."""

@@ -1,12 +1,12 @@
-"""Training steps a second: the same step from the peers' way of making it to ours, in one process, in turns.
+"""Training steps a second: one step, written as peers write it and as we do, in one process, in turns.
 
     python -m benchmarks.throughput --device cpu                                       # small network, about 3 minutes
     python -m benchmarks.throughput --device cuda --data-dir CIFAR_FOLDER              # WRN-28-2
     python -m benchmarks.throughput --device cuda --data-dir CIFAR_FOLDER --full-run 2000
 
 The step is that of FixMatch + ABC + BaCon with its contrastive loss on: 64 labeled, 128 weak and 128 strong views of
-CIFAR size, the gradient through all 320, the average after every step. An arm whose losses or updates are not those of
-our reference gets no speed (gate.py). In every round each arm runs for about --slice seconds; figures are
+CIFAR size, the gradient through all 320, the average after every step. An arm whose losses or updates differ from our
+reference's gets no speed (gate.py). In every round each arm runs for about --slice seconds; figures are
 medians over the rounds with the slowest and the fastest one, ratios are medians of the ratios within the rounds. The
 run fails if bacon_fast's step makes the host wait. --full-run measures a whole run of our trainer instead, with
 evaluations, log rows and checkpoints. Rows go to results/throughput_DEVICE.csv, a picture beside it.

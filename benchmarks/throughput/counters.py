@@ -69,7 +69,7 @@ class _Dispatched(TorchDispatchMode):
 
 
 class _Methods(TorchFunctionMode):
-    """What copies a tensor to the host without the dispatcher seeing it when the tensor is there already."""
+    """Counts copies to the host that the dispatcher does not see when the tensor is on the host already."""
 
     def __init__(self, counts: Counts) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class _Methods(TorchFunctionMode):
 
 
 class DispatchCounter(AbstractContextManager):
-    """Counts on a CPU, in `counts`, what happens in this thread and in the backward that it starts."""
+    """Counts on a CPU, in `counts`, the operations of this thread and of the backward passes it starts."""
 
     def __enter__(self) -> "DispatchCounter":
         self.counts = Counts(operations=0)

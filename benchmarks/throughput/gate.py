@@ -1,9 +1,10 @@
-"""No speed without this: every arm computes what we do, and is compared in float64, where no rounding hides a mistake.
+"""The gate before any speed: every arm must compute what we do. Float64 keeps rounding from hiding a mistake.
 
-A peers' arm gets the batches, the state and ABC's masks of our reference backend and has to give its losses over three
-steps, and after them its parameters, average, class centers and counts: on the CPU, where everything exists in float64.
-Then the arm that will be timed, on its device, in its precision and with its own draws, has to give the losses that
-need no draw. Our trainer is compared with one on the reference backend, in float32 and in the precision to be timed.
+A peers' arm gets the batches, the state and ABC's masks of our reference backend. Over three steps it must give the
+same losses, and then the same parameters, average, class centers and counts: on the CPU, where everything exists in
+float64. Then the arm that will be timed, on its device, in its precision and with its own draws, must give the same
+losses, as far as they need no draw. Our trainer is compared with one on the reference backend, in float32 and in the
+precision to be timed.
 """
 
 import copy
@@ -28,19 +29,22 @@ from .step import Flags
 from .vectorized import NAMES, VectorizedStep
 
 STEPS = 3
-# Of float64 steps, which hold the bank's float32 features and temperatures of integer counts.
-LOSS_TOLERANCE, UPDATE_TOLERANCE = 1e-5, 1e-4
+# Of float64 steps, which hold the bank's float32 features and temperatures of integer counts: rounded by 6e-8. Losses
+# and bank show little more. An update shows it times the curvature of the sharpened heads, once a step: up to 7e-4 of
+# a tensor's largest element after three, in another tensor each run, from states that float32 convolutions on an H200
+# have trained. What the gate is there for, as a wrong gradient, momentum, decay or average, is off by more than 1e-2.
+LOSS_TOLERANCE, BANK_TOLERANCE, UPDATE_TOLERANCE = 1e-5, 1e-4, 5e-3
 DRAWN = ("abc_labeled", "abc_unlabeled", "abc", "total")
 TOLERANCES = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 1e-1, "fp16": 2e-2}
 
 
 class RedGateError(RuntimeError):
-    """An arm computes something else than we do."""
+    """An arm does not compute what we do."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What the reference does from a state on.
+    """Steps of the reference from a state.
 
     Attributes:
         batches, losses, end: of steps in float64, on batches smaller than the run's; the last is the state after them.
@@ -132,7 +136,7 @@ def check_steps(truth: Truth, update: Callable[[HostBatch, Callable], dict[str, 
         start, expected = getattr(truth.state, part), getattr(truth.end, part)
         _compare(f"update of {part}", _moved(start, getattr(state, part)), _moved(start, expected), UPDATE_TOLERANCE)
     for name in ("centers", "class_counts", "selected_label", "written"):
-        _compare("bank", {name: state.bank[name]}, {name: truth.end.bank[name]}, UPDATE_TOLERANCE)
+        _compare("bank", {name: state.bank[name]}, {name: truth.end.bank[name]}, BANK_TOLERANCE)
 
 
 def check_usb_style(problem: Problem, truth: Truth) -> None:

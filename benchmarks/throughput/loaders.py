@@ -108,7 +108,7 @@ class Loaders:
 
     @property
     def ready(self) -> int:
-        """Batches that may lie ready, made while nobody was measuring."""
+        """How many batches may lie ready that were made before the measurement."""
         return PREFETCH * max(self.workers) + 1
 
     def start(self) -> None:

@@ -1,4 +1,4 @@
-"""The network of the peers' arms: ours, written with nothing but torch's own layers.
+"""The network of the peers' arms: ours, written with torch's own layers only.
 
 Parameters and buffers have the names of `bacon_fast.models.network.Network`, so that its state fits.
 """

@@ -11,7 +11,7 @@ from .step import Flags, StepArm
 
 
 class TrainerStep(StepArm):
-    """The steps that `Trainer.fit` makes, without what is due between them (--full-run has that too).
+    """The steps of `Trainer.fit`, without evaluations, logs and checkpoints (--full-run has those too).
 
     Args:
         trainer: just built: the flags that its constructor set are those of its steps.
@@ -51,6 +51,6 @@ class SeveralTrainersStep(StepArm):
 
     def step(self) -> None:
         for trainer in self.trainers:
-            # Its own stream and no other, so that it waits for nobody.
+            # Its own stream, so that it waits for no other run.
             with nullcontext() if trainer.stream is None else torch.cuda.stream(trainer.stream):
                 trainer.train_step()

@@ -1,8 +1,8 @@
 """Arms A and B: a step of FixMatch + ABC + BaCon as peers ship it, restated from formulas and measured costs.
 
-None of USB's or BaCon's code is here. What is theirs is the structure: views from loader workers, a blocking copy to
-the device, each head on each part of the batch, a Python loop over classes with rows picked by boolean masks, loops
-over the memory bank for counts and centers, a weight average tensor by tensor followed by two whole state dicts, seven
+None of USB's or BaCon's code is here. Only the structure is theirs: views from loader workers, a blocking copy to the
+device, each head on each part of the batch, a Python loop over classes with rows picked by boolean masks, loops over
+the memory bank for counts and centers, a weight average tensor by tensor followed by two whole state dicts, seven
 values read by the host every step, and two full synchronizations.
 """
 

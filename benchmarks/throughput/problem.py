@@ -1,7 +1,7 @@
-"""What all arms of benchmarks/throughput train: one dataset, one split, one configuration, one state to begin from.
+"""The problem that all arms of benchmarks/throughput train: one dataset, split, configuration and initial state.
 
-The state is that of a training under way: half of the predictions are confident and the memory bank is filled. In the
-state of a first step a class loop, which skips what is absent, would have next to nothing to do.
+The state is that of a training under way: half of the predictions are confident, and the memory bank is filled. In the
+state of a first step a class loop, which skips absent classes, would have next to nothing to do.
 """
 
 import tempfile
@@ -231,7 +231,7 @@ def prime(trainer: Trainer, steps: int, confidence: float = 0.98) -> State:
 
 
 def _sharpening(logits: Tensor, confidence: float) -> float:
-    """The factor of the logits at which half of the rows' largest probabilities exceed ``confidence``."""
+    """The factor of the logits by which half of the rows' largest probabilities exceed ``confidence``."""
     low, high = 1e-3, 1e6
     for _ in range(60):
         middle = (low * high) ** 0.5

@@ -1,4 +1,4 @@
-"""What every arm of benchmarks/throughput is: something that makes training steps, a slice of them at a time."""
+"""The base of the arms of benchmarks/throughput: an arm makes training steps, a slice of them at a time."""
 
 import time
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ class Flags:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """These inside, those from before afterwards."""
+        """Sets these flags inside, and the earlier ones afterwards."""
         before = Flags.present()
         self.set()
         try:
@@ -70,7 +70,7 @@ class StepArm:
         raise NotImplementedError
 
     def stop(self) -> None:
-        """After the last step of a slice: nothing of this arm may work on while another one is measured."""
+        """After the last step of a slice: no work of this arm may go on while another one is measured."""
 
     def run(self, steps: int, measure: AbstractContextManager) -> None:
         """A slice: untimed steps, then ``steps`` of them inside ``measure``."""

@@ -1,9 +1,9 @@
 """Arm USB: semilearn 0.3.2 itself, unmodified, where it can run.
 
 Its FixMatch and ABC (it has no BaCon), network, dataset class, RandAugment, loaders, hooks and training loop, on our
-images and split. What is ours is a hook that watches the steps, and the dataset, handed over through `set_dataset`,
-since USB's own reads and downloads CIFAR's original files. One GPU without torch.distributed, where USB wraps its model
-in DataParallel; ABC needs one wrapper or the other.
+images and split. Two things are ours: a hook that watches the steps, and the dataset, handed over through
+`set_dataset`, as USB's own reads and downloads CIFAR's original files. One GPU without torch.distributed, where USB
+wraps its model in DataParallel; ABC needs one wrapper or the other.
 """
 
 import random

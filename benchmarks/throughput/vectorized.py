@@ -1,4 +1,4 @@
-"""Arms C, D and E: the same step as a practitioner writes it who knows how to make PyTorch fast, without our kernels.
+"""Arms C, D and E: the same step as an expert in fast PyTorch writes it, without our kernels.
 
 No loop over classes, no read by the host, multi-tensor average and fused optimizer, mixed precision, channels_last;
 then the views from our device augmentation in place of loader workers; then torch.compile(mode="max-autotune"), whose

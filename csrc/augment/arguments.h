@@ -17,7 +17,7 @@ inline void check_images(const char* name, const at::Tensor& images) {
                     ": expected 1 to 2^23 pixels an image, found ", images.sizes());
 }
 
-// Rows of the output, after checking what the schema does not say.
+// Number of rows of the output. Checks what the schema does not.
 inline int64_t check_views(const at::Tensor& pool, at::TensorList indices, c10::IntArrayRef streams,
                            c10::IntArrayRef strong, c10::IntArrayRef first_slots, const at::Tensor& step,
                            const at::Tensor& table, const at::Tensor& ranges, int64_t padding, int64_t num_ops) {

@@ -1,5 +1,5 @@
 // The Team (pixel_ops.h) of a GPU: the threads of a block, at least three warps of them.
-// tests/data/block_simulation.cpp runs it on a CPU, threads for threads, under a race detector.
+// tests/data/block_simulation.cpp runs it on a CPU, with real threads, under a race detector.
 #pragma once
 
 #include "augment/pixel_ops.h"

@@ -13,7 +13,7 @@
 namespace bacon_fast::augment {
 namespace {
 
-constexpr int kMaxRequests = 16;  // of one launch; their description travels with the kernel's arguments
+constexpr int kMaxRequests = 16;  // in one launch; their description travels with the kernel's arguments
 
 // Enough threads that each has a few pixels, and three warps at least: one per channel's histogram.
 int threads_for(int64_t pixels) { return pixels <= 512 ? 128 : pixels <= 4096 ? 256 : 512; }
@@ -51,7 +51,7 @@ __global__ void ops_kernel(const uint8_t* images, const int64_t* ops, const doub
               buffers + pixels, height, width, out + 3 * pixels * i);
 }
 
-// Shared memory for two images, beyond the 48 KB that every kernel may use without asking.
+// Allows shared memory for two images, beyond the 48 KB that every kernel may use without asking.
 template <class Kernel>
 size_t reserve_images(Kernel kernel, int64_t pixels) {
   const size_t bytes = 2 * pixels * sizeof(Pixel);

@@ -1,8 +1,8 @@
-// The 14 RandAugment operations, bit for bit as Pillow 13 computes them, defined once for host and device. The same
-// arithmetic in PyTorch, to be read beside it: bacon_fast/reference/pixel_ops.py.
+// The 14 RandAugment operations, bit for bit as Pillow 13 computes them, defined once for host and device. Read beside
+// them the same arithmetic in PyTorch: bacon_fast/reference/pixel_ops.py.
 //
-// An operation runs on one image held in fast memory. A Team says who does the work: one thread of a CPU (cpu.cpp) or one
-// thread block of a GPU (cuda.cu). It offers
+// An operation runs on one image held in fast memory. A Team does the work: one thread of a CPU (thread.h) or one thread
+// block of a GPU (block.h). It offers
 //   for_each(n, f)            f(i) for i in 0..n-1
 //   for_pixels(h, w, f)       f(y, x) for all positions
 //   sum(n, f)                 sum of f(i), an int known to all
@@ -28,7 +28,7 @@ namespace bacon_fast::augment {
 #define BACON_FAST_INLINE_ALL BACON_FAST_HOST_DEVICE inline
 #endif
 
-enum Op : int {  // bacon_fast.data.augment.OPS
+enum Op : int {  // bacon_fast.reference.augment.OPS
   kAutocontrast,
   kBrightness,
   kColor,
@@ -57,7 +57,7 @@ BACON_FAST_INLINE Pixel pack(int red, int green, int blue) {
 
 BACON_FAST_INLINE int level(Pixel pixel, int channel) { return pixel >> (8 * channel) & 255; }
 
-// Products and sums that round separately: a fused multiply-add would change bits. Where the host has one, the including
+// Products and sums that round separately: a fused multiply-add would change bits. If the host has one, the including
 // file turns contraction off.
 #if defined(__CUDA_ARCH__)
 BACON_FAST_INLINE float multiply(float a, float b) { return __fmul_rn(a, b); }
@@ -79,7 +79,7 @@ BACON_FAST_INLINE T clamp(T value, T low, T high) {
   return value < low ? low : (value > high ? high : value);
 }
 
-// What an operation needs besides the image; shared by the threads of a block.
+// Memory that an operation needs besides the image; shared by the threads of a block.
 struct Scratch {
   int histogram[3 * kLevels];
   uint8_t table[3 * kLevels];

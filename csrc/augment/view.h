@@ -14,7 +14,7 @@ struct Settings {
   const double* ranges;  // [3, 14]: low, span and unit of each operation's magnitude
 };
 
-// Where the random bits of a view come from.
+// The source of a view's random bits.
 struct Counter {
   uint64_t seed;
   uint32_t step, stream, slot;
@@ -81,7 +81,7 @@ BACON_FAST_HOST_DEVICE inline void crop(const Team& team, const Settings& settin
 
 // Makes one view and writes it normalized.
 //   buffers  two images of height * width pixels; `spare` is not touched for weak views
-//   table    [3, 256], what each level of each channel becomes
+//   table    [3, 256], the normalized value of each level of each channel
 //   out      [3, H, W], or [H, W, 3] for channels_last
 template <class Team, class TableValue, class Out>
 BACON_FAST_INLINE_ALL void make_view(const Team& team, Scratch& scratch, const Settings& settings,

@@ -1,5 +1,5 @@
-// Derivative of BaCon's loss. Registered in C++, where it costs a few microseconds a step instead of the eighty of
-// torch.library.register_autograd, more than the loss itself takes for a usual batch.
+// Derivative of BaCon's loss. Registered in C++, it costs a few microseconds a step; torch.library.register_autograd
+// costs eighty, more than the loss itself for a usual batch.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -25,7 +25,7 @@ auto find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// Scales the gradient. It is a function of the features too, which makes autograd come here for a second derivative.
+// Scales the gradient. It takes the features too, so that autograd comes here for a second derivative.
 struct BaconLossBackward : torch::autograd::Function<BaconLossBackward> {
   static Tensor forward(
       AutogradContext*, const Tensor& grad_loss, const Tensor& grad_features, const Tensor& features) {

@@ -1,4 +1,4 @@
-// BaCon's loss and gradient in one pass over the batch: the data that its operator and its kernels share.
+// BaCon's loss and gradient in one pass over the batch: data shared by its operator and its kernels.
 #pragma once
 
 #include "contrastive/layout.h"

@@ -83,7 +83,7 @@ class BaconLoss {
     allocate();
   }
 
-  // The loss; the gradient goes to grad [rows, dim].
+  // Returns the loss, and writes the gradient to grad [rows, dim].
   double run(T* grad) {
     const Kernels<T>& kernel = kernels<T>();
     batch_.grad = grad;
@@ -225,7 +225,7 @@ class BaconLoss {
     // Sums over the negatives, of each class ("authors") or each row ("paper"), relative to exp(shift).
     const int64_t groups = options_.authors ? num_classes_ : rows_;
     const auto group_of = [&](int64_t r) { return options_.authors ? int64_t(classes[r]) : r; };
-    // Whether the row's sum enters the loss: that of an anchor, or of a row in the class of one.
+    // Whether the row's sum enters the loss: the row is an anchor, or in the class of one.
     const auto active = [&](int64_t r) { return options_.authors ? bool(live_[classes[r]]) : anchor[r]; };
     std::vector<double> sum(groups, 0.0), shift(groups, batch_.direct ? 0.0 : kNegativeInfinity);
     for (int64_t r = 0; r < rows_ && !batch_.direct; ++r) {
@@ -296,7 +296,7 @@ void check_cpu(std::initializer_list<std::pair<const char*, const at::Tensor*>> 
   }
 }
 
-// `functional.bacon_loss` checks its arguments in more words; this keeps a direct call within its arrays.
+// `functional.bacon_loss` explains wrong arguments; these checks keep a direct call within its arrays.
 void check_shapes(
     const at::Tensor& features, const at::Tensor& labels, const at::Tensor& logits, const at::Tensor& centers,
     const std::optional<at::Tensor>& has_center, const at::Tensor& reliable, const at::Tensor& class_counts,

@@ -10,10 +10,10 @@ namespace {
 // Columns done between two visits of a row: 8 KB of float similarities.
 constexpr std::int64_t kBaconTile = 256;
 
-// The number of codes a row if it is the usual one, known to the compiler, else 0.
+// The number of codes a row: the usual number as a constant for the compiler, else 0.
 constexpr int kUsualCodes = 3;
 
-// Where one of the codes of columns j, j+1, ... is `of`: they may be of that class, so are no negatives of it.
+// Where `of` is among the codes of columns j, j+1, ...: they may be of that class, so they are no negatives of it.
 template <class T, int kCodes>
 BACON_FAST_INLINE Mask<T> may_be(const BaconBatch<T>& b, std::int64_t j, std::int64_t stride, Code<T> of) {
   using M = Mask<T>;
@@ -56,11 +56,10 @@ T* bacon_similarities(
 
 template <class T>
 void bacon_center_similarity(const BaconBatch<T>& b, std::int64_t row) {
-  const T* center = b.centers + b.classes[row] * b.dim;
-  const T norm = std::sqrt(dot(center, center, b.dim));
-  b.center_scale[row] = 1 / (norm < b.features.eps ? b.features.eps : norm);
-  b.center_similarity[row] =
-      dot(b.features.units + row * padded(b.dim, kFeatureUnit), center, b.dim) * b.center_scale[row];
+  const Measured<T> center(b.centers + b.classes[row] * b.dim, b.dim);
+  const T scale = center.inverse(b.features.eps);
+  b.center_scale[row] = scale * center.shrink;
+  b.center_similarity[row] = dot(b.features.units + row * padded(b.dim, kFeatureUnit), center.data, b.dim) * scale;
 }
 
 // Adds the exponentials of one row's negatives to its sum; leaves in `values` what the gradient needs of them.
@@ -134,7 +133,7 @@ void bacon_sums(const BaconBatch<T>& b, std::int64_t begin, std::int64_t end) {
       }
     }
     for (std::int64_t r = row; r < row + kRowUnit; ++r) {
-      // Units hide what is not finite; an anchor that is not must show in the loss.
+      // Units hide values that are not finite; in an anchor they must show in the loss.
       if (b.features.state[r] & kNotFinite) {
         b.sums[r] = std::numeric_limits<double>::quiet_NaN();
         b.center_similarity[r] = std::numeric_limits<T>::quiet_NaN();

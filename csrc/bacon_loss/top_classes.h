@@ -5,9 +5,9 @@
 
 namespace bacon_fast::contrastive {
 
-// Writes the k classes of the largest logits, largest first. Returns false, with nothing written, if their order or
-// their choice is not determined by the values: equal logits among the first k+1, or a NaN. What torch.topk gives then
-// follows from the details of its partial sort, so the caller asks torch.topk itself.
+// Writes the k classes of the largest logits, largest first. Returns false, with nothing written, if the values do not
+// determine their order or choice: equal logits among the first k+1, or a NaN. The result of torch.topk then follows
+// from the details of its partial sort, so the caller asks torch.topk itself.
 template <class Logit, class Code>
 bool top_classes(const Logit* logits, std::int64_t num_classes, std::int64_t k, Code* codes, std::int64_t stride) {
   constexpr std::int64_t kMost = 8;

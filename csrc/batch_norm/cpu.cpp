@@ -1,8 +1,8 @@
 // BatchNorm in training mode with the residual sum before it and the LeakyReLU after it, on a CPU (formula:
 // bacon_fast/reference/batch_norm.py). Two passes over memory forward and two backward, instead of torch's seven.
 //
-// Work is cut into chunks of pixels by size alone and chunks are summed in order, so the result does not depend on how
-// many threads there are. Chunks sum up to some thousand pixels in float, and their totals are doubles.
+// Work is cut into chunks of pixels by size alone, and chunks are summed in order, so the result does not depend on the
+// number of threads. A chunk sums up to some thousand pixels in float; totals are doubles.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -23,7 +23,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kVector = 128;         // numbers in a row of a panel, about: loops are long enough to pay
+constexpr int64_t kVector = 128;         // about so many numbers in a row of a panel: long enough for a loop
 constexpr int64_t kPanel = 4096;         // numbers in a panel: several fit into the first-level cache
 constexpr int64_t kChunk = 16 * kPanel;  // numbers summed in float, and the least that is worth a thread
 

@@ -1,8 +1,8 @@
 // Loops over panels: `rows` vectors of `length` numbers, one after the other. A vector holds the channels of one pixel,
-// or of several pixels in a row where there are few channels; what belongs to channels is repeated accordingly.
+// or of several pixels in a row if there are few channels; per-channel values are then repeated.
 //
-// S is the type in memory and Wide<S> that of the arithmetic. The loops are templates; for float and bfloat16 there are
-// overloads that run in the widest instruction set of the processor.
+// S is the type in memory, and Wide<S> the type of the arithmetic. The loops are templates; for float and bfloat16
+// there are overloads that run in the widest instruction set of the processor.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -45,7 +45,7 @@ BACON_FAST_INLINE S narrow(Wide<S> value) {
   }
 }
 
-// LeakyReLU(z) with z = scale * (s - mean) + bias; the mean apart, as scale * mean would cancel in a narrow channel.
+// LeakyReLU(z) with z = scale * (s - mean) + bias. The mean stays apart: scale * mean would cancel in a narrow channel.
 template <class T>
 struct Affine {
   const T *mean, *scale, *bias;

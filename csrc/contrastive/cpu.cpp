@@ -1,5 +1,5 @@
 // The contrastive family on a CPU: forward and backward operators. The passes over rows x columns are in
-// family_kernels.h; here is what is done once a row.
+// family_kernels.h; this file has the work that is done once a row.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -20,7 +20,7 @@ using namespace contrastive;
 
 constexpr double kNegativeInfinity = -std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr int64_t kRowGrain = 256;  // rows worth a thread in what is done once a row
+constexpr int64_t kRowGrain = 256;  // rows that are worth a thread where work is done once a row
 
 // log(exp(a) + exp(b)); NaN if one of them is, unlike with std::max.
 double log_add(double a, double b) {
@@ -28,7 +28,7 @@ double log_add(double a, double b) {
   return (a > b ? a : b) + std::log1p(std::exp(-std::abs(a - b)));
 }
 
-// From the rows' sums to their losses and to what the backward needs.
+// From the rows' sums to their losses and to the statistics for the backward.
 template <class T>
 class Forward {
  public:
@@ -145,7 +145,7 @@ class Forward {
     const double share = of_group == kNegativeInfinity ? 0 : std::exp(of_group - negative);
 
     double loss = 0, negative_weight = 0, positive_weight = 0, mean = 0;
-    if (count > 0 && group_broken_[g]) {
+    if (count > 0 ? group_broken_[g] : f.row_vectors.state[r] & kNotFinite) {
       loss = negative_weight = kNaN;
     } else if (count > 0 && a.form == Form::kMean) {
       const double all = log_add(positive, negative);
@@ -184,7 +184,7 @@ class Forward {
   std::vector<char> group_broken_;
 };
 
-// From the rows' upstream gradients to those of rows, columns and own columns; a null pointer skips one.
+// From the rows' upstream gradients to the gradients of rows, columns and own columns; a null pointer skips one.
 template <class T>
 class Backward {
  public:
@@ -236,7 +236,7 @@ class Backward {
   // A row that is not finite, or shares its negatives' sum with one, has gradient NaN and gives none to others.
   bool broken(int64_t r) const { return grad_row_loss_[r] != 0 && std::isnan(stat(kNegativeWeight, r)); }
 
-  // What the kernels multiply the exponentials of each row with.
+  // The factors of each row's exponentials in the kernels.
   void weigh() {
     const Arguments& a = work_.arguments;
     const int* group = a.group.defined() ? a.group.const_data_ptr<int>() : nullptr;

@@ -5,7 +5,7 @@
 
 namespace bacon_fast::contrastive {
 
-// What the forward leaves to the backward, one row of [kNumStats, rows] each.
+// The forward saves these for the backward, one row of [kNumStats, rows] each.
 enum Stat {
   kNegativeLog,     // n: log sum over the negatives of the row or of its group, 0 if there are none
   kNegativeWeight,  // d loss / d n; NaN where a vector is not finite
@@ -15,8 +15,8 @@ enum Stat {
   kNumStats
 };
 
-// Tiles of similarities have a column after the other, and the rows, in units of kVectorUnit, side by side in vectors:
-// what belongs to a row is in registers, and columns, of which there may be very many, are read as they are.
+// In a tile of similarities the columns follow each other, and the rows, in units of kVectorUnit, lie side by side in
+// vectors: a row's values are in registers, and the columns, which may be very many, are read as they are.
 //
 // Logits are linear in the similarity s of a row and a column: scale · s + bias.
 template <class T>
@@ -33,25 +33,25 @@ struct Family {
   T own_sign;                  // -1 in the form "prod": logits enter the sums negated
   T eps;
 
-  // Columns either as units, or as they came if nothing has to be padded or replaced: then the factors normalize them.
+  // Columns as units, or as given if nothing has to be padded or replaced: then the factors normalize them.
   const T* column_vectors;  // [padded columns, column_stride]
   std::int64_t column_stride;
   const T* column_factor;  // [columns] similarity = factor · row unit · column vector; NaN for what is not finite
   bool columns_raw;
   const std::int32_t* column_code;  // [columns, num_codes]
 
-  // Of each padded row: what makes its similarities to logits, those of positives negated in the form "prod". In the
-  // backward the biases contain minus the logarithm of the sum that the exponential is divided by.
+  // For each padded row: scales and biases that turn its similarities into logits; in the form "prod" the positives'
+  // are negated. In the backward the biases contain minus the logarithm of the sum that divides the exponential.
   const T* negative_scale;
   const T* negative_bias;
   const T* positive_scale;
   const T* positive_bias;
 
-  // Columns are taken in chunks, whose results are added in their order: there may be fewer units of rows than threads.
+  // Columns are taken in chunks, and their results added in order: there may be fewer units of rows than threads.
   std::int64_t chunk_columns;
   std::int64_t chunks;
 
-  // Forward, of each chunk and padded row: sums of exp(logit - shift) over negatives and over matching columns, shifts
+  // Forward, for each chunk and padded row: sums of exp(logit - shift) over negatives and over matching columns, shifts
   // (0 if direct), sum of the matching columns' similarities, and their number.
   double* negative_sum;
   double* positive_sum;

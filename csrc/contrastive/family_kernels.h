@@ -28,7 +28,7 @@ void family_similarities(
   }
 }
 
-// What one vector of rows needs of itself to look at columns.
+// The values of one vector of rows that comparing it with columns needs.
 template <class T, int kCodes, bool kPositive>
 struct RowLanes {
   using V = Vector<T>;
@@ -171,10 +171,9 @@ void family_own_logits(const Family<T>& f, std::int64_t begin, std::int64_t end)
   for (std::int64_t r = begin; r < end; ++r) {
     const T* unit = f.row_vectors.units + r * padded(f.dim, kFeatureUnit);
     for (std::int64_t m = r * f.num_own; m < (r + 1) * f.num_own; ++m) {
-      const T* own = f.own + m * f.dim;
-      const T norm = std::sqrt(dot(own, own, f.dim));
-      f.own_logit[m] = f.own_scale[m] * dot(unit, own, f.dim) / (norm < f.eps ? f.eps : norm);
-      // Units hide what is not finite; here it must show.
+      const Measured<T> own(f.own + m * f.dim, f.dim);
+      f.own_logit[m] = f.own_scale[m] * dot(unit, own.data, f.dim) / (own.norm < f.eps ? f.eps : own.norm);
+      // Units hide values that are not finite; here they must show.
       const bool finite = f.own_logit[m] - f.own_logit[m] == 0 && !(f.row_vectors.state[r] & kNotFinite);
       if (!finite) f.own_logit[m] = std::numeric_limits<T>::quiet_NaN();
     }
@@ -240,7 +239,7 @@ void family_row_gradient(const Family<T>& f, std::int64_t chunk, std::int64_t be
   });
 }
 
-// Adds what a row's own columns give to its gradient, and stores the gradient of the own columns.
+// Adds the part of a row's own columns to its gradient, and stores the gradient of the own columns.
 template <class T>
 void family_own_gradient(const Family<T>& f, std::int64_t row, T* grad_unit) {
   const T* unit = f.row_vectors.units + row * padded(f.dim, kFeatureUnit);
@@ -250,22 +249,21 @@ void family_own_gradient(const Family<T>& f, std::int64_t row, T* grad_unit) {
       if (f.grad_own) std::memset(f.grad_own + m * f.dim, 0, sizeof(T) * f.dim);
       continue;
     }
-    const T* own = f.own + m * f.dim;
-    const T norm = std::sqrt(dot(own, own, f.dim));
-    const T scale = 1 / (norm < f.eps ? f.eps : norm);
-    const T similarity = dot(unit, own, f.dim) * scale;
+    const Measured<T> own(f.own + m * f.dim, f.dim);
+    const T scale = own.inverse(f.eps);
+    const T similarity = dot(unit, own.data, f.dim) * scale;
     const T exponential = std::exp(f.own_sign * f.own_scale[m] * similarity + f.positive_bias[row]);
     const T weight = f.own_scale[m] * (f.own_pull[row] * exponential - f.own_mean[row]);
-    for (std::int64_t d = 0; d < f.dim; ++d) grad_unit[d] += weight * scale * own[d];
+    for (std::int64_t d = 0; d < f.dim; ++d) grad_unit[d] += weight * scale * own.data[d];
     if (!f.grad_own) continue;
-    const T along = norm > f.eps ? similarity : T(0);
+    const T along = own.norm > f.eps ? similarity : T(0);
     for (std::int64_t d = 0; d < f.dim; ++d) {
-      f.grad_own[m * f.dim + d] = weight * scale * (unit[d] - along * scale * own[d]);
+      f.grad_own[m * f.dim + d] = weight * scale * (unit[d] - along * scale * own.data[d]) * own.shrink;
     }
   }
 }
 
-// Gradient of rows begin..end-1 from that of their units in every chunk, and of their own columns.
+// Gradient of rows begin..end-1 from the gradients of their units in every chunk, and of their own columns.
 template <class T>
 void family_finish_rows(const Family<T>& f, std::int64_t begin, std::int64_t end) {
   const std::int64_t rows = padded(f.rows, kVectorUnit), width = padded(f.dim, kFeatureUnit);

@@ -1,4 +1,4 @@
-// The inner loops, compiled once for each instruction set; `kernels` picks those of the machine it runs on.
+// The inner loops, compiled once for each instruction set; `kernels` picks the set for the machine it runs on.
 #pragma once
 
 #include "bacon_loss/batch.h"

@@ -12,11 +12,11 @@ constexpr std::int64_t kFeatureUnit = 16;
 
 constexpr std::int64_t padded(std::int64_t size, std::int64_t unit) { return (size + unit - 1) / unit * unit; }
 
-// Below this bound on every |logit| exponentials are summed as they are, without a search for the largest logit first:
-// none overflows, and divided by the sum of any that fit into memory none leaves float's normal range.
+// If every |logit| is below this bound, exponentials are summed as they are, without first finding the largest logit:
+// none overflows, and divided by the sum of as many as fit into memory, none leaves float's normal range.
 constexpr double kDirectLimit = 30;
 
-// Up to this many elements a table of rows x columns is kept, not computed again: 8 MB of float stay in the cache.
+// A table of rows x columns of up to this many elements is kept, not computed again: 8 MB of float stay in the cache.
 constexpr std::int64_t kTableLimit = 1 << 21;
 
 // Integers as wide as T: one comparison of codes masks one vector of T.

@@ -1,4 +1,4 @@
-// How small a piece of work may be before another thread is not worth waking.
+// The least work that is worth waking another thread.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@ namespace bacon_fast::contrastive {
 
 // In multiplications of the micro-kernels: about a microsecond.
 constexpr std::int64_t kGrain = 1 << 17;
-// To normalize a number, to take its exponential and to look at it alone take as long as so many multiplications.
+// Normalizing a number, taking its exponential and only reading it take as long as so many multiplications.
 constexpr std::int64_t kNormalizeCost = 16;
 constexpr std::int64_t kExponentialCost = 16;
 constexpr std::int64_t kScalarCost = 64;

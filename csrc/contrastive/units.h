@@ -6,6 +6,39 @@
 namespace bacon_fast::contrastive {
 namespace {
 
+// What a vector is multiplied with where the sum of its squares would overflow: a power of two, so exact.
+template <class T>
+constexpr T kShrink = std::numeric_limits<T>::max_exponent == 128 ? T(0x1p-80) : T(0x1p-640);
+
+// A vector with the norm that it is divided by: the vector given or, where its norm overflows, a shrunk copy.
+template <class T>
+class Measured {
+ public:
+  Measured(const T* raw, std::int64_t dim) : data(raw), norm(std::sqrt(dot(raw, raw, dim))) {
+    if (norm <= std::numeric_limits<T>::max()) return;
+    for (std::int64_t d = 0; d < dim; ++d) {
+      if (raw[d] - raw[d] != 0) return;  // a NaN or an infinity stays as it is
+    }
+    copy_ = static_cast<T*>(::operator new(sizeof(T) * dim));
+    for (std::int64_t d = 0; d < dim; ++d) copy_[d] = raw[d] * kShrink<T>;
+    data = copy_;
+    shrink = kShrink<T>;
+    norm = std::sqrt(dot(data, data, dim));
+  }
+  ~Measured() { ::operator delete(copy_); }
+  Measured(const Measured&) = delete;
+  Measured& operator=(const Measured&) = delete;
+
+  // What makes the unit of `data`; times shrink, of the vector given.
+  T inverse(T eps) const { return 1 / (norm < eps ? eps : norm); }
+
+  const T* data;
+  T norm, shrink = 1;
+
+ private:
+  T* copy_ = nullptr;
+};
+
 // unit = raw · scale, with zeros in place of what is not finite and from `dim` to `width`.
 // Returns whether all was finite.
 template <class T>
@@ -51,13 +84,13 @@ void normalize_range(const Normalization<T>& set, std::int64_t begin, std::int64
       continue;
     }
     const T* raw = set.from + i * dim;
-    const T norm = std::sqrt(dot(raw, raw, dim));
-    const T scale = 1 / (norm < set.eps ? set.eps : norm);
-    unsigned char state = norm > set.eps ? kLong : kShort;
-    if (unit && !scale_vector(raw, scale, dim, width, unit)) state |= kNotFinite;
-    for (std::int64_t d = 0; panel && d < dim; ++d) panel[d * kPanel<T>] = raw[d] * scale;
-    set.norm[i] = norm;
-    set.scale[i] = scale;
+    const Measured<T> vector(raw, dim);
+    const T scale = vector.inverse(set.eps);
+    unsigned char state = vector.norm > set.eps ? kLong : kShort;
+    if (unit && !scale_vector(vector.data, scale, dim, width, unit)) state |= kNotFinite;
+    for (std::int64_t d = 0; panel && d < dim; ++d) panel[d * kPanel<T>] = vector.data[d] * scale;
+    set.norm[i] = vector.norm / vector.shrink;
+    set.scale[i] = scale * vector.shrink;
     set.state[i] = state;
   }
 }
@@ -68,7 +101,7 @@ void normalize_backward(const Normalization<T>& set, std::int64_t i, const T* gr
   using V = Vector<T>;
   const T* unit = set.units + i * padded(set.dim, kFeatureUnit);
   if (set.state[i] & kNotFinite) {
-    // Nobody used the vector if no gradient reaches it: then it must not turn its own gradient into 0 · NaN.
+    // A vector that no gradient reaches was not used, and must not turn its own gradient into 0 · NaN.
     bool used = false;
     for (std::int64_t d = 0; d < set.dim; ++d) used |= grad_unit[d] != 0;
     for (std::int64_t d = 0; d < set.dim; ++d) grad[d] = used ? std::numeric_limits<T>::quiet_NaN() : T(0);

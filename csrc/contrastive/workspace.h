@@ -15,11 +15,13 @@
 
 namespace bacon_fast::contrastive {
 
-// Columns of fewer numbers than this are copied as units without a look at whether they could be left where they are.
+// Columns of fewer numbers than this are always copied as units, even if they could be left where they are.
 constexpr int64_t kCopyLimit = 1 << 20;
 // Fewer tasks of rows than this are cut into chunks of columns, none smaller than this.
 constexpr int64_t kFewTasks = 16;
 constexpr int64_t kChunkColumns = 2048;
+// Longer columns are copied: 1 / norm has to be a normal number.
+constexpr double kLongest = 0x1p125;
 
 template <class T>
 class Workspace {
@@ -125,7 +127,7 @@ class Workspace {
     const bool fits = dim == width && columns % kRowUnit == 0 && columns * dim >= kCopyLimit && !needs_units;
     if (fits) normalize(family.column_set, padded_columns);
     family.columns_raw =
-        fits && std::all_of(norms, norms + columns, [](T norm) { return std::isfinite(norm); });
+        fits && std::all_of(norms, norms + columns, [](T norm) { return norm < kLongest; });
     if (family.columns_raw) {
       family.column_vectors = raw;
       family.column_stride = dim;

@@ -25,7 +25,7 @@ constexpr uint32_t kStreamUnlabeled = 8;
 enum Loss { kSupervised, kUnsupervised, kBalancedLabeled, kBalancedUnlabeled, kNumLosses };
 enum Stat { kConfidentShare, kBalancedShare, kKnown, kRight, kNumStats };
 
-// What one labeled or one unlabeled sample adds; summed in the order of the samples, so the result never varies.
+// The part of one labeled or unlabeled sample; parts are summed in the order of the samples, so the result never varies.
 struct Contribution {
   double losses[kNumLosses] = {};
   double stats[kNumStats] = {};

@@ -9,7 +9,7 @@
 namespace bacon_fast {
 
 // exp(x) for x <= 0 with a relative error of 2e-7; below -87 it stays at exp(-87), which is 0 beside the exp(0) of a row's
-// largest logit. Written without branches, so that the compiler makes vectors of it.
+// largest logit. It has no branches, so the compiler can vectorize it.
 inline float exp_not_positive(float x) {
   constexpr float kRound = 12582912.0f;  // adding 1.5 · 2^23 rounds to an integer
   x = x < -87.0f ? -87.0f : x;

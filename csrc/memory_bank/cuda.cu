@@ -1,9 +1,9 @@
 // Memory bank and class centers on a GPU: the operations of cpu.cpp, one warp a row of the batch.
 //
-// The result does not depend on the order in which rows are treated: one row of a slot, its last, does all the work for it,
-// and sums are of integers. The host reads nothing back, so the launches can be captured in a CUDA graph. For the same
-// reason a slot whose class does not exist, as a damaged checkpoint may have it, raises nothing: it is left as it is, and
-// the write makes all centers NaN, and so the loss.
+// The result does not depend on the order of the rows: the last row that names a slot does all the work for it, and sums
+// are of integers. The host reads nothing back, so the launches can be captured in a CUDA graph. For the same reason a
+// slot whose class does not exist, as a damaged checkpoint may have it, raises nothing: it is left as it is, and the write
+// makes all centers NaN, and so the loss.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>

@@ -1,4 +1,4 @@
-// From lists of tensors to the plans that the CPU and the CUDA op run, with the checks that both need.
+// From lists of tensors to the plans that the CPU and the CUDA op run. The checks serve both.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -12,7 +12,7 @@
 
 namespace bacon_fast::optim {
 
-// Elements of a piece of work: a thread block's on a GPU.
+// Elements of a piece of work; on a GPU, of a thread block's.
 constexpr int64_t kChunk = 4096;
 // Tensors of one launch. Their description travels with the kernel's arguments, which may take 32,764 bytes.
 constexpr int kMaxEntries = 512;
@@ -25,7 +25,7 @@ struct Entry {
   void* average;  // null: there is none
   int64_t numel;
   double weight_decay;
-  bool copies;  // `numel` bytes are copied from `parameter` to `average`, whatever they mean
+  bool copies;  // `numel` bytes are copied from `parameter` to `average`, of whatever type
 };
 
 struct Plan {
@@ -73,7 +73,7 @@ BACON_FAST_HOST_DEVICE Acc lerp(Acc from, Acc to, Acc weight) {
   return weight < Acc(0.5) ? from + weight * (to - from) : to - (to - from) * (Acc(1) - weight);
 }
 
-// Elements begin, begin + stride, ... below end. The arithmetic is that of torch.optim.SGD(nesterov=True).
+// Updates elements begin, begin + stride, ... below end, with the arithmetic of torch.optim.SGD(nesterov=True).
 template <class Scalar, bool kTrains, bool kAverages>
 BACON_FAST_HOST_DEVICE void update_range(const Entry& entry, const Settings& settings, int64_t begin, int64_t end,
                                          int64_t stride) {
@@ -109,7 +109,7 @@ BACON_FAST_HOST_DEVICE void copy_range(const Entry& entry, int64_t begin, int64_
   for (int64_t i = begin; i < end; i += stride) to[i] = from[i];
 }
 
-// What thread `thread` of `threads` does for a chunk.
+// The work of thread `thread` of `threads` for a chunk.
 template <class Scalar>
 BACON_FAST_HOST_DEVICE void update_chunk(const Plan& plan, const Settings& settings, int32_t chunk, int64_t thread,
                                          int64_t threads) {

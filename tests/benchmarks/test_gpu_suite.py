@@ -26,7 +26,7 @@ SECOND = [
     "racecheck",
 ]
 
-# Answers what is asked about device and extension, writes other calls down, and fails or dawdles where it is told to.
+# Answers questions about device and extension, writes every other call down, and fails or dawdles when told to.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
   *built_with_cuda*) [ -e bacon_fast/_C.built.so ]; exit;;

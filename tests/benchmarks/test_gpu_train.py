@@ -1,4 +1,4 @@
-"""benchmarks/gpu_train.sh with a stand-in for Python: what one call leaves, and what the next goes on from."""
+"""benchmarks/gpu_train.sh with a stand-in for Python: what one call leaves behind, and how the next continues."""
 
 import os
 import subprocess
@@ -57,7 +57,7 @@ def train(tmp_path):
 
 
 def carry_over(tmp_path: Path) -> None:
-    """What a user does between two calls."""
+    """The user's work between two calls."""
     (tmp_path / "state").mkdir(exist_ok=True)
     for part in (tmp_path / "out").glob("state.*"):
         part.rename(tmp_path / "state" / part.name)

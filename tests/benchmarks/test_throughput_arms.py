@@ -1,4 +1,4 @@
-"""The arms of benchmarks/throughput: what they compute, what their gates notice, and what is counted."""
+"""The arms of benchmarks/throughput: what they compute, which mistakes their gates notice, and what is counted."""
 
 import argparse
 import csv
@@ -108,7 +108,7 @@ def test_our_trainer_makes_the_references_steps(bench):
         for backend in ("auto", "reference")
     ]
     check_trainer(*arms, bench.state, "fp32")
-    arms[0].trainer.method.lambda_con = 1.01
+    arms[0].trainer.method.regularizer.lambda_con = 1.01
     with pytest.raises(RedGateError, match="total is"):
         check_trainer(*arms, bench.state, "fp32")
 
@@ -428,7 +428,7 @@ def test_a_whole_run_is_measured(tmp_path, small):
 
 
 class Recorder(throughput.StepArm):
-    """An arm that writes down what happens to it."""
+    """An arm that records its calls."""
 
     device, warmup = torch.device("cpu"), 2
 

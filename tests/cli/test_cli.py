@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 
 from bacon_fast import predict
 from bacon_fast.cli import parse, parse_runs, run_directories, train, with_clear_errors
-from bacon_fast.engine.checkpoint import list_checkpoints
+from bacon_fast.engine.checkpoint import list_checkpoints, save_checkpoint
 from bacon_fast.engine.config import FORMAT, GROUP_OF
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.evaluate import Arguments, evaluate
@@ -233,12 +233,11 @@ def test_predict_prints_a_json_line_a_file_and_names_the_unreadable(run_dir, tmp
 
 
 def test_a_network_opens_without_the_run_s_configuration(run_dir, tmp_path):
-    """As long as the format is known: what the network is stands beside its weights."""
+    """As long as the format is known: the checkpoint describes the network beside its weights."""
     (checkpoint,) = list_checkpoints(run_dir / "checkpoints")[-1:]
     state = torch.load(checkpoint, weights_only=True)
     assert state["format"] == FORMAT and state["inference"]["network"]["heads"] == "balanced"
-    (tmp_path / "checkpoints").mkdir()
-    torch.save(state | {"config": {}}, tmp_path / "checkpoints" / checkpoint.name)
+    save_checkpoint(tmp_path / "checkpoints", 30, state | {"config": {}}, keep=2)
     one, two = open_run(run_dir, "cpu"), open_run(tmp_path, "cpu")
     images = torch.zeros(2, 3, *one.image_size)
     assert torch.equal(one.network.predict(images)[1], two.network.predict(images)[1])

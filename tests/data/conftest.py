@@ -1,4 +1,4 @@
-"""The tests of this folder work on small tensors, for which more threads cost time."""
+"""The tests of this folder work on small tensors, for which further threads only cost time."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The augmentation as Pillow does it, one image at a time: the oracle of the batched and of the native code."""
+"""The augmentation by Pillow, one image at a time: the oracle of the batched and of the native code."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Which files of a folder are images, and what is read from them."""
+"""Which files of a folder are images, and how they are read."""
 
 import os
 import struct

@@ -113,7 +113,7 @@ def test_each_image_has_its_own_chain(backend):
 
 
 def test_device_path_equals_host_path():
-    """On a device all operations run on all images, also with magnitudes that are meant for others."""
+    """On a GPU all operations run on all images, also with magnitudes that are meant for others."""
     images = images_of("noise", 200, (17, 12))
     ops, magnitudes = random_chains(200, 1, (17, 12))
     ops, magnitudes = ops[:, 0], magnitudes[:, 0]

@@ -11,7 +11,7 @@ def ranks_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def ranks(ranks_folder):
-    """What each of two processes computed (rank_cases.on_two_ranks)."""
+    """The results of each of two processes (rank_cases.on_two_ranks)."""
     port = rank_cases.free_port()
     processes = [rank_cases.start(r, port, [rank_cases.__file__, str(ranks_folder)]) for r in range(rank_cases.RANKS)]
     try:

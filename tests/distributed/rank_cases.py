@@ -1,4 +1,4 @@
-"""What the tests of several processes compute: in this process, and on two ranks by `python rank_cases.py FOLDER`."""
+"""The computations of the tests of several processes: in this process, and on two by `python rank_cases.py FOLDER`."""
 
 import functools
 import os
@@ -156,7 +156,7 @@ def refusal(work: Callable[[], object], kind: type[Exception] = ValueError) -> s
 
 
 def stop_on_one_rank() -> tuple[int, int]:
-    """Signal and step that the ranks agree on when only the second one is asked to stop."""
+    """Signal and step on which the ranks agree when only the second one is told to stop."""
     stop = StopRequest()
     for step in range(1, 10_000_000):
         if step == 5 and distributed.rank() == 1:

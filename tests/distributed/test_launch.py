@@ -1,4 +1,4 @@
-"""What a process reads from torchrun's environment, and what it makes of it."""
+"""What a process reads from torchrun's environment, and how it uses it."""
 
 import pytest
 import torch

@@ -37,7 +37,7 @@ def citations(text: str) -> list[tuple[str, str]]:
 
 
 def without_line_starts(text: str) -> str:
-    """The text with the comment marks gone, in front of which a citation may have been wrapped."""
+    """The text without comment marks at line starts: a citation may be wrapped before one."""
     return re.sub(r"\n[ \t]*(?:#|//|\*)?[ \t]*", "\n", text)
 
 
@@ -55,7 +55,7 @@ def known() -> dict[str, set[str]]:
 
 @pytest.fixture(scope="module")
 def texts() -> dict[str, str]:
-    """Tracked files that may cite, by name: all but this one and the specifications themselves."""
+    """Tracked files that may cite, by name: all except this one and the specifications."""
     try:
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
         names = listed.stdout.split("\0")

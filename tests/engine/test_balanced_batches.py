@@ -1,4 +1,4 @@
-"""The other labeled rows of a batch: whose they are, how they look, and that the rest of it does not change."""
+"""The other labeled rows of a batch: their images, their views, and that the rest of it does not change."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Runs of the class balancers: what is resumed is what would have been, with state, phases and refreshes."""
+"""Runs of the class balancers: a resumed run equals an uninterrupted one, with state, phases and refreshes."""
 
 import pytest
 import torch

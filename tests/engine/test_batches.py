@@ -1,4 +1,4 @@
-"""A step's batch: the right images with the right labels, whatever made them."""
+"""A step's batch: the right images with the right labels, by every backend."""
 
 import dataclasses
 

@@ -15,8 +15,8 @@ PARTS["crest.generations"] = 2
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_one_graph_with_the_gradients_of_the_eager_step(tmp_path, method):
-    """By the compiler's own split into forward and backward, which recomputes: what it reads again must not have been
-    overwritten by the step in between."""
+    """Uses the compiler's own split into forward and backward. The backward recomputes, so the step must not have
+    overwritten what it reads again."""
     torch._dynamo.reset()
     eager, compiled = (Trainer(tiny(tmp_path / name, method=method, steps=20, parts=PARTS)) for name in ("a", "b"))
     options = {"backend": "aot_eager_decomp_partition", "fullgraph": True}

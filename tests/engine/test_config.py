@@ -1,4 +1,4 @@
-"""What a configuration refuses, from Python, from JSON and from the command line."""
+"""Which values a configuration refuses, from Python, from JSON and from the command line."""
 
 import dataclasses
 import inspect
@@ -211,7 +211,7 @@ def test_nothing_is_filled_in_for_what_a_file_lacks():
 
 @pytest.mark.parametrize(("number", "found"), [(1, "1"), (3, "3"), (None, "without a number")])
 def test_another_format_is_refused_by_its_number(tmp_path, number, found):
-    """Files without a number are those of before it was written."""
+    """Files without a number are older than the number."""
     saved = json.loads(Config.of("fixmatch").to_json()) | {"format": number}
     if number is None:
         del saved["format"]

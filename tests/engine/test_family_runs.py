@@ -1,4 +1,4 @@
-"""Runs of ReMixMatch and SSC: resumed bit for bit, evaluated by what predicts, in half precision."""
+"""Runs of ReMixMatch and SSC: resumed bit for bit, evaluated by the head that predicts, in half precision."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(tmp_path, 
 
 
 def test_a_run_resumes_from_the_preset_s_own_words(tmp_path):
-    """What the method wants of its own is in both."""
+    """Both have the method's own defaults."""
     config = tiny(tmp_path / "run", method="remixmatch")
     first = Trainer(config)
     assert (first.config.views.unlabeled_ratio, first.config.parts["remixmatch"].lambda_u) == (1, 1.5)

@@ -1,4 +1,4 @@
-"""When a step is warmed up, captured, replayed, dropped and given up: with a recorder in the place of CUDA's."""
+"""When a step is warmed up, captured, replayed, dropped and given up: with a recorder in place of CUDA's."""
 
 import pytest
 import torch
@@ -162,7 +162,7 @@ def test_a_new_generation_warms_up_again(tmp_path, graphed):
 
 
 def break_a_step(trainer: Trainer, owner: object, name: str) -> None:
-    """The first captured step breaks off where `owner` is asked for `name`."""
+    """The first captured step breaks off when it reads `name` of `owner`."""
     whole = getattr(owner, name)
 
     def broken(*arguments):

@@ -1,4 +1,4 @@
-"""A directory has one user at a time, whatever becomes of it."""
+"""A directory has one user at a time, however that user ends."""
 
 import errno
 import fcntl
@@ -80,7 +80,7 @@ def test_directories_made_for_nothing_are_removed(tmp_path):
 
 
 def test_a_file_that_its_holder_removes_is_not_the_lock(tmp_path, monkeypatch):
-    """Another command opens the file, and before it can lock it, the holder ends and removes it."""
+    """Another command opens the file; before it locks it, the holder ends and removes the file."""
     flock, opened = fcntl.flock, []
 
     def late(descriptor: int, operation: int) -> None:

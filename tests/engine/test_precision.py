@@ -1,4 +1,4 @@
-"""The network's arithmetic by name, and what "auto" stands for."""
+"""The network's arithmetic by name, and what "auto" means."""
 
 from pathlib import Path
 

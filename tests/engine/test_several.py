@@ -1,4 +1,4 @@
-"""Several runs in one process: each is the run it would be alone."""
+"""Several runs in one process: each equals the same run alone."""
 
 import io
 import os

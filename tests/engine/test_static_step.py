@@ -32,7 +32,7 @@ DYNAMIC = {"repeat_interleave", "unique_dim", "unique_consecutive", "histogram",
 
 
 class StaticProgram(NoSynchronization):
-    """Refuses what a captured step may not call."""
+    """Refuses operations that a captured step must not call."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -47,7 +47,7 @@ class StaticProgram(NoSynchronization):
 
 
 def addresses(trainer: Trainer) -> dict[str, int]:
-    """Of all that a step changes, by name."""
+    """Copies of all that a step changes, by name."""
     program, tensors = trainer.program, {}
     for owner in ("method", "ema", "diagnostics"):
         module = getattr(trainer, owner)
@@ -134,7 +134,7 @@ def on_a_gpu_that_is_not_there(trainer: Trainer) -> Iterator[TrainStep]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU tests/gpu/test_graph_gpu.py captures the step itself")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_on_a_gpu_waits_for_nothing(tmp_path, method, monkeypatch):
-    """Traced is what runs there: Triton's kernels and those in CUDA C++ by the shapes of their results. Autograd's
+    """Traces the step as it runs on a GPU: Triton's kernels, and CUDA C++ by the shapes of its results. Autograd's
     engine cannot run without a device.
     """
     monkeypatch.setattr(_C, "built_with_cuda", True)

@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import dataclasses
 import errno
 import json
 import os
@@ -335,7 +334,7 @@ def test_a_diverged_run_says_when_it_began(tmp_path):
 
 
 def test_a_stop_by_signal_adds_no_log_row(tmp_path):
-    """Stopped between two log rows and continued, a run writes the rows of one that nobody stopped."""
+    """A run that is stopped between two log rows and continued writes the rows of an uninterrupted one."""
     rows = {}
     for name, signals in (("whole", ()), ("stopped", (5,))):
         config = tiny(tmp_path / name, log_every=4, eval_every=8, checkpoint_every=8, method="fixmatch+abc+bacon")
@@ -352,7 +351,7 @@ def test_a_stop_by_signal_adds_no_log_row(tmp_path):
         if signals:
             with pytest.raises(StoppedError, match="stopped at step 5"):
                 trainer.fit()
-            trainer = Trainer(dataclasses.replace(config, resume=True))
+            trainer = Trainer(config.replace(resume=True))
         trainer.fit()
         rows[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
     assert_equal_states(rows["stopped"], rows["whole"])
@@ -379,7 +378,7 @@ def test_tensorboard_shows_every_step_once_after_a_kill(tmp_path, monkeypatch, c
     killed.logger.close()
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + clock)
-    Trainer(dataclasses.replace(config, resume=True)).fit()
+    Trainer(config.replace(resume=True)).fit()
     assert board_steps(tmp_path / "run", "train/loss/total") == list(range(1, 13))
 
 

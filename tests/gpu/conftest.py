@@ -1,4 +1,4 @@
-"""Tests share a process and its settings of torch: each begins without tf32 and leaves them as it found them."""
+"""Tests share a process and torch's settings: each begins without tf32, and restores the settings at the end."""
 
 import pytest
 import torch

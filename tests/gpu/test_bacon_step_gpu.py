@@ -4,6 +4,8 @@ import pytest
 import torch
 from bacon_step_cases import SHAPES, assert_same_state, batch, module, take
 
+from bacon_fast.kernels.bacon_step_design import use_design
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 LARGE = {
     "paper": (64, 128, 32, 10, 500, 900),
@@ -19,14 +21,28 @@ def test_steps_equal_the_reference(name, variant, neg_mode):
     shape = (SHAPES | LARGE)[name]
     options = {"variant": variant, "neg_mode": neg_mode}
     found, expected = module(shape, None, "cuda", **options), module(shape, "reference", **options)
+    rounding = 1e-6 if variant == "blog" else 0.0  # it normalizes what the bank holds, on another device
     for seed in range(4):
         loss, gradient, stats = take(found, batch(shape, seed, device="cuda"), upstream=3.0)
         expected_loss, expected_gradient, expected_stats = take(expected, batch(shape, seed), upstream=3.0)
         torch.testing.assert_close(loss.cpu(), expected_loss, rtol=2e-5, atol=2e-5)
         torch.testing.assert_close(gradient.cpu(), expected_gradient, rtol=1e-4, atol=2e-5)
-        assert_same_state(found, expected)
+        assert_same_state(found, expected, rounding)
         for key, value in expected_stats.items():
             torch.testing.assert_close(stats[key].cpu(), value)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_old_design_equals_the_reference(name):
+    """Two launches by rows, kept until both have been measured."""
+    found, expected = module(LARGE[name], None, "cuda"), module(LARGE[name], "reference")
+    for seed in range(2):
+        with use_design("rows"):
+            loss, gradient, _ = take(found, batch(LARGE[name], seed, device="cuda"))
+        expected_loss, expected_gradient, _ = take(expected, batch(LARGE[name], seed))
+        torch.testing.assert_close(loss.cpu(), expected_loss, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(gradient.cpu(), expected_gradient, rtol=1e-4, atol=2e-5)
+        assert_same_state(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -29,7 +29,8 @@ def launch(run_dir: Path, processes: int | None, *options: str) -> list[dict]:
     command = [sys.executable, *(torchrun if processes else []), str(ROOT / "train.py"), "digits"]
     command += ["--run-dir", str(run_dir), "--steps", str(STEPS), "--batch-size", "16", "--no-report"]
     command += ["--log-every", "1", "--eval-every", "3", "--checkpoint-every", "3", "--precision", "fp32"]
-    command += ["--threshold", "0.15", "--reliable-threshold", "0.15", "--contrast-start", "0.1", "--sync-batchnorm"]
+    command += ["--threshold", "0.15", "--bacon.reliable-threshold", "0.15", "--bacon.contrast-start", "0.1"]
+    command += ["--sync-batchnorm"]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # packages may have come by it
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=300)

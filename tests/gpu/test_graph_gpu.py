@@ -169,7 +169,7 @@ def test_a_step_that_must_be_captured_says_why_it_cannot(tmp_path):
 
 
 def steady(trainer: Trainer, steps: int) -> None:
-    """Steps on until the phase is captured and the next `steps` steps cross no epoch border."""
+    """Takes steps until the phase is captured and the next `steps` steps cross no epoch border."""
 
     def epochs(step: int) -> list[int]:
         samplers = (trainer.batches.labeled_sampler, trainer.batches.unlabeled_sampler)

@@ -472,7 +472,7 @@ def test_distributed_loss_wrapper(name, inner, monkeypatch):
 
 
 class Watch(TorchDispatchMode):
-    """Largest tensor that is made, and how often a host would have to wait for its device."""
+    """The largest tensor that is made, and how often a host would have to wait for its device."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: what the launchers would launch compiles and fits, on GPUs that are not here."""
+"""Ahead-of-time compilation: every launch of the launchers compiles and fits, for GPUs that are not here."""
 
 import os
 import subprocess
@@ -21,6 +21,18 @@ def test_a_subset_compiles_and_fits(arch):
     lines = result.stdout.splitlines()
     assert "all fit: nothing spills" in lines[-1]
     assert any(line.startswith("statistics_kernel") and f" {arch} " in line for line in lines)
+
+
+def test_bacons_step_is_four_launches_that_fit():
+    launches = aot.record(lambda: aot.step(90, 192, 32, 10, torch.float32, "tf32x3"))
+    names = ["_rank_kernel", "_compare_kernel", "_groups_kernel", "_gradient_kernel"]
+    assert [item.kernel.__name__ for item in launches] == names
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bacon_fast.kernels.aot", "--arch", "90"]
+    command += ["--only", "bacon-step-phases-192x32x10-bfloat16"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(result.stdout.splitlines()) == 1 + 4 + 1
 
 
 def test_what_does_not_fit_is_refused():

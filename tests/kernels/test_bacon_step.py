@@ -6,8 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from bacon_step_cases import SHAPES, assert_same_state, batch, module, take
 
+from bacon_fast.kernels import bacon_step_phases
+from bacon_fast.kernels.bacon_step_design import DESIGNS, use_design
+from bacon_fast.kernels.config import INTERPRETER, bacon_phases_config
 from bacon_fast.losses.bacon import VARIANTS
 from bacon_fast.ops.bacon_step import BUFFERS, fuses_bacon_step
 
@@ -15,9 +19,15 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reaso
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
+@pytest.fixture(autouse=True, params=DESIGNS)
+def design(request):
+    with use_design(request.param):
+        yield request.param
+
+
 @pytest.fixture(autouse=True)
 def poisoned_allocations(monkeypatch):
-    """What is allocated but not written shows: NaN and integers that are no index."""
+    """Memory that is allocated but not written shows: NaN, and integers that are no index."""
     plain = torch.Tensor.new_empty
 
     def new_empty(self, *arguments, **options):
@@ -68,6 +78,45 @@ def test_float64(neg_mode):
     assert compare(*modules, steps, tolerance=1e-12, upstream=-37.0)[-1] > 0
 
 
+PAPER = (64, 128, 32, 10, 500, 900)
+MIDDLE = (50, 90, 70, 130, 60, 120)
+LARGEST = (300, 724, 128, 1000, 900, 3000)
+
+
+def test_shapes_span_several_programs_and_tiles_of_each_phase():
+    _, _, dim, num_classes, _, _ = SHAPES["several-blocks"]
+    config = bacon_phases_config(43, dim, num_classes, torch.float32, "tf32x3", INTERPRETER)
+    assert 2 * max(config.rank_rows, config.bank_rows, config.group_rows, config.gradient_rows, config.block_rows) < 43
+    assert 2 * config.gradient_columns < 43
+    assert config.splits == 2 and 2 * config.block_columns < 43  # a split has several tiles
+    assert num_classes * dim > config.block_centers
+    for shape, splits in ((PAPER, 3), (LARGEST, 4)):
+        config = bacon_phases_config(sum(shape[:2]), *shape[2:4], torch.float32, "tf32x3", 90)
+        assert config.splits == splits and config.block_all >= sum(shape[:2]) and config.block_classes >= shape[3]
+
+
+@pytest.mark.parametrize("shape, neg_mode", [(PAPER, "authors"), (MIDDLE, "paper")])
+def test_the_tiles_of_a_gpu(design, monkeypatch, shape, neg_mode):
+    """All programs that an H200 would run, in the interpreter."""
+    if design != "phases":
+        pytest.skip("its tiles on a GPU are those of the interpreter, halved")
+    monkeypatch.setattr(bacon_step_phases, "architecture", lambda tensor: 90)
+    modules = [module(shape, backend, neg_mode=neg_mode) for backend in ("triton", "reference")]
+    centers = torch.randn(shape[3], shape[2], generator=torch.Generator().manual_seed(0))
+    for m in modules:
+        m.bank.centers.copy_(centers)
+        m.bank.has_center.fill_(True)
+    assert compare(*modules, [batch(shape, 0)], tolerance=1e-5)[0] > 0
+
+
+def test_duplicates_across_programs_last_row_wins():
+    """Every slot is named by many rows, labeled as different classes, in all programs."""
+    shape = (70, 26, 8, 5, 3, 2)
+    modules = [module(shape, backend) for backend in ("triton", "reference")]
+    compare(*modules, [batch(shape, seed) for seed in range(3)])
+    assert modules[0].bank.written.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     shape = SHAPES["odd"]
@@ -79,6 +128,23 @@ def test_half_precision(dtype):
         torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(gradient.float(), expected_gradient.float(), rtol=2e-2, atol=2e-3)
         assert_same_state(*modules)
+
+
+def test_two_devices_normalize_the_blogs_features_to_other_last_bits(monkeypatch):
+    """As on a GPU: the states then agree to rounding, as tests/gpu compares them, and not bit for bit."""
+    shape = SHAPES["odd"]
+    modules = [module(shape, backend, variant="blog") for backend in ("triton", "reference")]
+    for seed in range(3):
+        monkeypatch.setattr(F, "normalize", lambda x, dim: x * (x * x).sum(dim, keepdim=True).rsqrt())
+        take(modules[0], batch(shape, seed))
+        monkeypatch.undo()
+        take(modules[1], batch(shape, seed))
+    assert_same_state(*modules, rounding=1e-6)
+    with pytest.raises(AssertionError):
+        assert_same_state(*modules)
+    modules[0].bank.centers[0, 0] += 1e-5
+    with pytest.raises(AssertionError, match="centers"):
+        assert_same_state(*modules, rounding=1e-6)
 
 
 def test_nothing_reliable_then_nothing_counted():

@@ -1,13 +1,17 @@
 """Where a class balancer acts in ReMixMatch: before the alignment, in its place, or on the targets."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from refresh_cases import context_of
-from test_remixmatch import FEATURES, STEPS, B, K, Network, build, make_batch
+from test_remixmatch import COUNTS, FEATURES, N_ULB, STEPS, B, K, Network, build, make_batch
 
 from bacon_fast.methods.balancers.base import Balancer, Targets
 from bacon_fast.methods.balancers.crest import CReST
+from bacon_fast.methods.balancers.darp import DARP
+from bacon_fast.methods.balancers.daso import DASO
 from bacon_fast.methods.extended import Phase
 
 GIVEN = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.3, 0.4, 0.3], [0.2, 0.5, 0.3], [0.6, 0.3, 0.1]]).double()
@@ -125,3 +129,22 @@ def test_a_generation_begins_its_average_and_its_ramp_anew():
     )
     assert method.refresh(context).labeled.tolist() == list(range(16))  # 0.69 of one image of class 0 is none
     assert not method.alignment.started
+
+
+def sharp_loss(balancer: Balancer | None, dtype: torch.dtype) -> float:
+    """The loss of the first strong view of sharply drawn targets, whose predictions are far from certain."""
+    method = build(balancer=balancer, sharpening=0.002, dtype=dtype)
+    method.network.head.weight.data.mul_(0.1)
+    torch.manual_seed(1)
+    method.bind(Network(balanced_head=False).to(dtype).eval())
+    return method(make_batch(dtype=dtype), torch.tensor(400), method.phase(400)).losses["unmixed"].item()
+
+
+@pytest.mark.parametrize("part", [lambda: None, lambda: DARP(COUNTS, N_ULB, start=0)], ids=["alone", "darp"])
+def test_sharp_targets_of_float32_are_those_of_float64(part):
+    """0.6^500 is no float32; a target that is 0 then has a logarithm of -inf in front of the balancer."""
+    assert sharp_loss(part(), torch.float32) == pytest.approx(sharp_loss(part(), torch.float64), rel=1e-3)
+
+
+def test_daso_takes_sharp_targets():
+    assert math.isfinite(sharp_loss(DASO(K, FEATURES, start=0, t_dist=0.02), torch.float32))

@@ -223,7 +223,7 @@ def test_result_does_not_depend_on_the_number_of_threads():
 
 
 def test_equal_logits_are_ranked_as_torch_topk_does():
-    """Which of equal logits is a row's class decides whether it is somebody's negative: the loop takes torch.topk's."""
+    """Among equal logits, the choice of a row's class decides whose negative it is: the loop takes torch.topk's."""
     for seed in range(5):
         batch = make_batch(40, 8, 12, 6, seed=seed)
         batch["logits"] = batch["logits"].round()  # -2, -1, 0, 1, 2: ties everywhere

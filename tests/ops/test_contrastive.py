@@ -298,7 +298,7 @@ def test_double_backward_says_that_there_is_none(backend):
 
 
 def op_arguments(case: Case, backend: str, dtype: torch.dtype = torch.float32):
-    """What `ops.contrastive.contrastive` hands to the op."""
+    """The arguments that `ops.contrastive.contrastive` hands to the op."""
     arguments, options = problem(case, dtype)
     arguments = [a.int() if torch.is_tensor(a) and not a.is_floating_point() else a for a in arguments]
     return arguments, options | {"form": "mean", "backend": backend}

@@ -439,7 +439,7 @@ BASE = "#define BACON_FAST_VECTOR_BYTES 16"
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize("target", [BASE, AVX2], ids=["base", "avx2"])
 def test_exponential_is_within_two_units_in_the_last_place(target, tmp_path):
-    """A sixty-first of all floats from -87.3 to 88, and what is outside."""
+    """One in sixty-one of all floats from -87.3 to 88, and some outside."""
     if target is AVX2 and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this CPU has no AVX2")
     source, program = tmp_path / "exponential.cpp", tmp_path / "exponential"

@@ -1,4 +1,4 @@
-"""What a report is given is what the run did."""
+"""The report gets what the run did."""
 
 import numpy as np
 import pytest

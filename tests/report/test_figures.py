@@ -1,4 +1,4 @@
-"""Pictures show the numbers they are given."""
+"""Pictures show their numbers."""
 
 import numpy as np
 

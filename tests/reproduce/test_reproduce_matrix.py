@@ -256,11 +256,11 @@ def test_a_budget_shortens_runs_and_keeps_enough_evaluations():
     full = PRESETS["bacon-cifar10"].config()
     assert shorten(full, 1.0) is full
     tenth = shorten(full, 0.1)
-    assert (tenth.steps, tenth.eval_every, tenth.log_every) == (30_000, 750, 100)
+    assert (tenth.steps, tenth.log.eval_every, tenth.log.log_every) == (30_000, 750, 100)
     tiny = shorten(full, 1e-4)
-    assert (tiny.steps, tiny.eval_every, tiny.log_every) == (30, 1, 1)
+    assert (tiny.steps, tiny.log.eval_every, tiny.log.log_every) == (30, 1, 1)
     digits = shorten(PRESETS["digits"].config(), 0.9)
-    assert (digits.steps, digits.eval_every) == (1350, 33)
+    assert (digits.steps, digits.log.eval_every) == (1350, 33)
 
 
 def test_settings_reach_every_run_with_their_types():
@@ -325,9 +325,7 @@ def test_a_finished_run_on_other_images_is_not_taken_for_this_one(tmp_path):
     config = tiny(tmp_path / "run", **changes)
     Trainer(config).fit()
     check_images([Run(config), Run(config.replace(data_dir=tmp_path / "moved.npz"))])
-    with pytest.raises(
-        ValueError, match=r"out: .*run holds a run on other images, those of .*a\.npz; name another --out"
-    ):
+    with pytest.raises(ValueError, match=r"out: .*run holds a run on other images, from .*a\.npz; name another --out"):
         check_images([Run(config.replace(data_dir=tmp_path / "b.npz"))])
 
 

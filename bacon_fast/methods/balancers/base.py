@@ -1,4 +1,4 @@
-"""What a class balancer sees of a step of FixMatch or ReMixMatch, and what it may change there."""
+"""The base of all class balancers: what they see of a step of FixMatch or ReMixMatch, and what they may change."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -14,10 +14,10 @@ class Rows:
     """Rows of the global batch: B labeled ones, and U unlabeled ones by view.
 
     Attributes:
-        weak_logits: float32 [U,K], without gradient: the main head's on the weak views or, in ReMixMatch, for balancers
-            `on_targets`, the logarithms of its targets.
-        weak_features, strong_features: [U,F], the online backbone's; only the strong ones may have a gradient.
-        averaged_features: [., F], at least float32, the averaged backbone's on the images that the balancer's
+        weak_logits: float32 [U,K], without gradient: the main head's logits of the weak views. In ReMixMatch a balancer
+            `on_targets` sees the logarithms of the targets instead.
+        weak_features, strong_features: [U,F], of the online backbone; only the strong ones may have a gradient.
+        averaged_features: [., F], at least float32, of the averaged backbone on the images that the balancer's
             `averaged_images` chose.
         batch: labels and slots.
         own: what the balancer's `own_pass` returned.
@@ -36,8 +36,8 @@ class Targets:
     """What the base learner trains towards.
 
     Attributes:
-        probabilities: float32 [U,K], in the place of the weak views' softmax: the largest one names the pseudo-label
-            and is its confidence.
+        probabilities: float32 [U,K], in place of the weak views' softmax. The largest one names the pseudo-label and
+            is its confidence.
         confidence: float32 [U], another confidence, or None.
         soft: the strong views are trained towards the probabilities themselves.
         labeled_bias, strong_bias: float32 [K], added to logits of labeled rows and of strong views within the loss, or
@@ -59,19 +59,19 @@ class Targets:
 class Balancer(nn.Module):
     """Base of the class balancers that act between the weak views' probabilities and the pseudo-labels (methods.md H).
 
-    In FixMatch they stand behind the softmax of the weak views. In ReMixMatch they do too, in front of its distribution
-    alignment, unless they say otherwise, each as in its authors' code.
+    In FixMatch they act on the softmax of the weak views. In ReMixMatch too, before its distribution alignment, unless
+    `on_targets` or `aligns` is set. Each acts where its authors' code does.
 
-    `forward` computes the targets of one step and updates the state, which lives in buffers. `phase`, `schedule`,
-    `refresh_due` and `refresh` are those of a method (methods/method.py), which hands them on.
+    `forward` computes the targets of one step and updates the state, which lives in buffers. The method asks its
+    balancer for `phase`, `schedule`, `refresh_due` and `refresh`; methods/method.py explains them.
 
     Attributes:
         balanced_view: the batch also holds B labeled images drawn class by class, strongly augmented.
         labeled_strong_view: FixMatch also trains on a strong view of each labeled image.
         strong_views: strong views of each unlabeled image in FixMatch.
-        threshold: FixMatch's in the place of --threshold, or None.
-        on_targets: in ReMixMatch it acts on the aligned and sharpened targets instead.
-        aligns: in ReMixMatch it takes the place of the distribution alignment.
+        threshold: FixMatch's in place of --threshold, or None.
+        on_targets: in ReMixMatch the balancer acts on the aligned and sharpened targets instead.
+        aligns: in ReMixMatch the balancer replaces the distribution alignment.
     """
 
     balanced_view = False
@@ -86,7 +86,7 @@ class Balancer(nn.Module):
         self._networks: tuple[nn.Module, ...] = ()
 
     def bind(self, network: nn.Module, averaged: nn.Module) -> None:
-        """Makes the online and the averaged network known, without becoming part of the state."""
+        """Gives the balancer the online and the averaged network. Neither becomes part of its state."""
         self._networks = (network, averaged)
 
     @property
@@ -100,7 +100,7 @@ class Balancer(nn.Module):
         return self._networks[1]
 
     def averaged_images(self, batch: Batch, weak: Tensor, strong: Tensor, phase: Hashable) -> Tensor | None:
-        """Images whose features by the averaged backbone `forward` needs: B labeled rows, then views of U rows each.
+        """Images of which `forward` needs averaged features: B labeled rows, then views of U rows each. None: of none.
 
         weak, strong: images [U, 3, H, W], the weak views and the (first) strong ones.
         """

@@ -35,7 +35,7 @@ class CoSSLOptions(PartOptions):
 
 
 class CoSSL(Balancer):
-    """A teacher head on the averaged backbone's features learns from class-balanced, blended rows, and labels for it.
+    """A teacher head on the averaged backbone learns from class-balanced, blended rows, and makes the pseudo-labels.
 
     Until `start` the base learner trains alone. Then the teacher is warmed up (cossl_warmup.py), and from there
     on, beside the base learner, each step takes B labeled images (x, y) drawn class by class, and
@@ -53,9 +53,8 @@ class CoSSL(Balancer):
         start: completed steps before the warm-up; 400 of 500 epochs (authors), 200 of 1,000 (BaCon's runs).
         lambda_0: 0.6 (USB; the authors' runs) or 0.8 (their default).
         seed: of the draws.
-        usb_compat: as in USB's code, where the probability is that of class 0 for every row (an argmax of what is a
-            label already), so that nothing is blended when class 0 is the head, and the base learner keeps labeling for
-            itself.
+        usb_compat: as in USB's code. There every row has the probability of class 0 (an argmax is taken of a label), so
+            nothing is blended when class 0 is the head, and the base learner keeps making its own pseudo-labels.
 
     Raises:
         ValueError: a class without labeled images.

@@ -23,7 +23,7 @@ AVERAGED_FRACTION = 1 / 5  # of the batches; the authors' momentum of 0.999 on 5
 def imprinted_weights(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Mean feature of each class, of length 1: features [n,F], labels int64 [n] -> [K,F]."""
     one_hot = F.one_hot(labels, num_classes).to(features.dtype)
-    return F.normalize(one_hot.T @ features)  # the direction of the sum is that of the mean
+    return F.normalize(one_hot.T @ features)  # sum and mean have the same direction
 
 
 def balanced_features(
@@ -32,8 +32,8 @@ def balanced_features(
     """Labeled features, and as many blended ones of each class as it lacks of N_1.
 
     A blend of class c is lambda a + (1 - lambda) b with lambda ~ Beta(0.75, 0.75), a a random labeled feature of c, and
-    b one of the features of other classes and of unlabeled images: those that softmax(weights f) gives to c with the
-    largest probabilities, each once (again from the start, should there be too few).
+    b a feature of another class or of an unlabeled image: the ones to which softmax(weights f) gives the largest
+    probabilities of c, each once (again from the start if there are too few).
 
     Args:
         labeled: [n,F]; labels: int64 [n], every class at least once.

@@ -70,7 +70,7 @@ class CReST(Balancer):
             index and gamma the largest over the smallest count: right only where classes are in descending order.
 
     Buffers:
-        those of the alignment. The labeled set and the number of the generation are in the run's checkpoint.
+        the alignment's. The run's checkpoint holds the labeled set and the number of the generation.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class CReST(Balancer):
 
 
 def selected_fractions(labeled_counts: list[int], alpha: float) -> list[float]:
-    """mu_k of each class, by the rank of its count; of equal counts the first class ranks higher."""
+    """mu_k of each class, by the rank of its count; among equal counts the first class ranks higher."""
     order = sorted(range(len(labeled_counts)), key=lambda k: -labeled_counts[k])
     mirrored = dict(zip(order, reversed(order), strict=True))
     return [(labeled_counts[mirrored[k]] / max(labeled_counts)) ** (1 / alpha) for k in range(len(order))]
@@ -151,7 +151,7 @@ def select(confidence: Tensor, classes: Tensor, fractions: list[float]) -> tuple
     chosen = []
     for k, fraction in enumerate(fractions):
         of_class = order[classes[order] == k]
-        chosen.append(of_class[: math.floor(fraction * len(of_class) + 1e-9)])  # 1e-9: what rounding took from a whole
+        chosen.append(of_class[: math.floor(fraction * len(of_class) + 1e-9)])  # 1e-9 makes up for rounding
     slots = torch.cat(chosen).sort().values
     return slots, classes[slots]
 

@@ -75,7 +75,7 @@ class DARP(Balancer):
 
 
 def denoise(predictions: Tensor, target_mass: Tensor, *, keep: float = 2.0) -> Tensor:
-    """Of each class k drops all but the floor(keep M_k) largest predictions, and scales the rest to the mass M_k.
+    """Keeps the floor(keep M_k) largest predictions of each class k, and scales them to the mass M_k.
 
     With t_mk = 1 for what is kept, and omega_k = (M_k + 1e-6) / (sum_m t_mk y_mk + 1e-6), the result is
     y_mk t_mk omega_k + 1e-6, with rows scaled to sum 1.

@@ -12,6 +12,7 @@ from bacon_fast.methods.balancers.base import Balancer, Rows, Targets
 from bacon_fast.methods.balancers.feature_queue import FeatureQueue
 from bacon_fast.methods.outputs import Batch
 from bacon_fast.methods.part import PartOptions, Setup
+from bacon_fast.methods.powers import powers
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class DASO(Balancer):
 
     c_k is the mean of the latest averaged features of labeled images of class k; a class without one counts as having
     cosine -1. m is how often each class was the final pseudo-label, confident or not, counted anew every `interval`
-    steps; 1/K before the first count. Confidence and pseudo-label are those of p'. Before `start` p' is p.
+    steps; 1/K before the first count. p' gives confidence and pseudo-label. Before `start` p' is p.
 
     Args:
         num_classes: K.
@@ -50,10 +51,10 @@ class DASO(Balancer):
         interval: steps between counts.
         lambda_align: weight of L_align.
         usb_rows: None, or U, to reproduce USB's code: it blends with q of the previous batch, so with rows of other
-            images, and its confidence is that of p.
+            images, and takes its confidence from p.
 
     Buffers:
-        distribution: m, float32 [K]; counts: int64 [K], since the last count; those of the queue; with `usb_rows`
+        distribution: m, float32 [K]; counts: int64 [K], since the last count; the queue's buffers; with `usb_rows`
         previous_q: float32 [U,K].
     """
 
@@ -103,7 +104,7 @@ class DASO(Balancer):
         prototypes, present = self.queue.prototypes()
         with torch.no_grad():
             q = self._similarity(rows.weak_features, prototypes, present).softmax(1)
-            share = self.distribution ** (1 / self.t_dist)
+            share = powers(self.distribution, 1 / self.t_dist)
             weight = (share / share.max())[predicted.argmax(1)][:, None]
             semantic = self.previous_q.clone() if self.usb else q
             blended = (1 - weight) * predicted + weight * semantic

@@ -32,7 +32,7 @@ class DebiasPL(Balancer):
         pseudo-label: softmax(a(h^w) - tau log p_bar);   loss: CE(a(h^s) + tau log p_bar, pseudo-label)
 
     p_bar starts at 1/K. After the pseudo-labels, p_bar <- m p_bar + (1 - m) mean over the batch of softmax(a(h^w)),
-    class by class, and the loss takes the new one. The confidence is that of the debiased probabilities.
+    class by class, and the loss takes the new one. The debiased probabilities give the confidence.
 
     Args:
         num_classes: K.

@@ -25,7 +25,7 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, features: Tensor, labels: Tensor) -> None:
-        """Puts rows, float32 [B,F] with labels int64 [B], behind those that are there, over the oldest ones."""
+        """Appends rows, float32 [B,F] with labels int64 [B], in place of the oldest ones."""
         length = self.features.shape[1]
         one_hot = (labels[:, None] == torch.arange(len(self.written), device=labels.device)).long()
         rank = one_hot.cumsum(0).gather(1, labels[:, None])[:, 0] - 1  # among the rows of the same class

@@ -1,1 +1,1 @@
-"""SsCL (methods.md F): the method, and what it keeps between steps."""
+"""SsCL (methods.md F): the method, and its state between steps."""

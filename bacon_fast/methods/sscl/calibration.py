@@ -11,7 +11,7 @@ class CoCalibration(nn.Module):
 
     With pi = softmax(s / temperature) and p_mean the mean of pi over the last batches, this one included:
 
-        mode "ratio":    p̂_b ∝ p_b * pi / (p_mean + 1e-6)   what an image is similar to more than images are on average
+        mode "ratio":    p̂_b ∝ p_b * pi / (p_mean + 1e-6)   favors classes that the image is unusually close to
         mode "literal":  p̂_b ∝ p_b * p_mean                 the paper's wording; nothing in it depends on the image
 
     Buffers:

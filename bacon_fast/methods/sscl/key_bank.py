@@ -35,7 +35,7 @@ class LabeledKeyBank(nn.Module):
 
     @torch.no_grad()
     def fill_(self, keys: Tensor, labels: Tensor) -> None:
-        """All keys float [n, D] anew, and the slots' labels int64 [n]."""
+        """Replaces all keys, float [n, D], and the slots' labels, int64 [n]."""
         self.keys.copy_(keys)
         slots, start, count = by_class(labels, len(self.count))
         self.slots.copy_(slots)
@@ -48,7 +48,7 @@ class LabeledKeyBank(nn.Module):
         self.keys.index_copy_(0, slots, keys[last_of_equal(slots)].to(self.keys.dtype))
 
     def current(self, slots: Tensor) -> Tensor:
-        """Keys [..., D] of slots int64 [...] as they are now: a backward after the next `write_` is right."""
+        """Current keys [..., D] of slots int64 [...]; a backward pass after the next `write_` is still right."""
         return snapshot(self.keys[slots])
 
     def draw(self, classes: Tensor, count: int, seed: int, step: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ class LabeledKeyBank(nn.Module):
         size, start = self.count[classes], self.start[classes]
         drawn: list[Tensor] = []
         for i in range(count):
-            # Of the members 0..top one is drawn; if it was drawn before, `top`, which could not be, takes its place.
+            # One of the members 0..top is drawn. If it was drawn before, `top`, which cannot have been, replaces it.
             top = (size - count).clamp(min=0) + i
             member = to_range(words[:, i], top + 1)
             taken = torch.zeros_like(size, dtype=torch.bool)

@@ -73,12 +73,13 @@ class SsCLOptions(PartOptions):
 
 
 class SsCL(Method):
-    """FixMatch with pseudo-labels calibrated by class prototypes, beside a contrast of unlabeled images with a momentum
-    encoder's keys: their own, those of labeled images of their class as further positives, a queue as negatives.
+    """FixMatch with pseudo-labels calibrated by class prototypes, and a contrastive loss on the unlabeled images.
 
-    Labeled, weak and strong views pass the query encoder as one batch, the labeled and weak ones the key encoder as
-    another; BatchNorm is in training mode in both. Between refreshes an unlabeled image belongs to the class that the
-    classifier gave it at the last one, confident or not.
+    The contrastive loss compares queries with the keys of a momentum encoder. Positives are the image's own key and
+    keys of labeled images of its class; negatives are a queue. Labeled, weak and strong views go through the query
+    encoder as one batch, labeled and weak ones through the key encoder as another; BatchNorm is in training mode in
+    both. Between refreshes an unlabeled image belongs to the class that the classifier gave it at the last one,
+    confident or not.
 
     Args:
         network: backbone and classifier; what is averaged and evaluated.
@@ -93,7 +94,7 @@ class SsCL(Method):
         queue_size: K_q.
         extra_keys: labeled keys drawn as positives of each query; 0 is MoCo with a margin.
         gamma, margin, form: of `functional.sscl_loss`.
-        mask_queue: a queued key that was taken for the query's class is no negative.
+        mask_queue: a queued key that was assigned to the query's class is no negative.
         calibration, temperature: mode and T_s of `CoCalibration`.
         refresh_every: steps between refreshes of prototypes, assignments and labeled keys; the first is before step 0.
         seed: of the draws of keys and mixtures.
@@ -195,10 +196,10 @@ class SsCL(Method):
         return step_output(losses, stats, torch.where(mask, pseudo_labels, -1))
 
     def _encode(self, images: Tensor, sizes: tuple[int, int], step: Tensor) -> Tensor:
-        """Keys float32 [n, D] of the images of all ranks; this rank's are given, of `sizes` labeled and unlabeled ones.
+        """Keys float32 [n, D] of the images of all ranks, from this rank's: `sizes` labeled and unlabeled ones.
 
-        Under several ranks each encodes a random share of all, MoCo's shuffled BatchNorm: a query and its key in the
-        same small batch would know each other by the batch's statistics.
+        Under several ranks each rank encodes a random share of all images, MoCo's shuffled BatchNorm: a query and its
+        key in the same small batch would recognize each other by the batch's statistics.
         """
         if num_ranks() == 1:
             return self.key_encoder(images)

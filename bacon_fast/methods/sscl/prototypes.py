@@ -47,8 +47,9 @@ class ClassPrototypes(nn.Module):
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Direction of the mean of the unit features float [n, F] of each label: [K, F], and bool [K], whether a
-    class has any; where not, zeros.
+    """Unit vectors [K, F] in the direction of the mean feature of each class, and bool [K]: whether it has a feature.
+
+    Features are unit vectors, float [n, F]; a class without one gets zeros.
     """
     sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
     return F.normalize(sums, dim=1), torch.bincount(labels, minlength=num_classes) > 0

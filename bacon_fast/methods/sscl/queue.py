@@ -14,7 +14,7 @@ class KeyQueue(nn.Module):
     once, also one that does not divide K_q.
 
     Buffers:
-        keys [K_q, D] float32; classes [K_q] int64, what each was taken for, -1 for the random ones it starts with.
+        keys [K_q, D] float32; classes [K_q] int64, the class each was assigned to, -1 for the random first ones.
         position: where the next key goes, 0-d int64.
 
     Args:
@@ -32,7 +32,7 @@ class KeyQueue(nn.Module):
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
     def current(self) -> tuple[Tensor, Tensor]:
-        """Keys [K_q, D] and classes [K_q] as they are now: a backward after the next `enqueue_` is right."""
+        """Current keys [K_q, D] and classes [K_q]; a backward pass after the next `enqueue_` is still right."""
         return snapshot(self.keys.clone()), snapshot(self.classes.clone())
 
     @torch.no_grad()

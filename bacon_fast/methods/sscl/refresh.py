@@ -22,11 +22,11 @@ def refresh(
     bank: LabeledKeyBank,
     seed: int,
 ) -> None:
-    """Anew: the labeled keys, the prototypes, and of every unlabeled image its class and alpha.
+    """Computes anew the labeled keys, the prototypes, and the class and alpha of every unlabeled image.
 
-    Images are not augmented, encoders in evaluation mode. The prototypes of the labeled images find the unlabeled ones
-    near to each class, among those that the classifier assigns to it; mixtures with these then count as labeled in the
-    final prototypes. Holds the features of all unlabeled images, float32 [n_ulb, F].
+    Images are not augmented, and encoders are in evaluation mode. Among the unlabeled images that the classifier
+    assigns to a class, the prototypes of the labeled images find the nearest. Mixtures with these count as labeled in
+    the final prototypes. Holds the features of all unlabeled images, float32 [n_ulb, F].
     """
 
     def classified(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -158,3 +158,20 @@ def test_two_classes_and_half_precision_features():
     one, two = (daso(start=0, num_classes=2)(s, torch.tensor(0), True) for s in (seen, half))
     assert two.losses["align"].dtype == torch.float32
     torch.testing.assert_close(one.losses["align"], two.losses["align"], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(("t_dist", "num_classes"), [(0.01, K), (0.06, 1000)])
+def test_a_small_t_dist_favors_the_commonest_class_alone(t_dist, num_classes):
+    """(1/K)^(1/T) is no float32; relative to the largest it is 1, or 0 for classes that are clearly rarer."""
+    method = daso(start=0, t_dist=t_dist, num_classes=num_classes)
+    seen = rows(num_classes=num_classes, averaged_features=features(1), batch=batch(random_labels(0)))
+    targets = method(seen, torch.tensor(0), True)
+    assert torch.equal(
+        targets.probabilities, method._similarity(seen.weak_features, *method.queue.prototypes()).softmax(1)
+    )
+    method.distribution.copy_(torch.full((num_classes,), 0.5 / num_classes))
+    method.distribution[0] += 0.5
+    targets = method(seen, torch.tensor(1), True)
+    rare = seen.weak_logits.argmax(1) != 0
+    assert rare.any()
+    torch.testing.assert_close(targets.probabilities[rare], seen.weak_logits.softmax(1)[rare])

@@ -55,7 +55,7 @@ def build(**changes) -> SsCL:
 
 
 def known_state(method: SsCL) -> None:
-    """Something in every buffer that a step reads."""
+    """Puts values into every buffer that a step reads."""
     generator = torch.Generator().manual_seed(1)
     unit = lambda *shape: F.normalize(torch.randn(*shape, generator=generator), dim=-1)  # noqa: E731
     method.bank.fill_(unit(len(LABELS), D), LABELS)

@@ -1,4 +1,4 @@
-"""What README and docs/ tell a reader to type: Python blocks run, command lines parse."""
+"""README, CONTRIBUTING and docs/ are true: Python blocks run, command lines parse, files and rooms exist."""
 
 import contextlib
 import importlib
@@ -6,10 +6,13 @@ import re
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tyro
+from test_architecture import ARROWS
 
+from bacon_fast import methods
 from bacon_fast.cli import parse_runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +34,7 @@ def commands(markdown: str) -> list[str]:
 
 
 def check(command: str) -> None:
-    """Raises unless this is a command line that would be understood."""
+    """Raises unless this command line would be understood."""
     words = [word for word in shlex.split(command) if word != "..."]
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         words.pop(0)
@@ -110,8 +113,9 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     if "integrations.metric_learning" in page.read_text():
         pytest.importorskip("pytorch_metric_learning")
     namespace: dict = {}
-    for number, block in enumerate(blocks(page.read_text(), "python"), 1):
-        exec(compile(block, f"{page.name}, python block {number}", "exec"), namespace)
+    with mock.patch.dict(methods.PARTS):  # a page may add a part
+        for number, block in enumerate(blocks(page.read_text(), "python"), 1):
+            exec(compile(block, f"{page.name}, python block {number}", "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", names(PAGES, commands))
@@ -121,6 +125,25 @@ def test_commands_parse(page, capsys):
             check(command)
         except BaseException as error:
             pytest.fail(f"{page.name}: {command}\n{error}\n{capsys.readouterr().err}")
+
+
+def test_contributing_has_the_arrows_between_the_rooms():
+    rows = re.findall(r"^\| (.+?) \|.*\| (?:`(.+?)`|nothing) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    arrows = {name.removesuffix(".py"): to for rooms, to in rows for name in re.findall(r"`(\w+)(?:/|\.py)`", rooms)}
+    assert len(arrows) > 10 and arrows.pop("csrc") == "reference"
+    assert arrows == {name: ARROWS[name] for name in arrows}
+
+
+@pytest.mark.parametrize(
+    "page", ["CONTRIBUTING.md", "docs/architecture.md", "docs/adding-a-method.md", "docs/methods.md"]
+)
+def test_file_names_lead_to_files(page):
+    """On the pages about the code, `folder/file.py` is a file of the repository or of the package."""
+    names = set(re.findall(r"`([\w.]+/[\w./]*(?:/|\.[a-z]+))`", (ROOT / page).read_text()))
+    assert len(names) > 10
+    made_up = [name for name in names if "NAME" in name or "toy" in name]
+    roots = (ROOT, ROOT / "bacon_fast")
+    assert not [n for n in names.difference(made_up) if not any((root / n).exists() for root in roots)]
 
 
 def test_there_is_something_to_check():
@@ -155,8 +178,8 @@ def test_a_stale_command_is_found(command):
 
 def test_every_page_is_in_the_navigation():
     """mkdocs only notes a page that the navigation leaves out."""
-    text = (ROOT / "mkdocs.yml").read_text()
-    assert all(page.name in text for page in (ROOT / "docs").glob("*.md"))
+    text, docs = (ROOT / "mkdocs.yml").read_text(), ROOT / "docs"
+    assert all(f" {page.relative_to(docs)}" in text for page in docs.rglob("*.md"))
 
 
 def test_relative_links_lead_to_files():
