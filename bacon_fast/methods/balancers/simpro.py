@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bacon_fast.methods.balancers.base import Balancer, Rows, Targets
 from bacon_fast.methods.part import PartOptions, Setup
+from bacon_fast.ops.snapshot import snapshot
 
 _SMALLEST = 1e-12  # the authors', so that a class whose prior is 0 has a finite bias
 
@@ -103,7 +104,7 @@ class SimPro(Balancer):
         )
 
     def _bias(self, prior: Tensor) -> Tensor:
-        return (prior**self.tau + _SMALLEST).log()
+        return (snapshot(prior) ** self.tau + _SMALLEST).log()  # the step overwrites the prior before its backward
 
     def _estimate(self, step: Tensor) -> None:
         """New priors and no sums, if the step that follows `step` completed ones is the last of an epoch."""
