@@ -41,6 +41,7 @@ class Stream(IntEnum):
     SAMPLER_BALANCED = 17
     COSSL_BLEND = 18
     COSSL_WARMUP = 19
+    LABELED_STRONG_VIEW = 20  # of the batch's own labeled images; LABELED_STRONG is of those drawn class by class
 
 
 def uniform(seed: int, step: int | Tensor, view: int, slot: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:

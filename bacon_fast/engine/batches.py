@@ -29,6 +29,7 @@ class Batches:
         config, split, dataset, device: of the run.
         unlabeled_views: "weak" or "strong" for each view of the unlabeled rows; empty: labeled images only.
         balanced_view: also makes strong views of labeled images drawn class by class.
+        labeled_strong_view: also makes strong views of the labeled images of the batch.
         dtype: of the images.
 
     Attributes:
@@ -49,12 +50,13 @@ class Batches:
         device: torch.device,
         unlabeled_views: tuple[str, ...],
         balanced_view: bool = False,
+        labeled_strong_view: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if unlabeled_views and not len(split.unlabeled):
             raise ValueError(f"method: {config.method} needs unlabeled images, and the split holds none")
         self.config, self.device, self.unlabeled_views = config, device, unlabeled_views
-        self.balanced_view, self.dtype = balanced_view, dtype
+        self.balanced_view, self.labeled_strong_view, self.dtype = balanced_view, labeled_strong_view, dtype
         mapped = config.data.images == "mapped"
         self.pool = HostPool(dataset.pool(), device) if mapped else resident(dataset.pool(), device)
         known = torch.full((len(self.pool),), -1, dtype=torch.int64)
@@ -124,7 +126,7 @@ class Batches:
         if self.window is not None:
             pool, labeled = self.window.images, torch.arange(len(labeled_slots), device=self.device)
         requests = [ViewRequest(labeled, Stream.LABELED_WEAK, strong=False, first_slot=part.start)]
-        unlabeled_slots = true_labels = labeled_slots[:0]
+        first_labeled, unlabeled_slots, true_labels = part.start, labeled_slots[:0], labeled_slots[:0]
         if self.unlabeled_sampler is not None:
             part = own_part(self.unlabeled_sampler.batch_size)
             unlabeled_slots, unlabeled, true_labels = self.unlabeled_sampler.rows(step, part)
@@ -144,10 +146,15 @@ class Batches:
                 first = len(labeled_slots) + len(unlabeled_slots)
                 balanced = first + torch.arange(len(balanced_slots), device=self.device)
             requests.append(ViewRequest(balanced, Stream.LABELED_STRONG, strong=True, first_slot=part.start))
+        if self.labeled_strong_view:
+            requests.append(ViewRequest(labeled, Stream.LABELED_STRONG_VIEW, strong=True, first_slot=first_labeled))
         images = self.augment.views(
             pool, requests, self.config.seed, step, dtype=self.dtype, channels_last=self.config.engine.channels_last
         )
-        balanced_images = None
+        # Behind the views of the step, in the order of their requests.
+        balanced_images = labeled_strong_images = None
+        if self.labeled_strong_view:
+            images, labeled_strong_images = images.split([len(images) - len(labeled), len(labeled)])
         if balanced_labels is not None:
             images, balanced_images = images.split([len(images) - len(balanced_labels), len(balanced_labels)])
         return Batch(
@@ -158,4 +165,5 @@ class Batches:
             true_labels,
             balanced_images,
             balanced_labels,
+            labeled_strong_images,
         )

@@ -175,6 +175,7 @@ def build_method(config: Config, data: DataInfo) -> Method:
         network.backbone.num_features,
         steps=config.steps,
         seed=config.seed,
+        labeled_rows=config.views.batch_size,
         unlabeled_rows=config.views.unlabeled_ratio * config.views.batch_size,
         ema=config.optimizer.ema,
         shared=config.shared,

@@ -222,7 +222,7 @@ class Trainer:
         if config.engine.sync_batchnorm and distributed.num_ranks() > 1:
             synchronize(self.method)
         half = None if method.mixes_images else AUTOCAST.get(config.engine.precision)
-        views = method.unlabeled_views, method.balanced_view, half or torch.float32
+        views = method.unlabeled_views, method.balanced_view, method.labeled_strong_view, half or torch.float32
         self.batches = Batches(config, split, self.dataset, self.device, *views)
         bank = None if method.regularizer is None else method.regularizer.bank
         self.diagnostics = Diagnostics(self.dataset.num_classes, bank).to(self.device)

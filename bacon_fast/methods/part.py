@@ -18,7 +18,7 @@ class PartOptions(Options):
         operation: the operation of `bacon_fast.ops` whose backend `loss_backend` chooses, or None.
         unlabeled_ratio: the only mu that a base takes; None: any.
         runs_on_length: the part follows t/T (it reads `Setup.steps`), so that a longer run differs from the first step.
-        changes: other defaults that a base gives to the parts added to it, {part: {field: value}}.
+        changes: other defaults that a part gives to the parts beside it, {part: {field: value}}.
         variants: other defaults that a value of the part's option `variant` gives to options of the run,
             {value: {name on the command line: default}}.
     """
@@ -61,7 +61,7 @@ class Setup:
         data: counts and sizes.
         num_features: F, width of the backbone's features.
         steps, seed: of the run.
-        unlabeled_rows: U, unlabeled images a step.
+        labeled_rows, unlabeled_rows: B and U, labeled and unlabeled images a step.
         ema: momentum of the averaged network.
         shared: options that several parts read.
         parts: options of all parts of the method, by name.
@@ -71,6 +71,7 @@ class Setup:
     num_features: int
     steps: int
     seed: int
+    labeled_rows: int
     unlabeled_rows: int
     ema: float
     shared: SharedOptions
@@ -88,7 +89,7 @@ class Part:
         build: (options, setup) -> module. For a base: (options, setup, network, balancer, regularizer) -> Method; a
             base without additions takes neither balancer nor regularizer. None for an extension.
         alone: why nothing can be added to a base; empty if something can.
-        refuses: base learners that a balancer does not go with, and why.
+        refuses: parts that a balancer does not go with, and why.
         beside: regularizers that a balancer goes with.
         extends: the part that an extension changes.
     """

@@ -127,7 +127,9 @@ def describe_protocol(name: str | None) -> str:
     text = f"Protocol {name}"
     if protocol.labeled_head is not None:
         text += f": N1 = {protocol.labeled_head:,}, gamma_l = {protocol.gamma_l:g}"
-    if protocol.unlabeled_head is None:
+    if protocol.unlabeled_own:
+        text += ", the data set's own unlabeled images" + (" and the labeled ones" if protocol.lb_in_ulb else "")
+    elif protocol.unlabeled_head is None:
         text += ", all images unlabeled"
     else:
         text += f", M1 = {protocol.unlabeled_head:,}, gamma_u = {protocol.gamma_u:g}"

@@ -343,3 +343,122 @@ def test_hash_covers_every_field():
     assert set(changes) == {field.name for field in dataclasses.fields(split)}
     for name, value in changes.items():
         assert dataclasses.replace(split, **{name: value}).hash != split.hash, name
+
+
+# ---- newer_methods.md N ----
+
+SIMPRO_100 = [4000, 2397, 1437, 861, 516, 309, 185, 111, 66, 40]
+SIMPRO_150 = [4000, 2292, 1313, 752, 431, 247, 141, 81, 46, 26]
+SIMPRO = {
+    "simpro-cifar10-100": SIMPRO_100,
+    "simpro-cifar10-100-uniform": [4000] * 10,
+    "simpro-cifar10-100-reversed": [40, 66, 111, 185, 309, 516, 861, 1437, 2397, 4000],
+    "simpro-cifar10-100-middle": [66, 185, 516, 1437, 4000, 2397, 861, 309, 111, 40],
+    "simpro-cifar10-100-head-tail": [2397, 861, 309, 111, 40, 66, 185, 516, 1437, 4000],
+    "simpro-cifar10-150": SIMPRO_150,
+    "simpro-cifar10-150-uniform": [4000] * 10,
+    "simpro-cifar10-150-reversed": SIMPRO_150[::-1],
+    "simpro-cifar10-150-middle": [SIMPRO_150[c] for c in (8, 6, 4, 2, 0, 1, 3, 5, 7, 9)],
+    "simpro-cifar10-150-head-tail": [SIMPRO_150[c] for c in (1, 3, 5, 7, 9, 8, 6, 4, 2, 0)],
+}
+
+
+@pytest.fixture(scope="module")
+def cifar10() -> ImageDataset:
+    return dataset_of([5000] * 10)
+
+
+@pytest.mark.parametrize("name", SIMPRO)
+def test_simpros_documented_lists(cifar10, name):
+    split = make_split(cifar10, PROTOCOLS[name], 0)
+    labeled = {100: [500, 299, 179, 107, 64, 38, 23, 13, 8, 5], 150: [500, 286, 164, 94, 53, 30, 17, 10, 5, 3]}
+    assert list(split.labeled_counts) == labeled[PROTOCOLS[name].gamma_l]
+    assert list(split.unlabeled_counts) == SIMPRO[name]
+    assert np.bincount(cifar10.train_labels.numpy()[split.unlabeled]).tolist() == SIMPRO[name]
+    assert not set(split.labeled) & set(split.unlabeled)
+
+
+def test_simpros_documented_lists_of_100_classes():
+    found = {
+        word: make_split(dataset_of([450] * 100), PROTOCOLS[f"simpro-cifar100-20{word}"], 0)
+        for word in ("", "-middle", "-head-tail")
+    }
+    labeled, consistent = found[""].labeled_counts, found[""].unlabeled_counts
+    assert labeled[:6] == (50, 48, 47, 45, 44, 42) and labeled[-1] == 2 and sum(labeled) == 1545
+    assert consistent[:4] == (400, 388, 376, 365) and consistent[-2:] == (20, 20) and sum(consistent) == 12719
+    middle, head_tail = found["-middle"].unlabeled_counts, found["-head-tail"].unlabeled_counts
+    assert middle[:4] == (20, 21, 23, 24) and middle.index(max(middle)) == 49
+    assert head_tail[:3] == (388, 365, 343) and min(head_tail) == head_tail[49]
+    assert sorted(middle) == sorted(head_tail) == sorted(consistent)
+
+
+@pytest.mark.parametrize(
+    ("seed", "counts"),
+    [
+        (0, [127, 76, 2757, 356, 991, 594, 1653, 4600, 46, 213]),
+        (1, [213, 76, 46, 127, 356, 991, 4600, 594, 2757, 1653]),
+        (2, [356, 46, 991, 594, 213, 127, 1653, 76, 2757, 4600]),
+    ],
+)
+def test_cpgs_documented_random_orders(cifar10, seed, counts):
+    split = make_split(cifar10, PROTOCOLS["cpg-cifar10-100-random"], seed)
+    assert list(split.unlabeled_counts) == counts and sum(counts) == 11413
+    assert split.labeled_counts == (400, 239, 143, 86, 51, 30, 18, 11, 6, 4)
+
+
+@pytest.mark.parametrize("gamma", [10, 20])
+def test_stl10s_official_unlabeled_images_alone_and_with_the_labeled_ones(gamma):
+    dataset = dataset_of([500] * 10, unlabeled=300)
+    labeled = {10: (1835, None), 20: (1528, [450, 322, 231, 165, 118, 85, 61, 43, 31, 22])}[gamma]
+    alone, both = (make_split(dataset, PROTOCOLS[f"{name}-stl10-{gamma}"], 0) for name in ("simpro", "cdmad"))
+    for split in (alone, both):
+        assert len(split.labeled) == labeled[0] and labeled[1] in (None, list(split.labeled_counts))
+        assert split.unlabeled_counts is None
+    assert alone.unlabeled.tolist() == list(range(5000, 5300))
+    assert set(both.unlabeled) == set(alone.unlabeled) | set(both.labeled) and len(both.unlabeled) == 300 + labeled[0]
+    with pytest.raises(ValueError, match="expected a dataset with unlabeled images of its own, found none in made"):
+        make_split(dataset_of([500] * 10), PROTOCOLS[f"simpro-stl10-{gamma}"], 0)
+
+
+def test_every_newer_protocol_fits_its_dataset(cifar10):
+    datasets = {"cifar10": cifar10, "cifar100": dataset_of([500] * 100), "stl10": dataset_of([500] * 10, unlabeled=5)}
+    newer = [name for name in PROTOCOLS if name.startswith(("simpro-", "cdmad-", "cpg-"))]
+    assert len(newer) == 17 + 10 + 21
+    for name in newer:
+        split = make_split(datasets[PROTOCOLS[name].dataset], PROTOCOLS[name], 1)
+        assert PROTOCOLS[name].lb_in_ulb == bool(set(split.labeled) & set(split.unlabeled))
+
+
+@pytest.mark.parametrize("order", ["middle", "head-tail", "random"])
+def test_an_order_of_the_unlabeled_counts_leaves_the_draw_of_each_class_alone(order):
+    dataset = dataset_of([30, 30, 30])
+    plain, other = (make_split(dataset, simple(unlabeled_order=o), 3) for o in ("sorted", order))
+    assert np.array_equal(plain.labeled, other.labeled)
+    assert sorted(plain.unlabeled_counts) == sorted(other.unlabeled_counts)
+    for count, again, images in zip(plain.unlabeled_counts, other.unlabeled_counts, range(3)):
+        one, two = (s.unlabeled[dataset.train_labels.numpy()[s.unlabeled] == images] for s in (plain, other))
+        assert set(one[: min(count, again)]) == set(two[: min(count, again)])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gamma_u": -4, "unlabeled_order": "middle"},
+        {"unlabeled_own": True},
+        {"unlabeled": None, "gamma_u": None, "unlabeled_own": True, "unlabeled_all": True},
+        {"unlabeled": None, "gamma_u": None, "unlabeled_own": True, "unlabeled_order": "random"},
+    ],
+)
+def test_contradictory_newer_protocols(changes):
+    with pytest.raises(ValueError, match="protocol 'simple'"):
+        simple(**changes)
+
+
+def test_newer_fields_leave_the_hashes_of_older_splits_alone(tmp_path):
+    plain = make_split(dataset_of([30, 30, 30]), simple(), 0)
+    plain.save(tmp_path / "split.json")
+    saved = json.loads((tmp_path / "split.json").read_text())
+    assert not {"unlabeled_order", "unlabeled_own"} & set(saved["protocol"])
+    other = make_split(dataset_of([30, 30, 30]), simple(unlabeled_order="middle"), 0)
+    other.save(tmp_path / "other.json")
+    assert Split.load(tmp_path / "other.json").hash == other.hash != plain.hash
