@@ -1,20 +1,22 @@
 """Long-tailed splits: the named protocols of the literature, and the split as an object with a hash.
 
-Counts and protocols follow methods.md A.1. Source tags: [BC] official BaCon code, [US] USB, [AB] ABC, [CO] CoSSL.
+Counts and protocols follow methods.md A.1 and newer_methods.md N. Source tags: [BC] official BaCon code, [US] USB, [AB]
+ABC, [CO] CoSSL, [SP] SimPro, [CD] CDMAD, [CP] CPG.
 """
 
 import dataclasses
-import hashlib
-import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 from bacon_fast.data.datasets import ImageDataset
-from bacon_fast.data.philox import Stream, check_seed, philox
-from bacon_fast.files import write_atomically
+from bacon_fast.data.philox import Stream, philox
+from bacon_fast.files import digest, read_record, write_record
+from bacon_fast.ops.checks import check_seed
 
 
 def class_counts(head: int, gamma: float, num_classes: int) -> list[int]:
@@ -44,6 +46,29 @@ def class_counts(head: int, gamma: float, num_classes: int) -> list[int]:
     return counts if gamma > 0 else counts[::-1]
 
 
+Order = Literal["sorted", "middle", "head-tail", "random"]
+
+
+def reordered(counts: list[int], order: Order, seed: int) -> list[int]:
+    """Counts that fall with the class, in another order (newer_methods.md N).
+
+    "sorted" leaves them, "middle" has its peak in the middle, "head-tail" at both ends ([SP]; [CP] has these two names
+    the other way round), "random" shuffles them by Python's generator of this seed ([CP]).
+
+    Example:
+        >>> reordered([9, 7, 5, 3, 1], "middle", 0), reordered([9, 7, 5, 3, 1], "head-tail", 0)
+        ([1, 5, 9, 7, 3], [7, 3, 1, 5, 9])
+    """
+    if order == "sorted":
+        return counts
+    if order == "random":
+        shuffled = list(counts)
+        random.Random(seed).shuffle(shuffled)
+        return shuffled
+    even, odd = counts[::2], counts[1::2]
+    return even[::-1] + odd if order == "middle" else odd + even[::-1]
+
+
 @dataclass(frozen=True)
 class Protocol:
     """How a long-tailed split is drawn from a dataset.
@@ -57,6 +82,9 @@ class Protocol:
         lb_in_ulb: the labeled images are in the unlabeled set too.
         unlabeled_all: the unlabeled set is the dataset's own unlabeled images plus all train images (STL-10).
         labeled_fraction: share of each class's train images that is labeled, rounded, at least one image; in 0..1.
+        unlabeled_order: which class has which of the unlabeled counts, see `reordered`.
+        unlabeled_own: the unlabeled set is the dataset's own unlabeled images (STL-10's 100,000), and with lb_in_ulb
+            the labeled ones.
     """
 
     name: str
@@ -69,6 +97,8 @@ class Protocol:
     unlabeled_all: bool = False
     source: str = ""
     labeled_fraction: float | None = None
+    unlabeled_order: Order = "sorted"
+    unlabeled_own: bool = False
 
     def __post_init__(self) -> None:
         if self.labeled_fraction is not None and not (self.labeled_head is None and 0 < self.labeled_fraction <= 1):
@@ -77,10 +107,17 @@ class Protocol:
                 f"labeled_head={self.labeled_head}, labeled_fraction={self.labeled_fraction}"
             )
         unknown = self.unlabeled_head is None
-        if self.unlabeled_all != unknown or unknown != (self.gamma_u is None):
+        whole = (self.unlabeled_all, self.unlabeled_own)
+        if sum(whole) != unknown or unknown != (self.gamma_u is None):
             raise ValueError(
-                f"protocol {self.name!r}: expected either unlabeled_head and gamma_u, or unlabeled_all; found "
-                f"unlabeled_head={self.unlabeled_head}, gamma_u={self.gamma_u}, unlabeled_all={self.unlabeled_all}"
+                f"protocol {self.name!r}: expected unlabeled_head and gamma_u, or unlabeled_all, or unlabeled_own; "
+                f"found unlabeled_head={self.unlabeled_head}, gamma_u={self.gamma_u}, "
+                f"unlabeled_all={self.unlabeled_all}, unlabeled_own={self.unlabeled_own}"
+            )
+        if self.unlabeled_order != "sorted" and (self.gamma_u is None or self.gamma_u < 0):
+            raise ValueError(
+                f"protocol {self.name!r}: expected gamma_u of at least 1 beside unlabeled_order "
+                f"{self.unlabeled_order!r}, found {self.gamma_u}"
             )
         if self.lb_in_ulb and self.unlabeled_all:
             raise ValueError(f"protocol {self.name!r}: unlabeled_all holds the labeled images already; drop lb_in_ulb")
@@ -102,7 +139,7 @@ def _protocols() -> dict[str, Protocol]:
         ("bacon-cifar10-100-uniform", "cifar10", 1000, 4000, 100, 1, "the same with a uniform unlabeled set"),
         ("bacon-cifar100-20", "cifar100", 200, 300, 20, 20, "[BC]; beta 40 %"),
         ("bacon-svhn-100", "svhn", 1000, 4000, 100, 100, "[BC]; pool train + extra (train alone has too few zeros)"),
-        # USB's long-tailed settings (config/classic_cv_imb), also those of DASO (500) and CDMAD, DARP (1500).
+        # USB's long-tailed settings (config/classic_cv_imb). DASO (500), CDMAD and DARP (1500) have them too.
         ("usb-cifar10-1500-100", "cifar10", 1500, 3000, 100, 100, "[US]"),
         ("usb-cifar10-1500-150", "cifar10", 1500, 3000, 150, 150, "[US]"),
         ("usb-cifar10-1500-100-inverse", "cifar10", 1500, 3000, 100, -100, "[US]"),
@@ -141,11 +178,83 @@ def _protocols() -> dict[str, Protocol]:
         source = f"SsCL; {percent} % of each class, drawn by the seed (published lists hold other images)"
         name, fraction = f"imagenet-{percent}pct", percent / 100
         protocols.append(dataclasses.replace(share, name=name, source=source, labeled_fraction=fraction))
+    protocols += [*_simpro_protocols(), *_cdmad_protocols(), *_cpg_protocols()]
     return {protocol.name: protocol for protocol in protocols}
 
 
+def _simpro_protocols() -> list[Protocol]:
+    """newer_methods.md N.1. [SP] takes the images of a class in the dataset's order; here the seed draws them."""
+    rows = []
+    for name, dataset, labeled, unlabeled, gamma in (
+        ("simpro-cifar10-100", "cifar10", 500, 4000, 100),
+        ("simpro-cifar10-150", "cifar10", 500, 4000, 150),
+        ("simpro-cifar100-20", "cifar100", 50, 400, 20),
+    ):
+        consistent = Protocol(name, dataset, labeled, unlabeled, gamma, gamma, source="[SP]")
+        rows.append(consistent)
+        for word, changes in (
+            ("uniform", {"gamma_u": 1}),
+            ("reversed", {"gamma_u": -gamma}),
+            ("middle", {"unlabeled_order": "middle"}),
+            ("head-tail", {"unlabeled_order": "head-tail"}),
+        ):
+            source = f"[SP]; unlabeled set {word}"
+            rows.append(dataclasses.replace(consistent, name=f"{name}-{word}", source=source, **changes))
+    for gamma in (10, 20):
+        source = "[SP]; the official unlabeled images alone"
+        rows.append(
+            Protocol(f"simpro-stl10-{gamma}", "stl10", 450, None, gamma, None, source=source, unlabeled_own=True)
+        )
+    return rows
+
+
+def _cdmad_protocols() -> list[Protocol]:
+    """newer_methods.md N.2: what the sets of CoSSL and USB leave open."""
+    rows = []
+    for word, gamma_u in (("uniform", 1), ("50", 50), ("150", 150), ("reversed", -100)):
+        source = f"[CD]; gamma_u = {gamma_u}" if gamma_u > 0 else "[CD]; gamma_u = 1/100"
+        rows.append(
+            Protocol(f"cdmad-cifar10-100-{word}", "cifar10", 1500, 3000, 100, gamma_u, lb_in_ulb=True, source=source)
+        )
+    own = {
+        "unlabeled_own": True,
+        "lb_in_ulb": True,
+        "source": "[CD]; the official unlabeled images and the labeled ones",
+    }
+    rows += [Protocol(f"cdmad-stl10-{gamma}", "stl10", 450, None, gamma, None, **own) for gamma in (10, 20)]
+    source = "[CD] with ReMixMatch, disjoint"
+    rows.append(Protocol("cdmad-disjoint-cifar10-50", "cifar10", 1500, 3000, 50, 50, source=source))
+    rows += [
+        Protocol(f"cdmad-disjoint-cifar100-{gamma}", "cifar100", 150, 300, gamma, gamma, source=source)
+        for gamma in (20, 50, 100)
+    ]
+    return rows
+
+
+def _cpg_protocols() -> list[Protocol]:
+    """newer_methods.md N.3; the order "random" is that of the split's seed."""
+    rows = []
+    for dataset, labeled, unlabeled, gammas in (
+        ("cifar10", 400, 4600, (50, 100, 150, 200)),
+        ("cifar100", 50, 450, (10, 15, 20)),
+    ):
+        for gamma in gammas:
+            name = f"cpg-{dataset}-{gamma}"
+            consistent = Protocol(name, dataset, labeled, unlabeled, gamma, gamma, source="[CP]")
+            inverse, shuffled = f"[CP]; gamma_u = 1/{gamma}", "[CP]; unlabeled counts in a random order"
+            rows += [
+                consistent,
+                dataclasses.replace(consistent, name=f"{name}-inverse", source=inverse, gamma_u=-gamma),
+                dataclasses.replace(consistent, name=f"{name}-random", source=shuffled, unlabeled_order="random"),
+            ]
+    return rows
+
+
 PROTOCOLS: dict[str, Protocol] = _protocols()
-"""Named protocols: every row of methods.md A.1 and the peers' variants of them."""
+"""Named protocols: every row of methods.md A.1, the peers' variants of them, and those of newer_methods.md N."""
+
+_LATER = {"labeled_fraction": None, "unlabeled_order": "sorted", "unlabeled_own": False}
+"""Fields that older splits do not have, and the values with which they change nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,59 +279,95 @@ class Split:
 
     def _content(self) -> dict:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        # Without a fraction as before there was one, so that the hashes of older splits stay.
+        # Without fields that change nothing, so that the hashes of older splits stay.
         protocol = dataclasses.asdict(self.protocol)
-        fields["protocol"] = {k: v for k, v in protocol.items() if k != "labeled_fraction" or v is not None}
+        fields["protocol"] = {k: v for k, v in protocol.items() if k not in _LATER or v != _LATER[k]}
         return fields | {"labeled": self.labeled.tolist(), "unlabeled": self.unlabeled.tolist()}
 
     @property
     def hash(self) -> str:
         """sha256 (hex) of the content."""
-        return _content_hash(self._content())
+        return digest(self._content())
 
     def save(self, path: str | Path) -> None:
         """Writes the split and its hash as JSON, atomically."""
-        text = json.dumps({"hash": self.hash} | self._content()) + "\n"
-        write_atomically(Path(path), lambda temporary: temporary.write_text(text))
+        write_record(Path(path), self._content(), key="hash", indent=None)
 
     @classmethod
     def load(cls, path: str | Path) -> "Split":
-        """Reads a split written by `save`. Raises ValueError when the file is not one or its content was changed."""
+        """Reads a split written by `save`.
+
+        Raises ValueError, which names the file, when it is none, was damaged or changed, or says what cannot be: an
+        index twice, counts of another sum.
+        """
+        content = read_record(Path(path), key="hash")
         try:
-            content = json.loads(Path(path).read_text())
-            recorded = content.pop("hash")
-            protocol = Protocol(**content["protocol"])
+            counts = content["unlabeled_counts"]
             split = cls(
                 **content
                 | {
-                    "protocol": protocol,
+                    "protocol": Protocol(**content["protocol"]),
                     "labeled": np.asarray(content["labeled"], dtype=np.int64),
                     "unlabeled": np.asarray(content["unlabeled"], dtype=np.int64),
                     "labeled_counts": tuple(content["labeled_counts"]),
-                    "unlabeled_counts": None
-                    if content["unlabeled_counts"] is None
-                    else tuple(content["unlabeled_counts"]),
+                    "unlabeled_counts": None if counts is None else tuple(counts),
                 }
             )
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a split file: {error!r}") from error
-        if split.hash != recorded:
-            raise ValueError(
-                f"{path} was changed after it was written: its hash is {split.hash}, recorded is {recorded}"
-            )
+            split._check()
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            reason = f"no entry {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}: no split of ours: {reason}") from error
         return split
 
+    def _check(self) -> None:
+        """Raises ValueError for what no split holds, whatever its images."""
+        texts = (self.dataset_name, self.dataset_fingerprint, self.protocol.name, self.protocol.source)
+        if not all(isinstance(text, str) for text in texts) or type(self.seed) is not int:
+            raise ValueError(f"expected names of protocol and dataset, and a seed, found {texts} and {self.seed!r}")
+        for name in ("labeled", "unlabeled"):
+            indices, counts = getattr(self, name), getattr(self, f"{name}_counts")
+            if indices.ndim != 1 or (indices < 0).any() or len(np.unique(indices)) < indices.size:
+                raise ValueError(f"{name}: expected different indices of at least 0")
+            if counts is None and name == "unlabeled":
+                continue
+            if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != len(indices):
+                raise ValueError(f"{name}_counts: expected a sum of {len(indices)}, found {counts}")
+
     def verify(self, dataset: ImageDataset) -> None:
-        """Raises ValueError unless `dataset` holds the images this split was drawn from."""
+        """Raises ValueError unless `dataset` holds the images this split was drawn from, with these counts."""
         if dataset.fingerprint != self.dataset_fingerprint:
             raise ValueError(
                 f"split: expected dataset {self.dataset_name!r} with fingerprint {self.dataset_fingerprint}, found "
                 f"{dataset.name!r} with fingerprint {dataset.fingerprint}"
             )
+        train_labels = dataset.train_labels.numpy()
+        sizes = {"labeled": (self.labeled, len(train_labels)), "unlabeled": (self.unlabeled, dataset.pool_size)}
+        for name, (indices, size) in sizes.items():
+            if indices.size and indices.max() >= size:
+                raise ValueError(f"split: {name}: expected indices below {size}, found {indices.max()}")
+        for name in ("labeled", "unlabeled"):
+            counts = getattr(self, f"{name}_counts")
+            if counts is None:
+                continue
+            found = np.bincount(train_labels[getattr(self, name)], minlength=dataset.num_classes).tolist()
+            if list(counts) != found:
+                raise ValueError(f"split: {name}_counts: expected {found}, by the labels, found {list(counts)}")
 
 
-def _content_hash(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def pool_line(split: Split, dataset: ImageDataset) -> str:
+    """How many images are labeled and unlabeled, and what the unlabeled ones are, for a person to read."""
+    labeled, unlabeled = len(split.labeled), len(split.unlabeled)
+    again = int(np.isin(split.unlabeled, split.labeled).sum())
+    own = int((split.unlabeled >= len(dataset.train_images)).sum())
+    unused = dataset.pool_size - len(dataset.train_images) - own
+    parts = [(again, "the labeled images"), (unlabeled - again - own, "other training images")]
+    parts = [f"{count:,} are {kind}" for count, kind in (*parts, (own, "images that come without a class")) if count]
+    line = f"labeled {labeled:,}, unlabeled {unlabeled:,}"
+    if parts:
+        line += f", of which {', '.join(parts)}"
+    if unused:
+        line += f"; the protocol leaves out {unused:,} images that come without a class"
+    return line
 
 
 def make_split(dataset: ImageDataset, protocol: Protocol, seed: int) -> Split:
@@ -232,7 +377,8 @@ def make_split(dataset: ImageDataset, protocol: Protocol, seed: int) -> Split:
     The shuffle sorts Philox keys of (seed, image), so the same seed gives the same split on every machine.
 
     Raises:
-        ValueError: a class has fewer than N_c + M_c train images (class, needed and found are named), or N_c = 0.
+        ValueError: a class has fewer than N_c + M_c train images (class, needed and found are named), or N_c = 0, or
+            the protocol takes the dataset's own unlabeled images, of which there are none.
     """
     check_seed(seed)
     num_classes, labels = dataset.num_classes, dataset.train_labels
@@ -248,8 +394,9 @@ def make_split(dataset: ImageDataset, protocol: Protocol, seed: int) -> Split:
         if n < 1:
             raise ValueError(f"class {name!r}: protocol {protocol.name!r} leaves it without a labeled image")
     wanted_u = [0] * num_classes
-    if not protocol.unlabeled_all:
-        wanted_u = class_counts(protocol.unlabeled_head, protocol.gamma_u, num_classes)
+    if protocol.unlabeled_head is not None:
+        falling = class_counts(protocol.unlabeled_head, protocol.gamma_u, num_classes)
+        wanted_u = reordered(falling, protocol.unlabeled_order, seed)
     for name, n, m, available in zip(dataset.class_names, wanted_l, wanted_u, found):
         if n + m > available:
             raise ValueError(
@@ -260,6 +407,15 @@ def make_split(dataset: ImageDataset, protocol: Protocol, seed: int) -> Split:
     unlabeled_counts = None
     if protocol.unlabeled_all:
         unlabeled = np.arange(dataset.pool_size)
+    elif protocol.unlabeled_own:
+        unlabeled = np.arange(len(labels), dataset.pool_size)
+        if not len(unlabeled):
+            raise ValueError(
+                f"protocol {protocol.name!r}: expected a dataset with unlabeled images of its own, found none in "
+                f"{dataset.name}"
+            )
+        if protocol.lb_in_ulb:
+            unlabeled = np.concatenate([*labeled, unlabeled])
     else:
         start = [0 if protocol.lb_in_ulb else n for n in wanted_l]
         chosen = [indices[a : n + m] for indices, a, n, m in zip(shuffled, start, wanted_l, wanted_u)]

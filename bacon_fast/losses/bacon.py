@@ -201,7 +201,7 @@ class BaConLoss(nn.Module):
             )
         stats = {
             "reliable": reliable,
-            "bank_fill": self.bank.written.float().mean(),
+            "bank_fill": self.bank.written.mean(dtype=torch.float32),
             "selected": self.bank.class_counts.sum() / self.bank.selected_label.shape[0],
         }
         return BaConOutput(loss, stats)
@@ -251,19 +251,20 @@ class BaConLoss(nn.Module):
         """The same step, operation by operation."""
         batch = labels.shape[0]
         logits = logits.detach().to(accumulator_dtype(logits.dtype))
-        probability, logit = logits.softmax(dim=1).amax(dim=1), logits.amax(dim=1)
+        probability = logits.softmax(dim=1).amax(dim=1)
         reliable = probability >= self.reliable_threshold
-        counted = (probability if self.count_gate == "prob" else logit)[batch:] >= self.count_threshold
+        gate = probability if self.count_gate == "prob" else logits.amax(dim=1)
+        counted = gate >= self.count_threshold
         if self.labeled_counts == "always":
-            labeled_counted = torch.ones_like(labels, dtype=torch.bool)
+            counted[:batch].fill_(True)
         else:
-            labeled_counted = counted.any().expand(batch)
+            counted[:batch] = counted[batch:].any()
 
         # topk rather than argmax: the loss takes a row's class from topk, and ties must fall the same way.
         pseudo_labels = logits[batch:].topk(self.top_k, dim=1).indices[:, 0]
         slots = torch.cat([labeled_slots, unlabeled_slots + self.num_labeled])
         classes = torch.cat([labels, pseudo_labels])
-        self.bank.select_(slots, classes, torch.cat([labeled_counted, counted]))
+        self.bank.select_(slots, classes, counted)
 
         if active:
             if self.centers == "bank":
@@ -290,7 +291,7 @@ class BaConLoss(nn.Module):
         else:
             loss = torch.zeros((), device=projected.device)
         self.bank.write_(slots, projected.detach(), reliable)
-        return loss, reliable.float().mean()
+        return loss, reliable.mean(dtype=torch.float32)
 
     @torch.no_grad()
     def temperatures(self, progress: float | Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 from bacon_fast.methods import abc, bacon, fixmatch, remixmatch, ssc, supervised
-from bacon_fast.methods.balancers import cossl, crest, darp, daso, debiaspl, saw
+from bacon_fast.methods.balancers import cdmad, cossl, crest, darp, daso, debiaspl, saw, simpro
 from bacon_fast.methods.method import Method
 from bacon_fast.methods.part import Part, PartOptions, Setup
 from bacon_fast.methods.sscl import method as sscl_method
@@ -19,6 +19,11 @@ _NO_UNLABELED_ROWS = "supervised has no unlabeled rows, which a balancer and BaC
 _SSCL_ALONE = "SsCL calibrates its pseudo-labels by prototypes, and has a contrastive loss of its own"
 _SSC_ALONE = "SSC has prototypes in the place of the classifier that a balancer and BaCon act on"
 _HARD_LABELS = {"remixmatch": "it acts on hard pseudo-labels, and ReMixMatch trains towards soft, mixed targets"}
+_PRIORS_APART = {
+    "remixmatch": "MixUp mixes rows of the two priors that it tells apart",
+    "bacon": "it balances the classifier by its priors already, and nobody has measured both",
+}
+_BALANCED_BY_IMAGE = {"bacon": "it takes the bias out of the logits that BaCon reads, and nobody has measured both"}
 _TWO_BALANCERS = "a method has one balancer, as each sets the targets of the unlabeled rows"
 _BESIDE_BACON = "BaCon is added to a base learner alone or with ABC; beside another balancer nobody has measured it"
 
@@ -38,6 +43,8 @@ _TABLE = (
     Part("balancer", crest.CReSTOptions, crest.build),
     Part("extension", crest.PDAOptions, extends="crest"),
     Part("balancer", cossl.CoSSLOptions, cossl.build),
+    Part("balancer", simpro.SimProOptions, simpro.build, refuses=_PRIORS_APART),
+    Part("balancer", cdmad.CDMADOptions, cdmad.build, refuses=_BALANCED_BY_IMAGE),
 )
 PARTS: dict[str, Part] = {part.name: part for part in _TABLE}
 """The parts by name."""
@@ -55,13 +62,13 @@ def refusal(words: Sequence[str]) -> str | None:
         return _TWO_BALANCERS
     regularizers = [part.name for part in added if part.kind == "regularizer"]
     for part in added:
+        for other, reason in part.refuses.items():
+            if other in words:
+                return f"{part.name} does not go with {other}: {reason}"
         if part.kind == "balancer" and not set(regularizers) <= set(part.beside):
             return _BESIDE_BACON
         if part.extends and part.extends not in words:
             return f"{part.name} extends {part.extends}"
-        for other, reason in part.refuses.items():
-            if other in words:
-                return f"{part.name} does not go with {other}: {reason}"
     return None
 
 
@@ -103,10 +110,13 @@ def parts_of(method: str) -> tuple[str, ...]:
 
 
 def default_options(method: str) -> dict[str, PartOptions]:
-    """Default options of a method's parts, by name. A base learner may change the defaults of parts added to it."""
-    base, *added = parts_of(method)
-    changes = PARTS[base].options.changes
-    return {name: PARTS[name].options(**changes.get(name, {})) for name in (base, *added)}
+    """Default options of a method's parts, by name. A part may change the defaults of the parts beside it."""
+    kinds = {name: PARTS[name].options for name in parts_of(method)}
+    changes: dict[str, dict[str, object]] = {name: {} for name in kinds}
+    for name in kinds:
+        for kind in kinds.values():
+            changes[name] |= kind.changes.get(name, {})
+    return {name: kind(**changes[name]) for name, kind in kinds.items()}
 
 
 def missing_part(method: str, part: str) -> str:

@@ -1,12 +1,13 @@
 """Base learner, class balancer and contrastive regularizer on one forward of all views: the FixMatch family."""
 
+import torch
 from torch import Tensor, nn
 
 from bacon_fast.methods.bacon import BaCon
 from bacon_fast.methods.balancers.base import Balancer, Rows
 from bacon_fast.methods.extended import ExtendedMethod, Phase
 from bacon_fast.methods.gather import gather_batch, gather_views
-from bacon_fast.methods.outputs import Batch, Outputs, StepOutput, step_output
+from bacon_fast.methods.outputs import Batch, Outputs, StepOutput, step_output, wide
 from bacon_fast.models.network import Network
 
 
@@ -22,6 +23,8 @@ class ComposedMethod(ExtendedMethod):
         balancer: what sets the targets of FixMatch, or None.
     """
 
+    mixes_images = False
+
     def __init__(
         self,
         network: Network,
@@ -35,19 +38,28 @@ class ComposedMethod(ExtendedMethod):
 
     def forward(self, batch: Batch, step: Tensor, phase: Phase) -> StepOutput:
         sizes = batch.num_labeled, batch.num_unlabeled
-        rows = [None if part is None else gather_views(part, *sizes) for part in self.network(batch.images)]
+        own = self.own_pass(batch, phase)
+        images, labeled_strong = batch.images, None
+        if batch.labeled_strong_images is not None:
+            images = torch.cat([images, batch.labeled_strong_images])
+        rows = self.network(images)
+        if batch.labeled_strong_images is not None:
+            labeled_strong = gather_views(rows[1][len(batch.images) :], batch.num_labeled, 0)
+            rows = [None if part is None else part[: len(batch.images)] for part in rows]
+        rows = [None if part is None else gather_views(part, *sizes) for part in rows]
         averaged_features = self.averaged_features(batch, batch.view(0), batch.view(1), phase.balancer)
         batch = gather_batch(batch)
-        out = Outputs(*rows, batch.num_labeled, batch.num_unlabeled)
+        out = Outputs(*rows, batch.num_labeled, batch.num_unlabeled, labeled_strong)
         if self.balancer is None:
             losses, stats, pseudo_labels = self.base(out, batch, step)
         else:
             seen = Rows(
-                out.weak_logits.detach().float(),
+                wide(out.weak_logits.detach()),
                 out.weak(out.features).detach(),
                 out.strong(out.features),
                 averaged_features,
                 batch,
+                own,
             )
             targets = self.balancer(seen, step, phase.balancer)
             losses, stats, pseudo_labels = self.base(out, batch, step, targets)

@@ -37,6 +37,7 @@ class ExtendedMethod(Method):
         super().__init__(network)
         self.balancer, self.regularizer = balancer, regularizer
         self.balanced_view = balancer is not None and balancer.balanced_view
+        self.labeled_strong_view = balancer is not None and balancer.labeled_strong_view
 
     def bind(self, averaged: nn.Module) -> None:
         super().bind(averaged)
@@ -55,6 +56,10 @@ class ExtendedMethod(Method):
 
     def refresh(self, context: RefreshContext) -> NewGeneration | None:
         return self.balancer.refresh(context)
+
+    def own_pass(self, batch: Batch, phase: Phase) -> Tensor | None:
+        """What the balancer needs of a pass of its own, before those of the step."""
+        return None if self.balancer is None else self.balancer.own_pass(batch, phase.balancer)
 
     @torch.no_grad()
     def averaged_features(self, batch: Batch, weak: Tensor, strong: Tensor, phase: Hashable) -> Tensor | None:

@@ -1,8 +1,10 @@
 """The tensors of one step, by view."""
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from bacon_fast.reference.values import accumulator_dtype
@@ -16,7 +18,8 @@ class Batch:
     true_labels int64 [U], -1 where unknown, for diagnostics only. A supervised batch has U = 0 and no views.
 
     balanced_images [B, 3, H, W], strong views of labeled images drawn class by class, with balanced_labels int64 [B],
-    for methods with a `balanced_view`.
+    for methods with a `balanced_view`. labeled_strong_images [B, 3, H, W], strong views of the labeled rows themselves,
+    for methods with a `labeled_strong_view`.
     """
 
     images: Tensor
@@ -26,6 +29,7 @@ class Batch:
     true_labels: Tensor
     balanced_images: Tensor | None = None
     balanced_labels: Tensor | None = None
+    labeled_strong_images: Tensor | None = None
 
     @property
     def num_labeled(self) -> int:
@@ -64,9 +68,14 @@ class StepOutput(NamedTuple):
     pseudo_labels: Tensor | None
 
 
+def weighted(weight: float, loss: Tensor) -> Tensor:
+    """weight · loss; at weight 1 the loss itself, as every operation of a step is a launch on a GPU."""
+    return loss if weight == 1 else weight * loss
+
+
 def step_output(losses: dict[str, Tensor], stats: dict[str, Tensor], pseudo_labels: Tensor | None) -> StepOutput:
     """The output of a step whose total is the sum of `losses`, already weighted."""
-    total = sum(losses.values())
+    total = functools.reduce(torch.add, losses.values())
     return StepOutput(
         total, {"total": total.detach(), **{k: v.detach() for k, v in losses.items()}}, stats, pseudo_labels
     )
@@ -74,9 +83,11 @@ def step_output(losses: dict[str, Tensor], stats: dict[str, Tensor], pseudo_labe
 
 @dataclass(frozen=True)
 class Outputs:
-    """The network's answer to a batch of FixMatch's views (labeled, weak, strong).
+    """The network's answer to a batch of FixMatch's views (labeled, weak, then V strong ones, mostly one).
 
-    features [B+2U, F], main and (None without a balanced head) auxiliary logits [B+2U, K].
+    features [B+(1+V)U, F], main and (None without a balanced head) auxiliary logits [B+(1+V)U, K].
+
+    labeled_strong_logits [B, K], the main head's on strong views of the labeled rows, or None.
     """
 
     features: Tensor
@@ -84,6 +95,7 @@ class Outputs:
     balanced: Tensor | None
     num_labeled: int
     num_unlabeled: int
+    labeled_strong_logits: Tensor | None = None
 
     def labeled(self, rows: Tensor) -> Tensor:
         """The labeled part of `features`, `logits` or `balanced`."""
@@ -94,7 +106,7 @@ class Outputs:
         return rows[self.num_labeled : self.num_labeled + self.num_unlabeled]
 
     def strong(self, rows: Tensor) -> Tensor:
-        """The strong views' part."""
+        """The strong views' part, view by view."""
         return rows[self.num_labeled + self.num_unlabeled :]
 
     @property

@@ -17,12 +17,17 @@ class PartOptions(Options):
         part: its name.
         operation: the operation of `bacon_fast.ops` whose backend `loss_backend` chooses, or None.
         unlabeled_ratio: the only mu that a base takes; None: any.
-        changes: other defaults that a base gives to the parts added to it, {part: {field: value}}.
+        runs_on_length: the part follows t/T (it reads `Setup.steps`), so that a longer run differs from the first step.
+        changes: other defaults that a part gives to the parts beside it, {part: {field: value}}.
+        variants: other defaults that a value of the part's option `variant` gives to options of the run,
+            {value: {name on the command line: default}}.
     """
 
     operation: ClassVar[str | None] = None
     unlabeled_ratio: ClassVar[int | None] = None
+    runs_on_length: ClassVar[bool] = True
     changes: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    variants: ClassVar[Mapping[str, Mapping[str, object]]] = {}
 
     def network(self) -> dict[str, object]:
         """What the part needs of the network: fields of `models.spec.NetworkSpec`."""
@@ -56,7 +61,7 @@ class Setup:
         data: counts and sizes.
         num_features: F, width of the backbone's features.
         steps, seed: of the run.
-        unlabeled_rows: U, unlabeled images a step.
+        labeled_rows, unlabeled_rows: B and U, labeled and unlabeled images a step.
         ema: momentum of the averaged network.
         shared: options that several parts read.
         parts: options of all parts of the method, by name.
@@ -66,6 +71,7 @@ class Setup:
     num_features: int
     steps: int
     seed: int
+    labeled_rows: int
     unlabeled_rows: int
     ema: float
     shared: SharedOptions
@@ -83,7 +89,7 @@ class Part:
         build: (options, setup) -> module. For a base: (options, setup, network, balancer, regularizer) -> Method; a
             base without additions takes neither balancer nor regularizer. None for an extension.
         alone: why nothing can be added to a base; empty if something can.
-        refuses: base learners that a balancer does not go with, and why.
+        refuses: parts that a balancer does not go with, and why.
         beside: regularizers that a balancer goes with.
         extends: the part that an extension changes.
     """

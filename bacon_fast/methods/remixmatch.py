@@ -34,7 +34,10 @@ class ReMixMatchOptions(PartOptions):
 
     part: ClassVar[str] = "remixmatch"
     unlabeled_ratio: ClassVar[int] = 1  # it mixes blocks of B rows with each other
-    changes: ClassVar[Mapping[str, Mapping[str, object]]] = {"bacon": {"contrast_start": 1 / 30}}
+    changes: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "bacon": {"contrast_start": 1 / 30},
+        "cdmad": {"start": 50_500 / 150_000},
+    }
 
     lambda_u: float = 1.5
     """Weight of the unlabeled loss."""
@@ -69,7 +72,7 @@ class ReMixMatch(ExtendedMethod):
         alignment_momentum: of the average prediction.
         abc: ABC on the network's balanced head, or None.
         regularizer: BaCon's loss, or None.
-        balancer: CoSSL, CReST, DARP or DASO, or None. Only the probabilities and losses of its `Targets` are used.
+        balancer: CDMAD, CoSSL, CReST, DARP or DASO, or None. Of its `Targets` only probabilities and losses are used.
     """
 
     # MixUp's order, after the labeled rows.
@@ -113,6 +116,7 @@ class ReMixMatch(ExtendedMethod):
             raise ValueError(f"batch: expected as many unlabeled rows as labeled ones, {rows}, found {sizes[1]}")
         labeled, strong, _, weak = batch.images.split(rows)
         averaged_features = self.averaged_features(batch, weak, strong, phase.balancer)
+        own = self.own_pass(batch, phase)
         images, batch = gather_views(batch.images, *sizes), gather_batch(batch)
 
         # 1: the weak views.
@@ -130,7 +134,7 @@ class ReMixMatch(ExtendedMethod):
         logits, seen = wide(gather_views(weak_out[1], 0, rows)), None
         if self.balancer is not None:
             features = (gather_views(part[0], 0, rows) for part in (weak_out, strong_out))
-            seen = Rows(logits, *features, averaged_features, batch)
+            seen = Rows(logits, *features, averaged_features, batch, own)
         targets, balancing = self._targets(logits, seen, step, phase.balancer)
 
         # 4: all rows of all views mixed with each other, then block by block through the network.

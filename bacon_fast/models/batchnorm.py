@@ -131,6 +131,20 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
             layer.update_statistics = value
 
 
+@contextmanager
+def statistics_momentum(module: nn.Module, momentum: float) -> Iterator[None]:
+    """Inside, the newest batch has this weight in the running statistics of every `BatchNorm2d` of ``module``."""
+    layers = [layer for layer in module.modules() if isinstance(layer, BatchNorm2d)]
+    before = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = momentum
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.momentum = value
+
+
 def synchronize(module: nn.Module, group: ProcessGroup | Literal[True] | None = True) -> None:
     """Sets the `sync_group` of every `BatchNorm2d` of ``module``: all ranks (True), some, or each for itself (None)."""
     for layer in module.modules():

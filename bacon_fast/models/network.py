@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from bacon_fast.models import build_backbone
 from bacon_fast.models.heads import auxiliary_head, main_head
+from bacon_fast.reference.values import accumulator_dtype
 
 
 class Network(nn.Module):
@@ -33,6 +34,29 @@ class Network(nn.Module):
         """Features [N,F] and logits [N,K] of the head that evaluation uses (methods.md C, E.7)."""
         features, logits, balanced = self(images)
         return features, logits if balanced is None else balanced
+
+
+class DebiasedNetwork(Network):
+    """Network that predicts by what it answers beyond its answer to an empty image (CDMAD, newer_methods.md L).
+
+    Buffers:
+        empty_image: float32 [3], the color of the empty image after normalization.
+    """
+
+    def __init__(self, backbone: str, num_classes: int, *, bn_momentum: float) -> None:
+        super().__init__(backbone, num_classes, balanced_head=False, bn_momentum=bn_momentum)
+        self.register_buffer("empty_image", torch.ones(3))
+
+    def empty(self, images: Tensor) -> Tensor:
+        """The empty image, [1,3,H,W], of the size, dtype and device of images [N,3,H,W]."""
+        return self.empty_image.to(images.dtype)[None, :, None, None].expand(1, *images.shape[1:])
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [N,F], and logits [N,K] minus those of the empty image, at least float32, in evaluation mode."""
+        features, logits, _ = self(torch.cat([images, self.empty(images)]))  # rows do not see each other there
+        logits = logits.to(accumulator_dtype(logits.dtype))
+        return features[:-1], logits[:-1] - logits[-1:]
 
 
 class TeacherNetwork(Network):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from bacon_fast.models.network import Network, TeacherNetwork
+from bacon_fast.models.network import DebiasedNetwork, Network, TeacherNetwork
 from bacon_fast.models.ssc import PrototypeNetwork
 
 
@@ -15,15 +15,15 @@ class NetworkSpec:
         backbone: name for `build_backbone`.
         num_classes: K.
         bn_momentum: weight of the newest batch in BatchNorm's running statistics.
-        heads: "main" is one classifier; "balanced" adds the auxiliary one (ABC), "teacher" CoSSL's; "prototypes" has
-            SSC's prototypes in place of a classifier.
+        heads: "main" is one classifier, "debiased" one that CDMAD debiases; "balanced" adds the auxiliary one (ABC),
+            "teacher" CoSSL's; "prototypes" has SSC's prototypes in place of a classifier.
         temperature: similarities to the prototypes are divided by it.
     """
 
     backbone: str
     num_classes: int
     bn_momentum: float
-    heads: Literal["main", "balanced", "teacher", "prototypes"] = "main"
+    heads: Literal["main", "balanced", "teacher", "prototypes", "debiased"] = "main"
     temperature: float | None = None
 
 
@@ -39,4 +39,6 @@ def build_network(spec: NetworkSpec) -> Network | PrototypeNetwork:
         return PrototypeNetwork(spec.backbone, temperature=spec.temperature, **sizes)
     if spec.heads == "teacher":
         return TeacherNetwork(spec.backbone, **sizes)
+    if spec.heads == "debiased":
+        return DebiasedNetwork(spec.backbone, **sizes)
     return Network(spec.backbone, balanced_head=spec.heads == "balanced", **sizes)

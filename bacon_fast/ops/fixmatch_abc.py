@@ -20,6 +20,7 @@ class FixMatchABCOutput(NamedTuple):
     pseudo_rate: 0-d, share of unlabeled rows with a confident pseudo-label of the main head.
     abc_rate: 0-d, share of unlabeled rows that enter ``abc_unlabeled``.
     pseudo_known, pseudo_correct: 0-d, confident rows with a known true label, and those among them that are right.
+    pseudo_labels: [U] int64, the main head's pseudo-labels, -1 where not confident.
     """
 
     supervised: Tensor
@@ -30,6 +31,7 @@ class FixMatchABCOutput(NamedTuple):
     abc_rate: Tensor
     pseudo_known: Tensor
     pseudo_correct: Tensor
+    pseudo_labels: Tensor
 
 
 def fixmatch_abc_loss(
@@ -120,7 +122,7 @@ def fixmatch_abc_loss(
         step=step,
     )
     run = choose_backend("fixmatch_abc_loss", backend, logits)
-    losses, stats = run(
+    losses, stats, pseudo_labels = run(
         logits,
         balanced,
         labels,
@@ -131,7 +133,7 @@ def fixmatch_abc_loss(
         seed=seed,
         threshold=threshold,
     )
-    return FixMatchABCOutput(*losses.unbind(), *stats.unbind())
+    return FixMatchABCOutput(*losses.unbind(), *stats.unbind(), pseudo_labels)
 
 
 # Two forward ops, one for each backend, share a schema and an autograd formula. The backward is an op too, so that
@@ -139,7 +141,7 @@ def fixmatch_abc_loss(
 _FORWARD = (
     "(Tensor logits, Tensor balanced, Tensor labels, Tensor true_labels, Tensor keep_labeled, Tensor keep_unlabeled, "
     "Tensor step, int seed, float threshold) "
-    "-> (Tensor losses, Tensor stats, Tensor grad_logits, Tensor grad_balanced)"
+    "-> (Tensor losses, Tensor stats, Tensor pseudo_labels, Tensor grad_logits, Tensor grad_balanced)"
 )
 _BACKWARD = (
     "(Tensor grad_losses, Tensor grad_logits, Tensor grad_balanced, Tensor logits, Tensor balanced, int batch, "
@@ -148,11 +150,14 @@ _BACKWARD = (
 _NUM_INPUTS = 9
 
 
-def _fake_forward(logits: Tensor, balanced: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_forward(
+    logits: Tensor, balanced: Tensor, labels: Tensor, true_labels: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulator_dtype(logits.dtype)
     return (
         logits.new_empty(4, dtype=dtype),
         logits.new_empty(4, dtype=torch.float32),
+        torch.empty_like(true_labels, memory_format=torch.contiguous_format),
         logits.new_empty(logits.shape, dtype=dtype),
         logits.new_empty(logits.shape, dtype=dtype),
     )
@@ -177,13 +182,17 @@ def _define(backend: str) -> None:
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         logits, balanced, labels, true_labels = inputs[:4]
-        _, stats, grad_logits, grad_balanced = output
-        ctx.mark_non_differentiable(stats, grad_logits, grad_balanced)
+        _, *rest = output
+        ctx.mark_non_differentiable(*rest)
+        ctx.set_materialize_grads(False)  # zeros of the size of each of them would only be made
+        *_, grad_logits, grad_balanced = rest
         # The logits give the dtype, and make a second derivative reach `_refuse`.
         ctx.save_for_backward(grad_logits, grad_balanced, logits, balanced)
         ctx.sizes = labels.shape[0], true_labels.shape[0]
 
-    def differentiate(ctx: Any, grad_losses: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Any, grad_losses: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+        if grad_losses is None:
+            return (None,) * _NUM_INPUTS
         gradients = backward_op(grad_losses, *ctx.saved_tensors, *ctx.sizes)
         return (*gradients, *[None] * (_NUM_INPUTS - 2))
 
@@ -222,8 +231,8 @@ def _why_not_triton(logits: Tensor) -> str | None:
 
 def _call(op: Any, *tensors: Tensor, seed: int, threshold: float) -> FixMatchABCLosses:
     # An op's integers are signed 64-bit: the same bits, read back unsigned on the other side.
-    losses, stats, _, _ = op(*tensors, seed - (seed >> 63 << 64), threshold)
-    return FixMatchABCLosses(losses, stats)
+    losses, stats, pseudo_labels, _, _ = op(*tensors, seed - (seed >> 63 << 64), threshold)
+    return FixMatchABCLosses(losses, stats, pseudo_labels)
 
 
 def _run_cpp(*tensors: Tensor, **options: Any) -> FixMatchABCLosses:

@@ -117,7 +117,7 @@ def _cutout_box(u: Tensor, size: tuple[int, int], cutout: bool) -> Tensor:
     """Rectangle from three uniform numbers: side, then center. All steps are exact in float64."""
     height, width = size
     side = 0.5 * width * u[:, 0]
-    # The peer draws the center with numpy's uniform(size), whose other end is 1: an interval (1, size].
+    # USB draws the center with numpy's uniform(size), whose other end is 1: the interval (1, size].
     x0 = torch.floor((width + (1.0 - width) * u[:, 1] - side / 2).clamp(min=0))
     y0 = torch.floor((height + (1.0 - height) * u[:, 2] - side / 2).clamp(min=0))
     x1, y1 = (x0 + side).clamp(max=width), (y0 + side).clamp(max=height)

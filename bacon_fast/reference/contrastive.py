@@ -85,8 +85,7 @@ def contrastive(
 
     Returns:
         [R] in float32 (float64 for float64 rows). A row with non-finite features or own columns has loss NaN, and so
-        have the others of its group, but no NaN reaches the gradients of others. Any other row without a positive has
-        0.
+        has every row of its group, but no NaN reaches the gradients of others. Any other row without a positive has 0.
 
     Only rows, columns and own receive a gradient. A column's gradient counts its part as negative and as positive.
     """

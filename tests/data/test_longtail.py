@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bacon_fast.data.datasets import DATASETS, ImageDataset
-from bacon_fast.data.longtail import PROTOCOLS, Protocol, Split, class_counts, make_split
+from bacon_fast.data.longtail import PROTOCOLS, Protocol, Split, class_counts, make_split, pool_line
+from bacon_fast.files import read_record, write_record
 
 # (head, gamma, list), as documented in methods.md A.1.
 DOCUMENTED = [
@@ -168,6 +169,35 @@ def test_unknown_unlabeled_set_is_everything():
     assert split.unlabeled_counts is None and split.labeled_counts == (8, 4, 2)
 
 
+def test_a_line_says_what_the_pool_is():
+    """A misspelled unlabeled/ shows as a pool of the labeled images alone."""
+    everything = simple(unlabeled=None, gamma_u=None, unlabeled_all=True)
+    for protocol, unlabeled, line in (
+        (PROTOCOLS["as-is"], 0, "labeled 1,027, unlabeled 1,027, of which 1,027 are the labeled images"),
+        (
+            PROTOCOLS["as-is"],
+            40,
+            "labeled 1,027, unlabeled 1,067, of which 1,027 are the labeled images, 40 are images that come without "
+            "a class",
+        ),
+        (simple(), 0, "labeled 14, unlabeled 21, of which 21 are other training images"),
+        (
+            simple(lb_in_ulb=True),
+            9,
+            "labeled 14, unlabeled 35, of which 14 are the labeled images, 21 are other training images; the "
+            "protocol leaves out 9 images that come without a class",
+        ),
+        (
+            everything,
+            3,
+            "labeled 14, unlabeled 1,030, of which 14 are the labeled images, 1,013 are other training images, "
+            "3 are images that come without a class",
+        ),
+    ):
+        dataset = dataset_of([1009, 9, 9] if protocol.unlabeled_all else [30, 30, 30], unlabeled)
+        assert pool_line(make_split(dataset, protocol, 0), dataset) == line
+
+
 def test_as_is_labels_every_train_image():
     split = make_split(dataset_of([5, 2], unlabeled=3), PROTOCOLS["as-is"], 0)
     assert sorted(split.labeled) == list(range(7)) and split.labeled_counts == (5, 2)
@@ -235,7 +265,7 @@ def test_load_refuses_a_changed_file(tmp_path):
     content = json.loads(path.read_text())
     content["labeled"][0], content["labeled"][1] = content["labeled"][1], content["labeled"][0]
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"split\.json was changed"):
+    with pytest.raises(ValueError, match=r"split\.json: its content does not have the digest in it"):
         Split.load(path)
 
 
@@ -243,8 +273,49 @@ def test_load_refuses_a_changed_file(tmp_path):
 def test_load_refuses_other_files(tmp_path, text):
     path = tmp_path / "other.json"
     path.write_text(text, encoding="latin1")
-    with pytest.raises(ValueError, match=r"other\.json is not a split file"):
+    with pytest.raises(ValueError, match=r"other\.json: (expected a (JSON object|digest)|its content)"):
         Split.load(path)
+
+
+FORGED = {
+    "an index twice": {"labeled": [0, 0, 2]},
+    "an index below 0": {"labeled": [0, -1, 2]},
+    "indices of text": {"labeled": ["a", "b", "c"]},
+    "indices beyond int64": {"unlabeled": [2**70]},
+    "counts of another sum": {"labeled_counts": [5, 5, 5]},
+    "a count that is no integer": {"labeled_counts": [1.0, 1, 1]},
+    "counts of no list": {"labeled_counts": 3},
+    "a protocol of other fields": {"protocol": {"name": "x"}},
+    "a protocol of no object": {"protocol": 3},
+    "a seed of text": {"seed": "0"},
+    "another name": {"dataset_name": None},
+    "one more entry": {"more": 1},
+}
+
+
+@pytest.mark.parametrize("values", FORGED.values(), ids=FORGED)
+def test_load_refuses_what_no_split_holds_in_one_line(tmp_path, values):
+    """With a right hash: written by a program, not by damage."""
+    path = tmp_path / "split.json"
+    make_split(dataset_of([30, 30, 30]), simple(), 5).save(path)
+    write_record(path, read_record(path, key="hash") | values, key="hash")
+    with pytest.raises(ValueError, match=r"split\.json: ") as refusal:
+        Split.load(path)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"labeled": np.array([0, 1, 90])}, "labeled: expected indices below 90, found 90"),
+        ({"labeled_counts": (2, 1, 0)}, r"labeled_counts: expected \[.*\], by the labels, found \[2, 1, 0\]"),
+    ],
+)
+def test_verify_refuses_indices_and_counts_that_the_images_do_not_have(changes, expected):
+    dataset = dataset_of([30, 30, 30])
+    split = make_split(dataset, simple(1, 1, 1, 1), 5)
+    with pytest.raises(ValueError, match=f"split: {expected}"):
+        dataclasses.replace(split, **changes).verify(dataset)
 
 
 def test_verify_refuses_other_images():
@@ -272,3 +343,122 @@ def test_hash_covers_every_field():
     assert set(changes) == {field.name for field in dataclasses.fields(split)}
     for name, value in changes.items():
         assert dataclasses.replace(split, **{name: value}).hash != split.hash, name
+
+
+# ---- newer_methods.md N ----
+
+SIMPRO_100 = [4000, 2397, 1437, 861, 516, 309, 185, 111, 66, 40]
+SIMPRO_150 = [4000, 2292, 1313, 752, 431, 247, 141, 81, 46, 26]
+SIMPRO = {
+    "simpro-cifar10-100": SIMPRO_100,
+    "simpro-cifar10-100-uniform": [4000] * 10,
+    "simpro-cifar10-100-reversed": [40, 66, 111, 185, 309, 516, 861, 1437, 2397, 4000],
+    "simpro-cifar10-100-middle": [66, 185, 516, 1437, 4000, 2397, 861, 309, 111, 40],
+    "simpro-cifar10-100-head-tail": [2397, 861, 309, 111, 40, 66, 185, 516, 1437, 4000],
+    "simpro-cifar10-150": SIMPRO_150,
+    "simpro-cifar10-150-uniform": [4000] * 10,
+    "simpro-cifar10-150-reversed": SIMPRO_150[::-1],
+    "simpro-cifar10-150-middle": [SIMPRO_150[c] for c in (8, 6, 4, 2, 0, 1, 3, 5, 7, 9)],
+    "simpro-cifar10-150-head-tail": [SIMPRO_150[c] for c in (1, 3, 5, 7, 9, 8, 6, 4, 2, 0)],
+}
+
+
+@pytest.fixture(scope="module")
+def cifar10() -> ImageDataset:
+    return dataset_of([5000] * 10)
+
+
+@pytest.mark.parametrize("name", SIMPRO)
+def test_simpros_documented_lists(cifar10, name):
+    split = make_split(cifar10, PROTOCOLS[name], 0)
+    labeled = {100: [500, 299, 179, 107, 64, 38, 23, 13, 8, 5], 150: [500, 286, 164, 94, 53, 30, 17, 10, 5, 3]}
+    assert list(split.labeled_counts) == labeled[PROTOCOLS[name].gamma_l]
+    assert list(split.unlabeled_counts) == SIMPRO[name]
+    assert np.bincount(cifar10.train_labels.numpy()[split.unlabeled]).tolist() == SIMPRO[name]
+    assert not set(split.labeled) & set(split.unlabeled)
+
+
+def test_simpros_documented_lists_of_100_classes():
+    found = {
+        word: make_split(dataset_of([450] * 100), PROTOCOLS[f"simpro-cifar100-20{word}"], 0)
+        for word in ("", "-middle", "-head-tail")
+    }
+    labeled, consistent = found[""].labeled_counts, found[""].unlabeled_counts
+    assert labeled[:6] == (50, 48, 47, 45, 44, 42) and labeled[-1] == 2 and sum(labeled) == 1545
+    assert consistent[:4] == (400, 388, 376, 365) and consistent[-2:] == (20, 20) and sum(consistent) == 12719
+    middle, head_tail = found["-middle"].unlabeled_counts, found["-head-tail"].unlabeled_counts
+    assert middle[:4] == (20, 21, 23, 24) and middle.index(max(middle)) == 49
+    assert head_tail[:3] == (388, 365, 343) and min(head_tail) == head_tail[49]
+    assert sorted(middle) == sorted(head_tail) == sorted(consistent)
+
+
+@pytest.mark.parametrize(
+    ("seed", "counts"),
+    [
+        (0, [127, 76, 2757, 356, 991, 594, 1653, 4600, 46, 213]),
+        (1, [213, 76, 46, 127, 356, 991, 4600, 594, 2757, 1653]),
+        (2, [356, 46, 991, 594, 213, 127, 1653, 76, 2757, 4600]),
+    ],
+)
+def test_cpgs_documented_random_orders(cifar10, seed, counts):
+    split = make_split(cifar10, PROTOCOLS["cpg-cifar10-100-random"], seed)
+    assert list(split.unlabeled_counts) == counts and sum(counts) == 11413
+    assert split.labeled_counts == (400, 239, 143, 86, 51, 30, 18, 11, 6, 4)
+
+
+@pytest.mark.parametrize("gamma", [10, 20])
+def test_stl10s_official_unlabeled_images_alone_and_with_the_labeled_ones(gamma):
+    dataset = dataset_of([500] * 10, unlabeled=300)
+    labeled = {10: (1835, None), 20: (1528, [450, 322, 231, 165, 118, 85, 61, 43, 31, 22])}[gamma]
+    alone, both = (make_split(dataset, PROTOCOLS[f"{name}-stl10-{gamma}"], 0) for name in ("simpro", "cdmad"))
+    for split in (alone, both):
+        assert len(split.labeled) == labeled[0] and labeled[1] in (None, list(split.labeled_counts))
+        assert split.unlabeled_counts is None
+    assert alone.unlabeled.tolist() == list(range(5000, 5300))
+    assert set(both.unlabeled) == set(alone.unlabeled) | set(both.labeled) and len(both.unlabeled) == 300 + labeled[0]
+    with pytest.raises(ValueError, match="expected a dataset with unlabeled images of its own, found none in made"):
+        make_split(dataset_of([500] * 10), PROTOCOLS[f"simpro-stl10-{gamma}"], 0)
+
+
+def test_every_newer_protocol_fits_its_dataset(cifar10):
+    datasets = {"cifar10": cifar10, "cifar100": dataset_of([500] * 100), "stl10": dataset_of([500] * 10, unlabeled=5)}
+    newer = [name for name in PROTOCOLS if name.startswith(("simpro-", "cdmad-", "cpg-"))]
+    assert len(newer) == 17 + 10 + 21
+    for name in newer:
+        split = make_split(datasets[PROTOCOLS[name].dataset], PROTOCOLS[name], 1)
+        assert PROTOCOLS[name].lb_in_ulb == bool(set(split.labeled) & set(split.unlabeled))
+
+
+@pytest.mark.parametrize("order", ["middle", "head-tail", "random"])
+def test_an_order_of_the_unlabeled_counts_leaves_the_draw_of_each_class_alone(order):
+    dataset = dataset_of([30, 30, 30])
+    plain, other = (make_split(dataset, simple(unlabeled_order=o), 3) for o in ("sorted", order))
+    assert np.array_equal(plain.labeled, other.labeled)
+    assert sorted(plain.unlabeled_counts) == sorted(other.unlabeled_counts)
+    for count, again, images in zip(plain.unlabeled_counts, other.unlabeled_counts, range(3)):
+        one, two = (s.unlabeled[dataset.train_labels.numpy()[s.unlabeled] == images] for s in (plain, other))
+        assert set(one[: min(count, again)]) == set(two[: min(count, again)])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gamma_u": -4, "unlabeled_order": "middle"},
+        {"unlabeled_own": True},
+        {"unlabeled": None, "gamma_u": None, "unlabeled_own": True, "unlabeled_all": True},
+        {"unlabeled": None, "gamma_u": None, "unlabeled_own": True, "unlabeled_order": "random"},
+    ],
+)
+def test_contradictory_newer_protocols(changes):
+    with pytest.raises(ValueError, match="protocol 'simple'"):
+        simple(**changes)
+
+
+def test_newer_fields_leave_the_hashes_of_older_splits_alone(tmp_path):
+    plain = make_split(dataset_of([30, 30, 30]), simple(), 0)
+    plain.save(tmp_path / "split.json")
+    saved = json.loads((tmp_path / "split.json").read_text())
+    assert not {"unlabeled_order", "unlabeled_own"} & set(saved["protocol"])
+    other = make_split(dataset_of([30, 30, 30]), simple(unlabeled_order="middle"), 0)
+    other.save(tmp_path / "other.json")
+    assert Split.load(tmp_path / "other.json").hash == other.hash != plain.hash

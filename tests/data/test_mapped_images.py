@@ -283,7 +283,8 @@ def test_batches_are_those_of_resident_images(tmp_path, views):
     for images in ("memory", "mapped"):
         dataset = load(tmp_path, mapped=images == "mapped")
         split = make_split(dataset, PROTOCOLS["as-is"], 0)
-        built.append(Batches(config.replace(images=images), split, dataset, CPU, views, balanced_view=True))
+        every = {"balanced_view": True, "labeled_strong_view": True}
+        built.append(Batches(config.replace(images=images), split, dataset, CPU, views, **every))
     for step in range(12):  # several epochs
         if step == 8:  # another labeled set, as CReST has
             for batches in built:

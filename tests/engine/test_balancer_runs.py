@@ -6,9 +6,11 @@ from run_cases import assert_equal_states, final_state, tiny
 
 from bacon_fast.engine import build
 from bacon_fast.engine.trainer import Trainer
+from bacon_fast.models.network import DebiasedNetwork
+from bacon_fast.run import open_run
 
-BALANCERS = ("daso", "darp", "crest", "crest+pda", "cossl")  # of both bases
-BALANCED = ["fixmatch+debiaspl", "fixmatch+saw"] + [
+BALANCERS = ("daso", "darp", "crest", "crest+pda", "cossl", "cdmad")  # of both bases
+BALANCED = ["fixmatch+debiaspl", "fixmatch+saw", "fixmatch+simpro"] + [
     f"{base}+{x}" for base in ("fixmatch", "remixmatch") for x in BALANCERS
 ]
 
@@ -56,7 +58,7 @@ def test_a_run_stopped_right_before_a_refresh_ends_as_an_uninterrupted_one(tmp_p
 
 # Where each acts in ReMixMatch, by its authors' code: (on the aligned and sharpened targets, as the alignment).
 PLACES = {"daso": (True, False), "darp": (True, False), "crest": (False, False), "crest+pda": (False, True)}
-PLACES["cossl"] = (False, False)
+PLACES |= {"cossl": (False, False), "cdmad": (False, True)}
 
 
 @pytest.mark.parametrize("name", BALANCERS)
@@ -149,3 +151,57 @@ def test_the_teacher_of_cossl_starts_late_and_then_predicts(tmp_path):
     trainer.train_step()
     trainer.logger.close()
     assert not torch.equal(online.balanced_head.weight, warmed)
+
+
+@pytest.mark.parametrize("method", ["fixmatch+cdmad", "remixmatch+cdmad"])
+def test_a_network_of_cdmad_opened_from_a_checkpoint_predicts_without_the_bias(tmp_path, method):
+    trainer = Trainer(tiny(tmp_path, method=method, parts={"cdmad.image": "white"}, steps=4))
+    trainer.fit()
+    opened, images = open_run(tmp_path, "cpu"), trainer.batches.augment.normalize(trainer.dataset.test_images[:9])
+    assert isinstance(opened.network, DebiasedNetwork)
+    white = trainer.batches.augment.normalize(torch.full((1, *trainer.dataset.test_images.shape[1:]), 255).byte())
+    torch.testing.assert_close(opened.network.empty(images), white)
+    # Up to the memory format of the weights.
+    torch.testing.assert_close(opened.network.predict(images)[1], trainer.ema.network.predict(images)[1])
+    expected = opened.network(images)[1] - opened.network(white)[1]
+    torch.testing.assert_close(opened.network.predict(images)[1], expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_authors_slip_moves_running_statistics_and_no_loss_of_the_step(tmp_path):
+    found = []
+    for slip in (False, True):
+        parts = {"cdmad.authors_statistics": slip, "cdmad.start": 0.5}
+        trainer = Trainer(tiny(tmp_path / str(slip), method="fixmatch+cdmad", parts=parts))
+        total = trainer.train_step()[0]["total"].item()
+        trainer.logger.close()
+        buffers = dict(trainer.method.network.named_buffers())
+        found.append((total, {name: value.clone() for name, value in buffers.items() if "running_mean" in name}))
+    assert found[0][0] == found[1][0]
+    assert not any(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+
+
+def test_simpro_counts_labels_and_estimates_priors_at_the_ends_of_epochs(tmp_path):
+    trainer = Trainer(tiny(tmp_path, method="fixmatch+simpro", steps=12, epochs=4))
+    balancer, start = trainer.method.balancer, trainer.method.balancer.prior.clone()
+    sums, moved = [], []
+    for _ in range(6):
+        before = balancer.prior.clone()
+        trainer.train_step()
+        sums.append(balancer.labeled_sums.sum().item())
+        moved.append(not torch.equal(before, balancer.prior))
+    trainer.logger.close()
+    assert sums == [8, 16, 0, 8, 16, 0] and moved == [False, False, True] * 2
+    assert balancer.prior.sum().item() == pytest.approx(1, abs=1e-6) and not torch.equal(balancer.prior, start)
+
+
+@pytest.mark.parametrize(("strong_views", "labeled_strong"), [(1, False), (1, True), (2, False)])
+def test_simpro_with_fewer_views(tmp_path, strong_views, labeled_strong):
+    parts = {"simpro.strong_views": strong_views, "simpro.labeled_strong": labeled_strong}
+    trainer = Trainer(tiny(tmp_path, method="fixmatch+simpro", parts=parts))
+    trainer.batches.prepare(0)
+    batch = trainer.batches.batch(torch.tensor(0))
+    assert len(batch.images) == 8 + (1 + strong_views) * 16
+    assert (batch.labeled_strong_images is not None) == labeled_strong
+    losses, _ = trainer.train_step()
+    trainer.logger.close()
+    assert losses["total"].isfinite() and losses["supervised"] > 0

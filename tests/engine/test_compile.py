@@ -8,7 +8,7 @@ from bacon_fast.engine.trainer import Trainer
 from bacon_fast.methods import METHODS
 
 # All parts of a method take part from the third or fourth step on; CReST's second generation lies behind the last.
-PARTS = dict.fromkeys(("bacon.contrast_start", "daso.start", "darp.start", "cossl.start"), 0.1)
+PARTS = dict.fromkeys(("bacon.contrast_start", "daso.start", "darp.start", "cossl.start", "cdmad.start"), 0.1)
 PARTS["crest.generations"] = 2
 
 

@@ -17,9 +17,10 @@ from bacon_fast.methods.part import Part, PartOptions, Setup
 
 def test_the_methods_are_these_in_this_order():
     added = ["abc", "bacon", "abc+bacon", "debiaspl", "saw", "daso", "darp", "crest", "crest+pda", "cossl"]
+    added += ["simpro", "cdmad"]
     fixmatch = ("fixmatch", *(f"fixmatch+{name}" for name in added))
-    remixmatch = ("remixmatch", *(f"remixmatch+{name}" for name in added if name not in ("debiaspl", "saw")))
-    assert ("supervised", *fixmatch, *remixmatch, "sscl", "ssc") == METHODS and len(METHODS) == 23
+    remixmatch = ("remixmatch", *(f"remixmatch+{name}" for name in added if name not in ("debiaspl", "saw", "simpro")))
+    assert ("supervised", *fixmatch, *remixmatch, "sscl", "ssc") == METHODS and len(METHODS) == 26
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,11 @@ def test_the_methods_are_these_in_this_order():
         ("fixmatch+pda", "pda extends crest"),
         ("remixmatch+saw", "saw does not go with remixmatch: it acts on hard pseudo-labels"),
         ("remixmatch+debiaspl", "debiaspl does not go with remixmatch"),
+        ("remixmatch+simpro", "simpro does not go with remixmatch: MixUp mixes rows of the two priors"),
+        ("fixmatch+bacon+simpro", "simpro does not go with bacon: it balances the classifier by its priors already"),
+        ("remixmatch+bacon+cdmad", "cdmad does not go with bacon: it takes the bias out of the logits"),
+        ("fixmatch+simpro+cdmad", "a method has one balancer"),
+        ("fixmatch+abc+cdmad", "a method has one balancer"),
         ("fixmatch+ssc", "a method has one base learner"),
         ("daso", "a method has one base learner"),
         ("fixmatch+bacon+abc", "its parts have an order, fixmatch+abc+bacon"),

@@ -9,7 +9,7 @@ import torch
 from bacon_fast.engine.build import network_spec
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.methods import METHODS
-from bacon_fast.models.network import Network, TeacherNetwork
+from bacon_fast.models.network import DebiasedNetwork, Network, TeacherNetwork
 from bacon_fast.models.spec import NetworkSpec, build_network
 from bacon_fast.models.ssc import PrototypeNetwork
 
@@ -21,7 +21,8 @@ def test_the_spec_of_every_method_survives_json_and_has_the_heads_that_its_parts
     assert NetworkSpec(**json.loads(json.dumps(dataclasses.asdict(spec)))) == spec
     network = build_network(spec)
     parts = method.split("+")
-    kind = PrototypeNetwork if method == "ssc" else TeacherNetwork if "cossl" in parts else Network
+    kinds = {"ssc": PrototypeNetwork, "cossl": TeacherNetwork, "cdmad": DebiasedNetwork}
+    kind = next((kinds[part] for part in parts if part in kinds), Network)
     assert type(network) is kind
     if method == "ssc":
         assert network.prototypes.shape == (7, 128) and network.temperature == 0.08

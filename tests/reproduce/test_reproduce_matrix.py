@@ -16,6 +16,7 @@ from bacon_fast.data.longtail import PROTOCOLS
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.engine.trainer import Trainer
 from bacon_fast.methods import METHODS, bacon
+from bacon_fast.methods.sscl.method import SsCLOptions
 from bacon_fast.reproduce import published
 from bacon_fast.reproduce.__main__ import Arguments, reproduce
 from bacon_fast.reproduce.matrix import Options, Run, check_images, command_words, expand, shorten
@@ -49,6 +50,19 @@ def test_a_table_has_unlike_rows_and_columns_and_every_cell_a_run_a_seed(name):
             assert run.config.method == cell.row.method and run.config.preset == cell.column.preset
             wanted = {**cell.column.overrides, **cell.row.changes(cell.column)}
             assert {name: run.config.flat()[name] for name in wanted} == wanted
+
+
+# methods.md F.7, its last column.
+SSCL_PAPER = {
+    "calibration": "literal",
+    "targets": "soft",
+    "similarity": "cosine",
+    "alpha_of": "nearest",
+    "prototype_features": "raw",
+    "small_views": "full",
+    "window_start": "empty",
+    "schedule": "cosine_to_zero",
+}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -116,13 +130,65 @@ def test_recipes_of_the_published_tables():
                 assert config.parts["bacon"].contrast_start == (1 / 30 if row.startswith("remixmatch") else 0.5)
 
 
+def test_recipes_of_the_newer_tables():
+    """newer_methods.md N.1, N.2 and L: length, batch, optimizer, and what the method has of its own."""
+    for cell in cells_of("simpro"):
+        config = cell.runs[0].config
+        assert cell.protocol == cell.column.name == config.data.protocol
+        optimizer, flat = config.optimizer, config.flat()
+        assert (config.steps, config.shared.epochs, config.views.batch_size) == (43_000, 86, 64)
+        assert config.views.unlabeled_ratio == (16 if "stl10" in cell.protocol else 8)
+        assert (optimizer.lr, optimizer.lr_schedule, optimizer.weight_decay) == (0.17, "cosine", 5e-4)
+        hundred = "cifar100-" in cell.protocol
+        assert config.shared.threshold == (0.2 if hundred else 0.95)
+        assert flat.get("simpro.tau", 1.0 if hundred else 2.0) == (1.0 if hundred else 2.0)
+    decays = {"cifar10": 0.04, "cifar100": 0.08, "stl10": 0.01}
+    for cell in cells_of("cdmad"):
+        config, optimizer = cell.runs[0].config, cell.runs[0].config.optimizer
+        assert cell.protocol == cell.column.name == config.data.protocol
+        assert (config.steps, config.views.batch_size, config.views.unlabeled_ratio) == (250_000, 32, 2)
+        decay = 0.01 if cell.protocol.endswith("uniform") else decays[config.data.dataset]
+        found = optimizer.optimizer, optimizer.lr, optimizer.weight_decay, optimizer.ema_buffers
+        assert found == ("adam", 0.0015, decay, "average")
+        assert config.flat().get("cdmad.start", 0.202) * 250_000 == pytest.approx(50_500)
+    for cell in cells_of("cdmad-remixmatch"):
+        config, flat = cell.runs[0].config, cell.runs[0].config.flat()
+        assert (config.steps, config.views.batch_size, config.optimizer.lr) == (150_000, 64, 0.002)
+        assert (flat["remixmatch.lambda_u"], flat["remixmatch.lambda_rot"]) == (2.0, 1.0)
+        if "cdmad" in cell.row.name:
+            assert (flat["remixmatch.sharpening"], flat["remixmatch.rampup"]) == (1.0, 1.0)
+            assert flat["cdmad.align"] and flat["cdmad.start"] * 150_000 == pytest.approx(50_500)
+
+
 def test_sscl_alone_is_without_cutout():
     configs = {cell.row.name: cell.runs[0].config for cell in cells_of("sscl-cifar10")}
     assert {name: config.views.cutout for name, config in configs.items()} == {
         "sscl": False,
+        "sscl-paper": False,
         "fixmatch": True,
         "remixmatch": True,
     }
+
+
+def test_sscls_variants_are_eight_choices_which_single_options_override():
+    choices = SsCLOptions().choices()
+    for cell in cells_of("sscl-cifar10"):
+        if cell.row.method == "sscl":
+            config = cell.runs[0].config
+            found = config.parts["sscl"].choices() | {"schedule": config.optimizer.lr_schedule}
+            paper = cell.row.name == "sscl-paper"
+            expected = SSCL_PAPER if paper else choices | {"schedule": "cosine"}
+            assert found == expected
+    assert len(SSCL_PAPER) == 8 and all(SSCL_PAPER[name] != value for name, value in choices.items())
+
+    words = ["sscl-cifar10", "--sscl.variant", "paper"]
+    whole, but_two = parse(words), parse([*words, "--sscl.targets", "hard", "--lr-schedule", "cosine"])
+    assert whole.parts["sscl"].choices() | {"schedule": whole.optimizer.lr_schedule} == SSCL_PAPER
+    changed = SSCL_PAPER | {"targets": "hard", "schedule": "cosine"}
+    assert but_two.parts["sscl"].choices() | {"schedule": but_two.optimizer.lr_schedule} == changed
+    for config in (whole, but_two):
+        assert parse(command_words(config)) == config
+    assert parse([*words, "--sscl.variant=default"]) == parse(words[:1])
 
 
 def test_ablations_reach_the_loss():
@@ -195,6 +261,17 @@ def test_published_numbers_belong_to_known_protocols_and_methods():
         ("USB", "usb-cifar10-1500-100", "remixmatch+cossl", "86.41 ± 0.13"),
         ("SSCL", "balanced-cifar10-40", "sscl", "10.29 ± 2.61"),
         ("SSCL", "balanced-cifar10-4000", "fixmatch", "4.26 ± 0.05"),
+        ("SIMPRO", "simpro-cifar10-150-uniform", "fixmatch+simpro", "93.60 ± 0.08"),
+        ("SIMPRO", "simpro-cifar10-100-middle", "fixmatch", "71.70 ± 0.46"),
+        ("SIMPRO", "simpro-cifar100-20-head-tail", "fixmatch+simpro", "44.80 ± 0.56"),
+        ("SIMPRO", "simpro-stl10-20", "fixmatch+simpro", "82.50 ± 0.25"),
+        ("CDMAD", "cossl-cifar10-100", "fixmatch+cdmad", "83.60 ± 0.50"),
+        ("CDMAD", "cdmad-cifar10-100-150", "fixmatch+cdmad", "82.30 ± 0.20"),
+        ("CDMAD", "cdmad-cifar10-100-reversed", "fixmatch+cdmad", "77.10"),
+        ("CDMAD", "cossl-cifar100-100", "fixmatch+cdmad", "44.10 ± 0.30"),
+        ("CDMAD", "cdmad-stl10-20", "fixmatch+cdmad", "75.20 ± 0.40"),
+        ("CDMAD_REMIXMATCH", "cdmad-disjoint-cifar10-50", "remixmatch+cdmad", "88.30 ± 0.10"),
+        ("CDMAD_REMIXMATCH", "cdmad-disjoint-cifar100-100", "remixmatch+cdmad", "44.90 ± 0.40"),
     ],
 )
 def test_published_numbers_are_those_of_the_specification(source, protocol, method, text):
@@ -291,10 +368,10 @@ def test_a_finished_run_on_other_images_is_not_taken_for_this_one(tmp_path):
 def test_a_run_of_another_configuration_is_not_taken_for_this_one(tmp_path):
     run = cells_of("digits", out=tmp_path)[0].runs[0]
     run.folder.mkdir(parents=True)
-    (run.folder / "config.json").write_text(run.config.replace(lr=0.5).to_json())
+    run.config.replace(lr=0.5).write(run.folder / "config.json")
     with pytest.raises(ValueError, match=r"(?s)out: .* holds a run of another configuration.*lr: checkpoint 0.5, now"):
         cells_of("digits", out=tmp_path)
-    (run.folder / "config.json").write_text(run.config.replace(log_every=3).to_json())
+    run.config.replace(log_every=3).write(run.folder / "config.json")
     assert cells_of("digits", out=tmp_path)[0].runs[0].state == "started"
     (run.folder / "summary.json").write_text("{}")
     assert run.state == "done"

@@ -20,6 +20,7 @@ class Rows:
         averaged_features: [., F], at least float32, of the averaged backbone on the images that the balancer's
             `averaged_images` chose.
         batch: labels and slots.
+        own: what the balancer's `own_pass` returned.
     """
 
     weak_logits: Tensor
@@ -27,6 +28,7 @@ class Rows:
     strong_features: Tensor
     averaged_features: Tensor | None
     batch: Batch
+    own: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,17 @@ class Targets:
         probabilities: float32 [U,K], in place of the weak views' softmax. The largest one names the pseudo-label and
             is its confidence.
         confidence: float32 [U], another confidence, or None.
-        strong_bias: float32 [K], added to the strong views' logits within the loss, or None.
-        labeled_weights, unlabeled_weights: float32 [K], weight of a row by its label or pseudo-label, or None.
+        soft: the strong views are trained towards the probabilities themselves.
+        labeled_bias, strong_bias: float32 [K], added to logits of labeled rows and of strong views within the loss, or
+            None.
+        labeled_weights, unlabeled_weights: float32 [K], weight of a row by its label or (hard) pseudo-label, or None.
         losses: further losses, 0-d float32, already weighted.
     """
 
     probabilities: Tensor
     confidence: Tensor | None = None
+    soft: bool = False
+    labeled_bias: Tensor | None = None
     strong_bias: Tensor | None = None
     labeled_weights: Tensor | None = None
     unlabeled_weights: Tensor | None = None
@@ -61,11 +67,17 @@ class Balancer(nn.Module):
 
     Attributes:
         balanced_view: the batch also holds B labeled images drawn class by class, strongly augmented.
+        labeled_strong_view: FixMatch also trains on a strong view of each labeled image.
+        strong_views: strong views of each unlabeled image in FixMatch.
+        threshold: FixMatch's in place of --threshold, or None.
         on_targets: in ReMixMatch the balancer acts on the aligned and sharpened targets instead.
         aligns: in ReMixMatch the balancer replaces the distribution alignment.
     """
 
     balanced_view = False
+    labeled_strong_view: bool = False
+    strong_views: int = 1
+    threshold: float | None = None
     on_targets = False
     aligns = False
 
@@ -92,6 +104,10 @@ class Balancer(nn.Module):
 
         weak, strong: images [U, 3, H, W], the weak views and the (first) strong ones.
         """
+        return None
+
+    def own_pass(self, batch: Batch, phase: Hashable) -> Tensor | None:
+        """What `forward` needs of a pass of its own through the network; it comes before those of the base learner."""
         return None
 
     def phase(self, step: int) -> Hashable:

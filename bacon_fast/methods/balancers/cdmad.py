@@ -1,0 +1,122 @@
+"""CDMAD: what the classifier answers to an empty image is its bias (newer_methods.md L; Lee, Kim, CVPR 2024)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bacon_fast.methods.balancers.base import Balancer, Rows, Targets
+from bacon_fast.methods.outputs import Batch, wide
+from bacon_fast.methods.part import PartOptions, Setup
+from bacon_fast.models.batchnorm import frozen_statistics, statistics_momentum
+
+AUTHORS_PASSES = {"fixmatch": 4, "remixmatch": 11}
+"""Passes of a step of the authors' code that move the running statistics, beside that of the empty image."""
+
+
+@dataclass(frozen=True)
+class CDMADOptions(PartOptions):
+    """CDMAD (newer_methods.md L). Before `start` the bias stays in the pseudo-labels; predictions never have it."""
+
+    part: ClassVar[str] = "cdmad"
+    changes: ClassVar[Mapping[str, Mapping[str, object]]] = {"remixmatch": {"sharpening": 1.0, "rampup": 1.0}}
+
+    start: float = 50_500 / 250_000
+    """Fraction of the run after which pseudo-labels are debiased (with remixmatch 50,500 of 150,000 steps)."""
+    threshold: float = 0.0
+    """Confidence from which a pseudo-label counts in FixMatch, in the place of --threshold; 0: all."""
+    image: Literal["ones", "white", "black", "zeros"] = "ones"
+    """The empty image: all ones (authors) or zeros after normalization, or white or black before."""
+    align: bool = False
+    """Keep ReMixMatch's alignment: where both sets are known to be imbalanced alike (authors)."""
+    authors_statistics: bool = False
+    """Let the empty image move BatchNorm's running statistics, as it does in the authors' code."""
+
+    def check(self) -> None:
+        self.require_starts("start")
+        self.require_fractions("threshold")
+
+    def network(self) -> dict[str, object]:
+        return {"heads": "debiased"}
+
+
+class CDMAD(Balancer):
+    """Takes the network's answer to an empty image out of the pseudo-labels, which are soft, and out of predictions.
+
+        beta = a(f(I));   q = softmax(a(h^w) - beta);   L_u = mean over both strong views of CE(a(h^s), q)
+
+    I passes through the network alone, in training mode. Prediction is by a(f(x)) - a(f(I)) of the averaged network in
+    evaluation mode (models.network.DebiasedNetwork), also before `start`.
+
+    Args:
+        color: of I after normalization, by channel.
+        start: completed steps before beta is taken out of pseudo-labels.
+        threshold: confidence from which a pseudo-label counts in FixMatch.
+        align: leaves ReMixMatch its distribution alignment, behind the debiasing.
+        authors_passes: None, or to repeat a slip of the authors' code how many passes of its step, beside that of I,
+            move BatchNorm's running statistics: I then moves them first in every step, also before `start`, with the
+            weight of one of these passes where those of ours have together the weight of theirs.
+    """
+
+    strong_views = 2
+
+    def __init__(
+        self,
+        color: tuple[float, float, float],
+        *,
+        start: int,
+        threshold: float = 0.0,
+        align: bool = False,
+        authors_passes: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.color, self.start, self.threshold = color, start, threshold
+        self.aligns, self.authors_passes = not align, authors_passes
+
+    def bind(self, network: nn.Module, averaged: nn.Module) -> None:
+        """Also tells both networks the color of the empty image, which is then in the checkpoint."""
+        super().bind(network, averaged)
+        for one in (network, averaged):
+            one.empty_image.copy_(torch.tensor(self.color))
+
+    def phase(self, step: int) -> bool:
+        """Whether pseudo-labels are debiased."""
+        return step >= self.start
+
+    @torch.no_grad()
+    def own_pass(self, batch: Batch, phase: bool) -> Tensor | None:
+        """beta, [1,K], at least float32: the same on all ranks."""
+        if not phase and self.authors_passes is None:
+            return None
+        network, images = self.network, batch.images
+        with self._statistics(network), torch.autocast(images.device.type, enabled=False):
+            return wide(network(network.empty(images))[1])
+
+    def _statistics(self, network: nn.Module):
+        if self.authors_passes is None:
+            return frozen_statistics(network)
+        momentum = next(m.momentum for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+        return statistics_momentum(network, 1 - (1 - momentum) ** (1 / self.authors_passes))
+
+    def forward(self, rows: Rows, step: Tensor, phase: bool) -> Targets:
+        logits = rows.weak_logits - rows.own if phase else rows.weak_logits
+        return Targets(logits.softmax(1), soft=True)
+
+
+def build(options: CDMADOptions, setup: Setup) -> CDMAD:
+    of_pixel = {"white": 1.0, "black": 0.0}
+    if options.image in of_pixel:
+        pixel = of_pixel[options.image]
+        color = tuple((pixel - mean) / std for mean, std in zip(setup.data.mean, setup.data.std))
+    else:
+        color = (1.0 if options.image == "ones" else 0.0,) * 3
+    (base,) = set(setup.parts) & set(AUTHORS_PASSES)
+    return CDMAD(
+        color,
+        start=round(options.start * setup.steps),
+        threshold=options.threshold,
+        align=options.align,
+        authors_passes=AUTHORS_PASSES[base] if options.authors_statistics else None,
+    )
