@@ -3,6 +3,7 @@
 Environment:
     BACON_FAST_CUDA: unset, the CUDA sources are compiled where a GPU is visible, for its architecture; 1, for all
         architectures, with or without a GPU, and whatever is missing then is an error; 0, not at all.
+    BACON_FAST_SANITIZE: 1, with AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`).
     TORCH_CUDA_ARCH_LIST: the architectures, instead of those.
     CUDA_HOME, CXX, MAX_JOBS: as PyTorch understands them.
 """
@@ -21,6 +22,9 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 ALL_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 FORCED = os.environ.get("BACON_FAST_CUDA") == "1"
+SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow"
+# setuptools defines signed overflow by -fwrapv. To check types of objects would need what PyTorch does not export.
+SANITIZE = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
 
 
 def cuda_home() -> Path | None:
@@ -100,6 +104,9 @@ def extension():
     if compiles("-fopenmp", source="#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }"):
         cxx_flags.append("-fopenmp")
         link_flags.append("-fopenmp")
+    if os.environ.get("BACON_FAST_SANITIZE") == "1":
+        cxx_flags += [SANITIZERS, *SANITIZE]
+        link_flags = [SANITIZERS, *(flag for flag in link_flags if flag != "-Wl,-s")]  # with names in the reports
     options = {"include_dirs": [str(ROOT / "csrc")], "extra_link_args": link_flags, "optional": not FORCED}
     if CUDA_HOME is None:
         return CppExtension("bacon_fast._C", sources, extra_compile_args={"cxx": cxx_flags}, **options)

@@ -4,6 +4,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
@@ -17,12 +18,13 @@ from bacon_fast.engine import distributed
 from bacon_fast.engine.build import resolve_device
 from bacon_fast.engine.checkpoint import CheckpointError
 from bacon_fast.engine.config import Config
+from bacon_fast.engine.logger import format_speed
 from bacon_fast.engine.memory import is_out_of_memory
 from bacon_fast.engine.metrics import READINGS
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.engine.several import fit_together
 from bacon_fast.engine.trainer import DivergedError, StoppedError, Trainer
-from bacon_fast.parser import method_in, override
+from bacon_fast.parser import override, refuse_empty, value_in
 from bacon_fast.report.collect import collect
 
 # Errors that a user can cause. Any other error is a bug of ours and keeps its traceback.
@@ -46,13 +48,17 @@ def parse(args: Sequence[str]) -> Config:
 
 
 def parse_runs(args: Sequence[str]) -> list[Config]:
-    """As `parse`; under --seeds, one configuration for each. Without --run-dir, `run_directories` names theirs."""
+    """As `parse`; under --seeds, one configuration for each. Without --run-dir, `run_directories` names theirs.
+
+    Under --resume --run-dir, without the name of a preset, the words change the run's own configuration.
+    """
     args = list(args)
+    refuse_empty(args)
     named = bool(args) and not args[0].startswith("-")
     name = args.pop(0) if named else "digits"
     if name not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, found {name!r}")
-    default = PRESETS[name].config(method_in(args))
+    default = (None if named else _saved(args)) or PRESETS[name].config(value_in(args, "--method"))
     config, more = override(
         default,
         args,
@@ -61,8 +67,9 @@ def parse_runs(args: Sequence[str]) -> list[Config]:
         extra={"seeds": (Annotated[str | None, tyro.conf.arg(metavar="N,N,...", help=SEEDS_HELP)], None)},
     )
     seeds, run_dir = more["seeds"], config.run.run_dir
-    if config.data.data_dir is not None:  # absolute, so that the run can be evaluated from anywhere
-        config = config.replace(data_dir=config.data.data_dir.resolve())
+    for field in ("data_dir", "split"):  # absolute, so that the run can be evaluated and resumed from anywhere
+        if (path := getattr(config.data, field)) is not None:
+            config = config.replace(**{field: path.resolve()})
     if run_dir is None and config.run.resume:
         raise ValueError("resume: expected --run-dir to name the run to continue, found none")
     if seeds is None:
@@ -73,6 +80,22 @@ def parse_runs(args: Sequence[str]) -> list[Config]:
         config.replace(seed=seed, run_dir=None if run_dir is None else Path(f"{run_dir}-seed{seed}"))
         for seed in parse_seeds(seeds)
     ]
+
+
+def _saved(words: Sequence[str]) -> Config | None:
+    """The configuration of the run that --resume --run-dir name, or of a first one under --seeds; None without one."""
+    run_dir, seeds = value_in(words, "--run-dir"), value_in(words, "--seeds")
+    if "--resume" not in words or run_dir is None:
+        return None
+    folders = [Path(run_dir)] if seeds is None else [Path(f"{run_dir}-seed{seed}") for seed in parse_seeds(seeds)]
+    folder = next((folder for folder in folders if (folder / "config.json").exists()), None)
+    if folder is None:
+        return None
+    saved = Config.read(folder / "config.json")
+    if (method := value_in(words, "--method")) not in (None, saved.method):
+        raise ValueError(f"method: expected {saved.method}, that of the run in {folder}, found {method}")
+    # The run has its split; the file that it came from may be gone.
+    return saved.replace(split=None) if (folder / "split.json").exists() else saved
 
 
 def _presets(name: str | None) -> str:
@@ -195,7 +218,11 @@ def _same_run_everywhere(config: Config, store: Store | None) -> Iterator[Config
 
 
 def with_clear_errors(main: Callable[[], None]) -> None:
-    """Runs `main`. Errors that a user can cause become one line on stderr and a non-zero status, not a traceback."""
+    """Runs `main`. Errors that a user can cause become one line on stderr and a non-zero status, not a traceback.
+
+    Warnings become one line each.
+    """
+    usual, warnings.formatwarning = warnings.formatwarning, _warning_line
     try:
         main()
     except StoppedError as stop:
@@ -211,6 +238,12 @@ def with_clear_errors(main: Callable[[], None]) -> None:
             raise
         message = f"out of memory: {(str(error).splitlines() or ['no detail'])[0]}\n{SAVING_MEMORY}"
         _exit(f"error: {message if out_of_memory else error}", 2)
+    finally:
+        warnings.formatwarning = usual
+
+
+def _warning_line(message: Warning | str, *place: object) -> str:
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def _exit(message: str, status: int) -> NoReturn:
@@ -239,7 +272,7 @@ def format_summary(summary: dict, labeled_counts: Sequence[int], unlabeled_count
     lines = [
         "",
         f"{summary['dataset']}, {summary['method']}, {summary['steps']} steps, seed {summary['seed']}, "
-        f"{summary['steps_per_second']:.1f} steps/s",
+        f"{format_speed(summary['steps_per_second'])}",
         "",
         f"{'':<32}{'top-1':>8}{'bACC':>8}{'GM':>8}",
     ]
@@ -257,3 +290,7 @@ def format_summary(summary: dict, labeled_counts: Sequence[int], unlabeled_count
         recall = "-" if recalls[c] is None else f"{recalls[c]:.4f}"
         lines.append(f"{names[c]:<20}{labeled_counts[c]:>10}{unlabeled[c]:>12}{recall:>10}")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    train()

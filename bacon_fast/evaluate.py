@@ -1,6 +1,6 @@
 """`python -m bacon_fast.evaluate RUN`: the averaged network of a run on the test part of its dataset."""
 
-import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,10 +10,12 @@ import tyro
 from bacon_fast.cli import with_clear_errors
 from bacon_fast.data.longtail import Split
 from bacon_fast.engine.build import build_dataset, use_threads
+from bacon_fast.engine.checkpoint import content_of
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.evaluation import calibration_error
 from bacon_fast.engine.evaluation import evaluate as evaluate_network
 from bacon_fast.engine.metrics import compute_metrics
+from bacon_fast.files import to_json
 from bacon_fast.run import open_run
 
 
@@ -30,13 +32,18 @@ class Arguments:
 
 
 def evaluate(arguments: Arguments) -> dict:
-    """Metrics of `compute_metrics`, calibration and spread, "step" and the confusion matrix (rows = truth).
+    """Metrics of `compute_metrics`, calibration and spread, "step", the names of the classes in the order of
+    "per_class", and the confusion matrix (rows = truth).
 
-    Raises ValueError when `data_dir` holds other classes, or images of another size, than the run was trained on.
+    A warning says so when the images are not those of the run's split.
+
+    Raises ValueError when `data_dir` holds other classes, or images of another size, than the run was trained on, and
+    what `open_run` raises.
     """
     use_threads(0)
     run = open_run(arguments.run, arguments.device)
-    config = Config.from_dict(run.saved)
+    with content_of(run.checkpoint):
+        config = Config.from_dict(run.saved)
     if arguments.data_dir is not None:
         config = config.replace(data_dir=arguments.data_dir)
     dataset = build_dataset(config)
@@ -46,10 +53,13 @@ def evaluate(arguments: Arguments) -> dict:
         expected, found = (f"{height} x {width}" for height, width in (run.image_size, size))
         raise ValueError(f"data_dir: expected images of {expected} pixels, as the run was trained on, found {found}")
     evaluation = evaluate_network(run.network, run.normalize, dataset, run.device)
-    counts = Split.load(run.directory / "split.json").labeled_counts
+    split = Split.load(run.directory / "split.json")
+    if dataset.fingerprint != split.dataset_fingerprint:
+        warnings.warn(f"data_dir: the images of {config.data.data_dir} are not those that the run had", stacklevel=1)
     return {
         "step": run.step,
-        **compute_metrics(evaluation.confusion, counts),
+        "class_names": list(run.class_names),
+        **compute_metrics(evaluation.confusion, split.labeled_counts),
         "calibration_error": calibration_error(evaluation.calibration),
         "intra_class_variance": float(evaluation.intra_class_variance),
         "confusion": evaluation.confusion.tolist(),
@@ -58,7 +68,7 @@ def evaluate(arguments: Arguments) -> dict:
 
 def main() -> None:
     arguments = tyro.cli(Arguments, prog="python -m bacon_fast.evaluate")
-    with_clear_errors(lambda: print(json.dumps(evaluate(arguments))))
+    with_clear_errors(lambda: print(to_json(evaluate(arguments))))
 
 
 if __name__ == "__main__":

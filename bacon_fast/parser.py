@@ -18,15 +18,27 @@ Extra = Mapping[str, tuple[object, object]]
 """Further options by name: annotated type and default."""
 
 
-def method_in(words: Sequence[str]) -> str | None:
-    """The method that command-line words name, the last one if there are several; None without any."""
+def value_in(words: Sequence[str], option: str) -> str | None:
+    """What command-line words give an option such as --method, the last one if there are several; None without any.
+
+    Example:
+        >>> value_in(["--method", "ssc", "--run_dir=x"], "--run-dir")
+        'x'
+    """
     found = None
     for word, value in zip(words, (*words[1:], None)):
-        if word == "--method":
-            found = value
-        elif word.startswith("--method="):
-            found = word.removeprefix("--method=")
+        name, equals, given = word.partition("=")
+        if name.replace("_", "-") == option:
+            found = given if equals else value
     return found
+
+
+def refuse_empty(words: Sequence[str]) -> None:
+    """Raises ValueError for an option without a value, as --run-dir "" is: an empty path would be the current one."""
+    for word, value in zip(words, (*words[1:], None)):
+        name, equals, given = word.partition("=")
+        if name.startswith("--") and (value == "" or (equals and not given)):
+            raise ValueError(f"{name[2:].replace('-', '_')}: expected a value, found ''")
 
 
 def override(
@@ -41,6 +53,7 @@ def override(
         ValueError: an option belongs to a part that the method does not have.
         SystemExit: tyro refused the words.
     """
+    default = _with_variants(default, {name: value_in(words, f"--{name}.variant") for name in default.parts})
     extra, parts, groups = extra or {}, default.parts, list(GROUPS)
     if "--help-all" in words:
         parts = {name: part.options() for name, part in methods.PARTS.items()} | parts
@@ -67,7 +80,8 @@ def override(
 
 def words_of(config: Config, default: Config) -> list[str]:
     """The command-line words that turn `default` into `config`, which has the same method."""
-    words, values = [], default.flat()
+    variants = {name: getattr(options, "variant", None) for name, options in config.parts.items()}
+    words, values = [], _with_variants(default, variants).flat()
     for name, value in config.flat().items():
         if value == values[name]:
             continue
@@ -80,6 +94,13 @@ def words_of(config: Config, default: Config) -> list[str]:
         else:
             words += [f"--{flag}", str(value)]
     return words
+
+
+def _with_variants(default: Config, variants: Mapping[str, str | None]) -> Config:
+    """The defaults beside these variants of the parts: a variant changes what its part's table says of it."""
+    for part, variant in variants.items():
+        default = default.replace(**default.parts[part].variants.get(variant, {}))
+    return default
 
 
 def _method(default: Config) -> tuple:

@@ -1,6 +1,6 @@
 """`python -m bacon_fast.predict RUN FILE...`: class and probability of image files, as JSON lines."""
 
-import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from bacon_fast.cli import with_clear_errors
 from bacon_fast.data.images import read_files
 from bacon_fast.engine.build import use_threads
 from bacon_fast.engine.evaluation import EVALUATION_BATCH, predict
+from bacon_fast.files import to_json
 from bacon_fast.run import open_run
 
 
@@ -30,7 +31,8 @@ class Arguments:
 
 
 def predictions(arguments: Arguments) -> Iterator[dict]:
-    """One dict a file, in order: {"file", "class", "probability"}, or {"file", "error"} for one that cannot be read.
+    """One dict a file, in order: {"file", "class", "probability"}, or {"file", "error"} for one that cannot be read or
+    classified.
 
     Raises ValueError when there is no file.
     """
@@ -51,7 +53,11 @@ def predictions(arguments: Arguments) -> Iterator[dict]:
             _, logits = predict(run.network, run.normalize, torch.stack(list(images.values())), run.device)
             probabilities, classes = logits.softmax(1).max(1)
             pairs = zip(probabilities.tolist(), classes.tolist())
-            answers = {file: {"class": run.class_names[c], "probability": p} for file, (p, c) in zip(images, pairs)}
+            for file, (probability, c) in zip(images, pairs):
+                if math.isfinite(probability):
+                    answers[file] = {"class": run.class_names[c], "probability": probability}
+                else:  # finite weights may overflow
+                    errors[file] = f"{file}: the network's output is not finite"
         for file in files:
             yield {"file": str(file), **(answers[file] if file in answers else {"error": errors[file]})}
 
@@ -63,7 +69,7 @@ def main() -> None:
         failed = 0
         for row in predictions(arguments):
             failed += "error" in row
-            print(json.dumps(row), flush=True)
+            print(to_json(row), flush=True)
         if failed:
             sys.exit(1)
 

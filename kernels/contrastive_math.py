@@ -76,24 +76,26 @@ def norms(vectors, EPS: tl.constexpr):
     largest = tl.max(tl.abs(vectors), axis=1)
     wide: tl.constexpr = vectors.dtype == tl.float64
     one = tl.full(largest.shape, 1.0, vectors.dtype)
-    shrink = tl.where(largest > (2.0**384 if wide else 2.0**48), (2.0**-640 if wide else 2.0**-80) * one, one)
+    huge = largest > (2.0**384 if wide else 2.0**48)
+    shrink = tl.where(huge, (2.0**-640 if wide else 2.0**-80) * one, one)
     shrunk = vectors * shrink[:, None]
     norm = tl.sqrt(tl.sum(shrunk * shrunk, axis=1))
     finite = tl.min(is_finite(vectors).to(tl.int32), axis=1) == 1
     inverse = shrink / tl.maximum(norm, EPS * shrink)
-    return norm / shrink, tl.where(finite, inverse, float("nan"))
+    norm *= tl.where(huge, (2.0**640 if wide else 2.0**80) * one, one)
+    return norm, tl.where(finite, inverse, float("nan"))
 
 
 @triton.jit
-def shortening(inverse, DTYPE: tl.constexpr):
+def shortening(inverse, dtype: tl.constexpr):
     """Powers of two that make vectors shorter than 1/32, by their inverse norms.
 
     No product with another vector of up to MAX_DIM finite elements overflows then. Vectors of float16 keep their
     length: their products cannot overflow, and shorter ones would lose bits.
     """
-    if DTYPE == tl.float16:
+    if dtype == tl.float16:
         power = tl.full(inverse.shape, 1.0, inverse.dtype)
-    elif DTYPE == tl.float64:
+    elif dtype == tl.float64:
         bits = inverse.to(tl.int64, bitcast=True) & 0x7FF0000000000000
         power = tl.maximum(bits.to(tl.float64, bitcast=True), tl.full(inverse.shape, 2.0**-1028, tl.float64)) * 2.0**-6
     else:

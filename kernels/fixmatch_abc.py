@@ -106,6 +106,7 @@ def _samples_kernel(
     keep_unlabeled,
     step,
     parts,
+    pseudo_labels,
     grad_logits,
     grad_balanced,
     seed,
@@ -161,6 +162,7 @@ def _samples_kernel(
         tile = _load_rows(logits, weak, keep, num_classes, stride_logits, stride_logits_class, BLOCK_K, ACC)
         label, confident = _pseudo_label(tile, threshold)
         confident = confident & keep
+        tl.store(pseudo_labels + row, tl.where(confident, label, -1).to(tl.int64), mask=keep)
         _store_rows(grad_logits, weak, keep, num_classes, nothing, BLOCK_K)
 
         tile = _load_rows(balanced, weak, keep, num_classes, stride_balanced, stride_balanced_class, BLOCK_K, ACC)
@@ -248,8 +250,8 @@ def fixmatch_abc_forward(
     step: Tensor,
     seed: int,
     threshold: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses [4], stats [4] float32, and the gradients [N,K] of both heads at upstream 1.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Losses [4], stats [4] float32, pseudo-labels [U] int64, and the gradients [N,K] of both heads at upstream 1.
 
     The gradients are contiguous and in the accumulator dtype: unscaled, half precision could not hold them.
     """
@@ -258,6 +260,7 @@ def fixmatch_abc_forward(
     dtype = accumulator_dtype(logits.dtype)
     losses = logits.new_empty(4, dtype=dtype)
     stats = logits.new_empty(4, dtype=torch.float32)
+    pseudo_labels = true_labels.new_empty(num_unlabeled)
     grad_logits = logits.new_empty(num_rows, num_classes, dtype=dtype)
     grad_balanced = logits.new_empty(num_rows, num_classes, dtype=dtype)
     parts = logits.new_empty(NUM_PARTS.value, samples, dtype=dtype)
@@ -274,6 +277,7 @@ def fixmatch_abc_forward(
         keep_unlabeled.contiguous(),
         step,
         parts,
+        pseudo_labels,
         grad_logits,
         grad_balanced,
         seed,
@@ -291,7 +295,7 @@ def fixmatch_abc_forward(
         BLOCK_K=config.block_classes,
     )
     launch(_sum_kernel, (1,), parts, losses, stats, samples, num_warps=4, BLOCK_S=64)
-    return losses, stats, grad_logits, grad_balanced
+    return losses, stats, pseudo_labels, grad_logits, grad_balanced
 
 
 def fixmatch_abc_backward(
@@ -335,7 +339,7 @@ def _compile(arch: int, num_classes: int, dtype: torch.dtype) -> None:
     rows = [meta(batch + 2 * unlabeled, num_classes, dtype=dtype) for _ in range(2)]
     keep = [meta(num_classes), meta(num_classes)]
     inputs = (*rows, index(batch), index(unlabeled), *keep, index(()))
-    losses, _, *gradients = fixmatch_abc_forward(*inputs, 2**40, 0.95)
+    losses, _, _, *gradients = fixmatch_abc_forward(*inputs, 2**40, 0.95)
     fixmatch_abc_backward(losses, *gradients, *rows, batch, unlabeled)
 
 

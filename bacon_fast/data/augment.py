@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bacon_fast.ops.augment import ViewRequest, augment_views
-from bacon_fast.ops.checks import as_step_tensor, check_images, check_seed
+from bacon_fast.ops.checks import as_step_tensor, check_images, check_integer, check_seed, check_stream
 from bacon_fast.reference.augment import MAGNITUDES, OPS, Draws, draw_views, normalize, replay
 
 
@@ -79,6 +79,8 @@ class Augment(nn.Module):
 
     def _draw(self, strong: bool, count: int, seed: int, step: int | Tensor, stream: int, first_slot: int) -> Draws:
         check_seed(seed)
+        check_stream(stream)
+        check_integer("first_slot", first_slot, low=0)
         step, size = as_step_tensor(step, self.table.device), (self.height, self.width)
         return draw_views(count, seed, step, int(stream), first_slot, strong=strong, size=size, **self._settings())
 

@@ -16,6 +16,9 @@ from bacon_fast.data import image_cache, sources
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder", "arrays")
 """Names that `load_dataset` knows."""
 
+MAX_IMAGE_SIZE = 4096
+"""Pixels of a side: an image of 4096 x 4096 takes 48 MiB, and a number above it is a mistake or damage."""
+
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
@@ -59,6 +62,7 @@ class ImageDataset:
                     f"{name}: expected the size of train_images, {list(self.train_images.shape[1:])}, found "
                     f"{list(images.shape[1:])}; pass an image size to resize all of them"
                 )
+        check_image_size(*self.train_images.shape[1:3])
         for name, images in (("train_labels", self.train_images), ("test_labels", self.test_images)):
             labels = getattr(self, name)
             if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
@@ -114,10 +118,17 @@ class ImageDataset:
 
 
 def _follows(first: Tensor, second: Tensor) -> bool:
-    """Whether the elements of `second` lie in memory right behind those of `first`."""
+    """Whether the elements of `second` follow the elements of `first` in memory without a gap."""
     one_memory = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
     contiguous = first.is_contiguous() and second.is_contiguous()
     return one_memory and contiguous and second.storage_offset() == first.storage_offset() + first.numel()
+
+
+def check_image_size(*sides: int) -> None:
+    """Raises ValueError unless images of these sides, in pixels, can be."""
+    for side in sides:
+        if type(side) is not int or not 1 <= side <= MAX_IMAGE_SIZE:
+            raise ValueError(f"image_size: expected 1 to {MAX_IMAGE_SIZE} pixels, found {side!r}")
 
 
 def load_dataset(
@@ -137,8 +148,8 @@ def load_dataset(
     - cifar10, cifar100, svhn, stl10: torchvision's, at 32x32 (STL-10 is resized from 96x96, and SVHN's train images
       include its extra part, as in USB and BaCon).
     - folder: image files in train/<class>/, test/<class>/ and, if present, unlabeled/, at any depth; warnings name what
-      is not read. Images are what a viewer shows (`images.read_files`). The class order is that of `classes`, else of
-      the lines of classes.txt, else sorted. Normalized with ImageNet's mean and deviation.
+      is not read. Images are read as a viewer shows them (`images.read_files`). The class order is `classes`, else the
+      lines of classes.txt, else the alphabet. Normalized with ImageNet's mean and deviation.
     - arrays: an .npz file with train_images and test_images (uint8 [N, H, W, 3], [N, H, W, 1] or [N, H, W]),
       train_labels and test_labels (integers [N]), and optionally unlabeled_images and class_names (strings).
       Normalized, like digits, with mean and deviation of the train images.
@@ -160,8 +171,8 @@ def load_dataset(
     """
     if name not in DATASETS:
         raise ValueError(f"dataset: expected one of {', '.join(DATASETS)}, found {name!r}")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size: expected at least 1, found {image_size}")
+    if image_size is not None:
+        check_image_size(image_size)
     if mapped and (name != "folder" or image_size is None):
         raise ValueError(
             f"mapped: expected dataset folder and an image size, found dataset {name!r} and image size {image_size}"

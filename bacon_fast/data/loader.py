@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from bacon_fast.data.philox import check_seed, philox, to_range
+from bacon_fast.data.philox import philox, sort_keys, to_range
+from bacon_fast.ops.checks import check_seed
+from bacon_fast.ops.ring_rows import ring_rows
 
 
 class IndexSampler(nn.Module):
@@ -11,27 +13,37 @@ class IndexSampler(nn.Module):
 
     Every sample appears once per epoch; batches run across epoch borders, so none is short. The permutation of an epoch
     sorts 63-bit Philox keys of (seed, epoch, stream, sample), so a resumed run needs no sampler state. The permutations
-    that a batch can touch lie in one buffer of fixed address, which `prepare` rewrites when an epoch begins; `batch`
-    takes its slice by a step counter that the host never reads, so a captured graph may contain it.
+    that a batch can touch lie in one buffer of fixed address, a ring of epochs, of which `prepare` rewrites a part when
+    an epoch begins; `rows` takes its slice by a step counter that the host never reads, so a captured graph may contain
+    it.
 
     Args:
         num_samples: size of the set, at least 1.
         batch_size: samples per step, at least 1; may exceed `num_samples`.
         seed: integer in [0, 2^64).
         stream: a `Stream`; samplers with different streams draw independently.
+        columns: int64 [C, num_samples], what else of a sample `rows` returns, such as its label; None: nothing.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, seed: int, stream: int) -> None:
+    def __init__(
+        self, num_samples: int, batch_size: int, seed: int, stream: int, columns: Tensor | None = None
+    ) -> None:
         super().__init__()
         for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, found {value}")
         check_seed(seed)
+        if columns is None:
+            columns = torch.empty(0, num_samples, dtype=torch.int64)
+        if columns.dim() != 2 or columns.shape[1] != num_samples or columns.dtype != torch.int64:
+            raise ValueError(f"columns: expected int64 [C, {num_samples}], found {columns.dtype} {list(columns.shape)}")
         self.num_samples, self.batch_size, self.seed, self.stream = num_samples, batch_size, seed, int(stream)
         # A batch that starts at the last sample of an epoch touches the most epochs.
         self.epochs_held = 1 + (num_samples + batch_size - 2) // num_samples
-        self.first_epoch: int | None = None
-        self.register_buffer("order", torch.empty(self.epochs_held * num_samples, dtype=torch.int64), persistent=False)
+        self.held: dict[int, int] = {}  # which epoch is at each place of the ring
+        self.register_buffer("columns", columns, persistent=False)
+        order = torch.empty(1 + len(columns), self.epochs_held * num_samples, dtype=torch.int64)
+        self.register_buffer("order", order, persistent=False)  # positions, then the columns in their order
 
     def indices(self, step: int) -> Tensor:
         """Positions of the batch of `step` (0-based): int64 [batch_size], on the sampler's device."""
@@ -42,12 +54,13 @@ class IndexSampler(nn.Module):
 
     def prepare(self, step: int) -> None:
         """Fills the buffer with the permutations that the batch of `step` touches. Cheap unless an epoch begins."""
-        epoch = step * self.batch_size // self.num_samples
-        if epoch == self.first_epoch:
-            return
-        for k, permutation in enumerate(self.order.view(self.epochs_held, self.num_samples)):
-            permutation.copy_(self.permutation(epoch + k))
-        self.first_epoch = epoch
+        first = step * self.batch_size // self.num_samples
+        for epoch in range(first, first + self.epochs_held):
+            place = epoch % self.epochs_held
+            if self.held.get(place) != epoch:
+                part, permutation = self.order.unflatten(1, (self.epochs_held, -1))[:, place], self.permutation(epoch)
+                part[0], part[1:] = permutation, self.columns[:, permutation]
+                self.held[place] = epoch
 
     def batch(self, step: Tensor, rows: slice = slice(None)) -> Tensor:
         """Positions of the prepared batch: int64 [batch_size], or its part `rows`.
@@ -55,17 +68,21 @@ class IndexSampler(nn.Module):
         Args:
             step: 0-d int64 on the sampler's device, for which `prepare` was called.
         """
-        start = (step * self.batch_size).remainder(self.num_samples)
-        return self.order[start + torch.arange(self.batch_size, device=self.order.device)[rows]]
+        return self.rows(step, rows)[0]
+
+    def rows(self, step: Tensor, rows: slice = slice(None)) -> tuple[Tensor, ...]:
+        """What `batch` returns, and of each of its samples the `columns`."""
+        first, end, _ = rows.indices(self.batch_size)
+        return ring_rows(self.order, step, stride=self.batch_size, first=first, count=end - first).unbind()
 
     def permutation(self, epoch: int) -> Tensor:
         """The order of one epoch: int64 [num_samples]."""
-        words = philox(self.seed, epoch, self.stream, torch.arange(self.num_samples, device=self.order.device), 2)
-        return torch.argsort((words[:, 0] << 31) | (words[:, 1] >> 1), stable=True)
+        step = torch.full((), epoch, dtype=torch.int64, device=self.order.device)
+        return torch.argsort(sort_keys(self.seed, step, self.stream, self.num_samples), stable=True)
 
     def _apply(self, fn, recurse: bool = True):
         # Moving to another device may leave the buffer's content behind (to_empty): fill it again when it is needed.
-        self.first_epoch = None
+        self.held = {}
         return super()._apply(fn, recurse)
 
 

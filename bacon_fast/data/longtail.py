@@ -5,8 +5,6 @@ ABC, [CO] CoSSL, [SP] SimPro, [CD] CDMAD, [CP] CPG.
 """
 
 import dataclasses
-import hashlib
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +14,9 @@ import numpy as np
 import torch
 
 from bacon_fast.data.datasets import ImageDataset
-from bacon_fast.data.philox import Stream, check_seed, philox
-from bacon_fast.files import write_atomically
+from bacon_fast.data.philox import Stream, philox
+from bacon_fast.files import digest, read_record, write_record
+from bacon_fast.ops.checks import check_seed
 
 
 def class_counts(head: int, gamma: float, num_classes: int) -> list[int]:
@@ -140,7 +139,7 @@ def _protocols() -> dict[str, Protocol]:
         ("bacon-cifar10-100-uniform", "cifar10", 1000, 4000, 100, 1, "the same with a uniform unlabeled set"),
         ("bacon-cifar100-20", "cifar100", 200, 300, 20, 20, "[BC]; beta 40 %"),
         ("bacon-svhn-100", "svhn", 1000, 4000, 100, 100, "[BC]; pool train + extra (train alone has too few zeros)"),
-        # USB's long-tailed settings (config/classic_cv_imb), also those of DASO (500) and CDMAD, DARP (1500).
+        # USB's long-tailed settings (config/classic_cv_imb). DASO (500), CDMAD and DARP (1500) have them too.
         ("usb-cifar10-1500-100", "cifar10", 1500, 3000, 100, 100, "[US]"),
         ("usb-cifar10-1500-150", "cifar10", 1500, 3000, 150, 150, "[US]"),
         ("usb-cifar10-1500-100-inverse", "cifar10", 1500, 3000, 100, -100, "[US]"),
@@ -288,51 +287,87 @@ class Split:
     @property
     def hash(self) -> str:
         """sha256 (hex) of the content."""
-        return _content_hash(self._content())
+        return digest(self._content())
 
     def save(self, path: str | Path) -> None:
         """Writes the split and its hash as JSON, atomically."""
-        text = json.dumps({"hash": self.hash} | self._content()) + "\n"
-        write_atomically(Path(path), lambda temporary: temporary.write_text(text))
+        write_record(Path(path), self._content(), key="hash", indent=None)
 
     @classmethod
     def load(cls, path: str | Path) -> "Split":
-        """Reads a split written by `save`. Raises ValueError when the file is not one or its content was changed."""
+        """Reads a split written by `save`.
+
+        Raises ValueError, which names the file, when it is none, was damaged or changed, or says what cannot be: an
+        index twice, counts of another sum.
+        """
+        content = read_record(Path(path), key="hash")
         try:
-            content = json.loads(Path(path).read_text())
-            recorded = content.pop("hash")
-            protocol = Protocol(**content["protocol"])
+            counts = content["unlabeled_counts"]
             split = cls(
                 **content
                 | {
-                    "protocol": protocol,
+                    "protocol": Protocol(**content["protocol"]),
                     "labeled": np.asarray(content["labeled"], dtype=np.int64),
                     "unlabeled": np.asarray(content["unlabeled"], dtype=np.int64),
                     "labeled_counts": tuple(content["labeled_counts"]),
-                    "unlabeled_counts": None
-                    if content["unlabeled_counts"] is None
-                    else tuple(content["unlabeled_counts"]),
+                    "unlabeled_counts": None if counts is None else tuple(counts),
                 }
             )
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a split file: {error!r}") from error
-        if split.hash != recorded:
-            raise ValueError(
-                f"{path} was changed after it was written: its hash is {split.hash}, recorded is {recorded}"
-            )
+            split._check()
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            reason = f"no entry {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}: no split of ours: {reason}") from error
         return split
 
+    def _check(self) -> None:
+        """Raises ValueError for what no split holds, whatever its images."""
+        texts = (self.dataset_name, self.dataset_fingerprint, self.protocol.name, self.protocol.source)
+        if not all(isinstance(text, str) for text in texts) or type(self.seed) is not int:
+            raise ValueError(f"expected names of protocol and dataset, and a seed, found {texts} and {self.seed!r}")
+        for name in ("labeled", "unlabeled"):
+            indices, counts = getattr(self, name), getattr(self, f"{name}_counts")
+            if indices.ndim != 1 or (indices < 0).any() or len(np.unique(indices)) < indices.size:
+                raise ValueError(f"{name}: expected different indices of at least 0")
+            if counts is None and name == "unlabeled":
+                continue
+            if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != len(indices):
+                raise ValueError(f"{name}_counts: expected a sum of {len(indices)}, found {counts}")
+
     def verify(self, dataset: ImageDataset) -> None:
-        """Raises ValueError unless `dataset` holds the images this split was drawn from."""
+        """Raises ValueError unless `dataset` holds the images this split was drawn from, with these counts."""
         if dataset.fingerprint != self.dataset_fingerprint:
             raise ValueError(
                 f"split: expected dataset {self.dataset_name!r} with fingerprint {self.dataset_fingerprint}, found "
                 f"{dataset.name!r} with fingerprint {dataset.fingerprint}"
             )
+        train_labels = dataset.train_labels.numpy()
+        sizes = {"labeled": (self.labeled, len(train_labels)), "unlabeled": (self.unlabeled, dataset.pool_size)}
+        for name, (indices, size) in sizes.items():
+            if indices.size and indices.max() >= size:
+                raise ValueError(f"split: {name}: expected indices below {size}, found {indices.max()}")
+        for name in ("labeled", "unlabeled"):
+            counts = getattr(self, f"{name}_counts")
+            if counts is None:
+                continue
+            found = np.bincount(train_labels[getattr(self, name)], minlength=dataset.num_classes).tolist()
+            if list(counts) != found:
+                raise ValueError(f"split: {name}_counts: expected {found}, by the labels, found {list(counts)}")
 
 
-def _content_hash(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def pool_line(split: Split, dataset: ImageDataset) -> str:
+    """How many images are labeled and unlabeled, and what the unlabeled ones are, for a person to read."""
+    labeled, unlabeled = len(split.labeled), len(split.unlabeled)
+    again = int(np.isin(split.unlabeled, split.labeled).sum())
+    own = int((split.unlabeled >= len(dataset.train_images)).sum())
+    unused = dataset.pool_size - len(dataset.train_images) - own
+    parts = [(again, "the labeled images"), (unlabeled - again - own, "other training images")]
+    parts = [f"{count:,} are {kind}" for count, kind in (*parts, (own, "images that come without a class")) if count]
+    line = f"labeled {labeled:,}, unlabeled {unlabeled:,}"
+    if parts:
+        line += f", of which {', '.join(parts)}"
+    if unused:
+        line += f"; the protocol leaves out {unused:,} images that come without a class"
+    return line
 
 
 def make_split(dataset: ImageDataset, protocol: Protocol, seed: int) -> Split:

@@ -14,7 +14,7 @@ def printable(text: str) -> str:
 
 
 def distinct(*names: str) -> list[str]:
-    """`names` for one message: printable, and those that look like another of them in ASCII.
+    """`names` for one message: printable, and in ASCII if one looks like another.
 
     Two spellings of one name, an accent with its letter (NFC) or behind it (NFD), look alike and are different files.
 

@@ -9,11 +9,10 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from bacon_fast.ops.checks import as_step_tensor, check_seed
-from bacon_fast.reference import philox as reference
-from bacon_fast.reference.philox import MASK, to_range, to_uniform
+from bacon_fast.ops.philox import philox, sort_keys
+from bacon_fast.reference.philox import to_range, to_uniform
 
-__all__ = ["Stream", "philox", "to_range", "to_uniform", "uniform"]
+__all__ = ["Stream", "philox", "sort_keys", "to_range", "to_uniform", "uniform"]
 
 
 class Stream(IntEnum):
@@ -43,36 +42,6 @@ class Stream(IntEnum):
     COSSL_BLEND = 18
     COSSL_WARMUP = 19
     LABELED_STRONG_VIEW = 20  # of the batch's own labeled images; LABELED_STRONG is of those drawn class by class
-
-
-def philox(seed: int, step: int | Tensor, view: int, slot: Tensor, words: int) -> Tensor:
-    """Random 32-bit words of each slot.
-
-    Key: (low, high) half of `seed`. Counter: (slot, step, view, block), where block b gives words 4b to 4b + 3; slot
-    and step count modulo 2^32.
-
-    Args:
-        seed: integer in [0, 2^64).
-        step: integer in [0, 2^32), or a 0-d int64 tensor on the device of `slot` (never read by the host).
-        view: a `Stream`, or any integer in [0, 2^32).
-        slot: int64 [N].
-        words: number of words per slot, at least 1.
-
-    Returns:
-        int64 [N, words] with values in [0, 2^32).
-
-    Raises:
-        TypeError, ValueError: an argument that is not as described.
-    """
-    check_seed(seed)
-    view = int(view)  # torch.compile does not compare members of an enumeration
-    if not 0 <= view <= MASK:
-        raise ValueError(f"view: expected an integer in [0, 2^32), found {view}")
-    if slot.dtype != torch.int64 or slot.dim() != 1:
-        raise TypeError(f"slot: expected int64 [N], found {slot.dtype} {list(slot.shape)}")
-    if words < 1:
-        raise ValueError(f"words: expected at least 1, found {words}")
-    return reference.philox(seed, as_step_tensor(step, slot.device), view, slot, words)
 
 
 def uniform(seed: int, step: int | Tensor, view: int, slot: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -31,11 +31,14 @@ class SimCLRDistortion(nn.Module):
     Args:
         mean, std: the images were normalized with these, per channel, of pixel values in 0..1.
         seed: integer in [0, 2^64).
+        largest_small: other than 64; 0: images of every size are cropped and blurred.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], seed: int) -> None:
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], seed: int, *, largest_small: int = LARGEST_SMALL_IMAGE
+    ) -> None:
         super().__init__()
-        self.seed = seed
+        self.seed, self.largest_small = seed, largest_small
         for name, values in (("mean", mean), ("std", std), ("neutral", _NEUTRAL), ("strength", _STRENGTH)):
             self.register_buffer(name, torch.tensor(values), persistent=False)
 
@@ -51,7 +54,7 @@ class SimCLRDistortion(nn.Module):
 
     def _distort(self, images: Tensor, step: int | Tensor, slots: Tensor) -> Tensor:
         u = to_uniform(philox(self.seed, step, Stream.SIMCLR, slots, 16), torch.float32)
-        large = min(images.shape[2:]) > LARGEST_SMALL_IMAGE
+        large = min(images.shape[2:]) > self.largest_small
         mean, std = self.mean[:, None, None], self.std[:, None, None]
         pixels = (images.float() * std + mean).clamp(0, 1)
         if large:

@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def in_front_of_white(image: Image.Image, file: IO[bytes]) -> Image.Image:
-    """The opened `image` as RGB, in front of white where it is transparent; `file` is what it was opened from."""
+    """The opened `image` as RGB, in front of white where it is transparent. It was opened from `file`."""
     stored_as = image.tile[0][3] if image.format == "PNG" and image.tile else None
     image.load()
     color = image.info.get("transparency")

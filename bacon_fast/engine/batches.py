@@ -30,13 +30,15 @@ class Batches:
         unlabeled_views: "weak" or "strong" for each view of the unlabeled rows; empty: labeled images only.
         balanced_view: also makes strong views of labeled images drawn class by class.
         labeled_strong_view: also makes strong views of the labeled images of the batch.
+        dtype: of the images.
 
     Attributes:
         pool: uint8 [M, H, W, 3]: the training images, then the unlabeled ones; indexed by rows int64 [n], it gives
             images on the device.
         window: the images of the prepared step, if the pool is mapped.
         labeled, unlabeled: int64, rows of `pool` by slot. labels: int64, of the labeled slots.
-        true_labels: int64, of the unlabeled slots, -1 where unknown; for diagnostics only.
+        true_labels: int64, of the unlabeled slots, -1 where unknown and for the labeled images among them, which are
+            trained on with their labels; for diagnostics only.
         augment: makes the views, and normalizes.
     """
 
@@ -49,17 +51,19 @@ class Batches:
         unlabeled_views: tuple[str, ...],
         balanced_view: bool = False,
         labeled_strong_view: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if unlabeled_views and not len(split.unlabeled):
             raise ValueError(f"method: {config.method} needs unlabeled images, and the split holds none")
         self.config, self.device, self.unlabeled_views = config, device, unlabeled_views
-        self.balanced_view, self.labeled_strong_view = balanced_view, labeled_strong_view
+        self.balanced_view, self.labeled_strong_view, self.dtype = balanced_view, labeled_strong_view, dtype
         mapped = config.data.images == "mapped"
         self.pool = HostPool(dataset.pool(), device) if mapped else resident(dataset.pool(), device)
         known = torch.full((len(self.pool),), -1, dtype=torch.int64)
         known[: len(dataset.train_labels)] = dataset.train_labels
         self.unlabeled = torch.as_tensor(split.unlabeled).to(device)
-        self.true_labels = known.to(device)[self.unlabeled]
+        hidden = known.index_fill(0, torch.as_tensor(split.labeled), -1)
+        self.true_labels = hidden.to(device)[self.unlabeled]
         self.augment = Augment(
             image_size=tuple(self.pool.shape[1:3]),
             mean=dataset.mean,
@@ -73,21 +77,21 @@ class Batches:
         self.unlabeled_sampler = None
         if unlabeled_views:
             rows = config.views.unlabeled_ratio * config.views.batch_size
-            sampler = IndexSampler(len(split.unlabeled), rows, config.seed, Stream.SAMPLER_UNLABELED)
+            columns = torch.stack([self.unlabeled, self.true_labels])
+            sampler = IndexSampler(len(split.unlabeled), rows, config.seed, Stream.SAMPLER_UNLABELED, columns)
             self.unlabeled_sampler = sampler.to(device)
         self.window = Window(self.pool, len(self._rows_on_host(0))) if mapped else None
 
     def set_labeled(self, labeled: Tensor, labels: Tensor) -> None:
         """Trains on these rows of the pool, int64 [n], with these labels, int64 [n], from the next step on."""
         self.labeled, self.labels = labeled, labels
-        self.labeled_sampler = IndexSampler(
-            len(labeled), self.config.views.batch_size, self.config.seed, Stream.SAMPLER_LABELED
-        ).to(self.device)
+        rows, seed = self.config.views.batch_size, self.config.seed
+        columns = torch.stack([labeled, labels])
+        self.labeled_sampler = IndexSampler(len(labeled), rows, seed, Stream.SAMPLER_LABELED, columns).to(self.device)
         self.balanced_sampler = None
         if self.balanced_view:
-            self.balanced_sampler = ClassBalancedSampler(
-                labels, self.config.views.batch_size, self.config.seed, Stream.SAMPLER_BALANCED
-            ).to(self.device)
+            sampler = ClassBalancedSampler(labels, rows, seed, Stream.SAMPLER_BALANCED)
+            self.balanced_sampler = sampler.to(self.device)
         self._host: list[tuple[Tensor, IndexSampler | ClassBalancedSampler]] | None = None
 
     def prepare(self, step: int) -> None:
@@ -117,16 +121,17 @@ class Batches:
         Under several ranks: this rank's part of it.
         """
         part = own_part(self.labeled_sampler.batch_size)
-        labeled_slots = self.labeled_sampler.batch(step, part)
-        pool, labeled = self.pool, self.labeled[labeled_slots]
+        labeled_slots, labeled, labels = self.labeled_sampler.rows(step, part)
+        pool = self.pool
         if self.window is not None:
             pool, labeled = self.window.images, torch.arange(len(labeled_slots), device=self.device)
         requests = [ViewRequest(labeled, Stream.LABELED_WEAK, strong=False, first_slot=part.start)]
-        first_labeled, unlabeled_slots = part.start, labeled_slots[:0]
+        first_labeled = part.start
+        unlabeled_slots = true_labels = labeled_slots[:0]
         if self.unlabeled_sampler is not None:
             part = own_part(self.unlabeled_sampler.batch_size)
-            unlabeled_slots = self.unlabeled_sampler.batch(step, part)
-            unlabeled, strong_streams = self.unlabeled[unlabeled_slots], iter(_STRONG)
+            unlabeled_slots, unlabeled, true_labels = self.unlabeled_sampler.rows(step, part)
+            strong_streams = iter(_STRONG)
             if self.window is not None:  # behind the labeled ones
                 unlabeled = len(labeled) + torch.arange(len(unlabeled_slots), device=self.device)
             for view in self.unlabeled_views:
@@ -145,7 +150,7 @@ class Batches:
         if self.labeled_strong_view:
             requests.append(ViewRequest(labeled, Stream.LABELED_STRONG_VIEW, strong=True, first_slot=first_labeled))
         images = self.augment.views(
-            pool, requests, self.config.seed, step, channels_last=self.config.engine.channels_last
+            pool, requests, self.config.seed, step, dtype=self.dtype, channels_last=self.config.engine.channels_last
         )
         # Behind the views of the step, in the order of their requests.
         balanced_images = labeled_strong_images = None
@@ -155,10 +160,10 @@ class Batches:
             images, balanced_images = images.split([len(images) - len(balanced_labels), len(balanced_labels)])
         return Batch(
             images,
-            self.labels[labeled_slots],
+            labels,
             labeled_slots,
             unlabeled_slots,
-            self.true_labels[unlabeled_slots],
+            true_labels,
             balanced_images,
             balanced_labels,
             labeled_strong_images,

@@ -10,7 +10,7 @@ import torch
 
 from bacon_fast import methods
 from bacon_fast.data.datasets import ImageDataset, load_dataset
-from bacon_fast.data.longtail import PROTOCOLS, Split, make_split
+from bacon_fast.data.longtail import PROTOCOLS, Protocol, Split, make_split
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.distributed import Launch
 from bacon_fast.engine.optimizers import SGD, Adam
@@ -109,6 +109,7 @@ def build_dataset(config: Config) -> ImageDataset:
         image_size=data.image_size,
         classes=data.classes,
         mapped=data.images == "mapped",
+        follow_links=data.follow_links,
     )
 
 
@@ -123,7 +124,10 @@ def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Sp
         if overrides and saved is None:
             raise ValueError(f"split: expected no {', '.join(overrides)} beside --split, which fixes the split already")
         split = Split.load(file)
-        split.verify(dataset)
+        try:
+            split.verify(dataset)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
         if config.data.split is not None and (other := Split.load(config.data.split)).hash != split.hash:
             raise ValueError(f"split: expected the run's own, {file} of hash {split.hash}, found hash {other.hash}")
         return split
@@ -133,7 +137,22 @@ def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Sp
         # Numbers of a changed protocol must not pass for numbers of the named one.
         named = {"name": f"{protocol.name} with {changes}", "source": f"changed on the command line: {changes}"}
         protocol = dataclasses.replace(protocol, **overrides, **named)
+        _refuse_without_effect(protocol, overrides)
     return make_split(dataset, protocol, config.seed)
+
+
+def _refuse_without_effect(protocol: Protocol, overrides: dict) -> None:
+    """Raises ValueError for an override that the protocol does not ask for: a run would record it and not do it."""
+    reasons = {}
+    if protocol.unlabeled_all:
+        reason = "in which every image is in the unlabeled set, the labeled ones too"
+        reasons = dict.fromkeys(("unlabeled_head", "gamma_u", "lb_in_ulb"), reason)
+    if protocol.labeled_head is None:
+        reasons["gamma_l"] = "whose labeled set is not drawn by counts; --labeled-head makes it so"
+    for name, reason in reasons.items():
+        if name in overrides:
+            base = protocol.name.partition(" with ")[0]
+            raise ValueError(f"{name}: expected none for protocol {base}, {reason}; found {overrides[name]!r}")
 
 
 def split_overrides(config: Config) -> dict:

@@ -4,11 +4,13 @@ A file is torch's archive, then a line with the SHA-256 of all bytes before it. 
 archive's own checksums: without the line, a flipped bit of a weight would be used in silence.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -97,12 +99,10 @@ def _has_digest(path: Path) -> bool:
 
 
 def set_aside_after(folder: Path, step: int) -> None:
-    """Cleans up after a crash: removes half-written files, and renames checkpoints newer than `step` to *.damaged.
+    """Renames checkpoints newer than `step`, which are damaged, to *.damaged.
 
     Otherwise a damaged file would count as one of the newest checkpoints, in place of a good one.
     """
-    for path in folder.glob(".step-*.tmp"):
-        path.unlink(missing_ok=True)
     for path in list_checkpoints(folder):
         if int(_NAME.fullmatch(path.name).group(1)) > step:
             kept = path.replace(path.with_name(f"{path.name}.damaged"))
@@ -139,7 +139,24 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
     require_format(state, path)
     if not has_digest:
         raise CheckpointError(f"{path}: expected a digest at the end, found none: the file is damaged")
+    if type(state.get("step")) is not int or state["step"] != int(_NAME.fullmatch(path.name).group(1)):
+        raise CheckpointError(f"{path}: expected the state after the step in its name, found {state.get('step')!r}")
     return state
+
+
+@contextlib.contextmanager
+def content_of(path: Path) -> Iterator[None]:
+    """Inside, what the content of the checkpoint `path` causes is raised as a CheckpointError that names the file.
+
+    For whole files, of the right format, in which entries are missing, of another type, or of shapes that do not fit.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error) or isinstance(error, CheckpointError):
+            raise
+        reason = f"no entry {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path}: its content does not fit: {reason or type(error).__name__}") from error
 
 
 def load_latest(folder: Path, map_location: torch.device | str = "cpu") -> tuple[Path, dict]:

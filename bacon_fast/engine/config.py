@@ -1,7 +1,6 @@
 """The typed configuration of a run: groups that every run has, and the options of the method's parts."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from bacon_fast.engine.groups import (
     RunOptions,
     ViewOptions,
 )
+from bacon_fast.files import read_record, write_record
 from bacon_fast.methods.options import Options, SharedOptions, from_json, to_json
 from bacon_fast.methods.part import PartOptions
 
@@ -42,7 +42,7 @@ GROUP_OF: dict[str, str] = {f.name: group for group, options in GROUPS.items() f
 # Fields that do not change the result of a run, but where it happens and what it prints: a resumed run may change them.
 RESUME_MAY_CHANGE = {
     "run": ("run_dir", "resume"),
-    "data": ("data_dir", "download", "split", "images"),
+    "data": ("data_dir", "download", "split", "images", "follow_links"),
     "engine": ("graph", "rank_timeout"),
     "log": ("log_every", "checkpoint_every", "keep_checkpoints", "report"),
 }
@@ -148,6 +148,12 @@ class Config(Options):
             values |= {f"{part}.{f.name}": getattr(options, f.name) for f in dataclasses.fields(options)}
         return values
 
+    def runs_on_length(self) -> list[str]:
+        """What follows t/T, by name. With any, a run of more steps is another one from its start."""
+        schedule = self.optimizer.lr_schedule
+        names = [] if schedule == "constant" else [f"lr_schedule {schedule}"]
+        return names + [name for name, options in self.parts.items() if options.runs_on_length]
+
     def to_dict(self) -> dict:
         """JSON-ready values, paths as strings, and the format's number."""
         groups = {name: to_json(getattr(self, name)) for name in GROUPS}
@@ -163,8 +169,12 @@ class Config(Options):
         require_format(values, "config")
         if set(values) != {"format", *TOP, *GROUPS, "parts"}:
             raise ValueError(f"config: expected format, {', '.join((*TOP, *GROUPS))}, parts, found {', '.join(values)}")
+        if not isinstance(values["parts"], dict):
+            raise ValueError(f"parts: expected names and values, found {values['parts']!r}")
+        if not isinstance(values["method"], str):
+            raise ValueError(f"method: expected a string, found {values['method']!r}")
         words = methods.parts_of(values["method"])
-        if tuple(values["parts"]) != words:
+        if set(values["parts"]) != set(words):
             raise ValueError(f"parts: expected those of {values['method']}, found {', '.join(values['parts'])}")
         groups = {name: from_json(kind, values[name]) for name, kind in GROUPS.items()}
         parts = {name: from_json(methods.PARTS[name].options, values["parts"][name]) for name in words}
@@ -172,10 +182,20 @@ class Config(Options):
 
     @classmethod
     def read(cls, path: Path) -> "Config":
-        """The configuration in a file config.json. Raises ValueError, which names the file, for another format."""
-        values = json.loads(path.read_text())
+        """The configuration in a file that `write` wrote.
+
+        Raises ValueError, which names the file, for one that is damaged, of another format or no configuration.
+        """
+        values = read_record(path)
         require_format(values, path)
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def write(self, path: Path) -> None:
+        """Writes a file config.json, atomically, with a digest of its content."""
+        write_record(path, self.to_dict())
 
     def differences(self, other: "Config") -> list[str]:
         """Readable lines, one for each value by which `other`, a saved configuration, computes something else.
@@ -189,9 +209,6 @@ class Config(Options):
             mine, theirs = ({k: v for k, v in values.items() if "." not in k} for values in (mine, theirs))
         changed = [name for name in mine if name not in _MAY_CHANGE and mine[name] != theirs[name]]
         return [f"{name}: checkpoint {theirs[name]!r}, now {mine[name]!r}" for name in changed]
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
 def require_format(saved: object, source: Path | str) -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from bacon_fast.losses.bank import MemoryBank
+from bacon_fast.ops.records import count_pairs_
 
 
 class Diagnostics(nn.Module):
@@ -32,12 +33,9 @@ class Diagnostics(nn.Module):
         self.register_buffer("centers", torch.zeros(shape))
         self.register_buffer("has_center", torch.zeros(num_classes, dtype=torch.bool))
 
-    @torch.no_grad()
     def update(self, pseudo_labels: Tensor, true_labels: Tensor) -> None:
         """Counts one step's rows: pseudo_labels int64 [U], -1 for none; true_labels int64 [U], -1 where unknown."""
-        column = torch.where(pseudo_labels < 0, self.num_classes, pseudo_labels)
-        cell = torch.where(true_labels < 0, len(self.pairs) - 1, true_labels * (self.num_classes + 1) + column)
-        self.pairs.scatter_add_(0, cell, torch.ones_like(cell))
+        count_pairs_(self.pairs, pseudo_labels, true_labels, self.num_classes)
 
     @torch.no_grad()
     def read(self) -> dict:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bacon_fast.data.datasets import DATASETS
+from bacon_fast.data.datasets import DATASETS, MAX_IMAGE_SIZE
 from bacon_fast.data.longtail import PROTOCOLS
 from bacon_fast.methods.options import Options
 
@@ -51,6 +51,8 @@ class DataOptions(Options):
     """Classes of a folder, head first; default: classes.txt, or sorted."""
     images: Literal["memory", "mapped"] = "memory"
     """In memory, or (folders) decoded once into a file in --data-dir."""
+    follow_links: bool = False
+    """Follow links in a class folder that lead out of it."""
     protocol: str = "digits"
     """Long-tailed split; the next five options override values of it."""
     labeled_head: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
@@ -68,6 +70,9 @@ class DataOptions(Options):
 
     def check(self) -> None:
         self.require(self.dataset in DATASETS, "dataset", f"one of {', '.join(DATASETS)}")
+        fits = self.image_size is None or 1 <= self.image_size <= MAX_IMAGE_SIZE
+        self.require(fits, "image_size", f"1 to {MAX_IMAGE_SIZE} pixels")
+        self.require(not self.follow_links or self.dataset == "folder", "follow_links", "it for dataset folder only")
         if self.images == "mapped":
             self.require(self.dataset == "folder", "images", "memory, except for dataset folder")
             self.require(self.image_size is not None, "image_size", "a side in pixels for --images mapped")

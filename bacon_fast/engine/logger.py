@@ -38,8 +38,11 @@ class Rows:
     def advance(self) -> None:
         """One step is done."""
 
-    def show_train(self, row: dict) -> None:
-        """Losses, pseudo-labels, bank, speed: in the bar, or as a plain line when there is no terminal."""
+    def show_train(self, row: dict, left: float) -> None:
+        """Losses, pseudo-labels, bank, speed: in the bar, or as a plain line when there is no terminal.
+
+        left: seconds to the end of the run, about.
+        """
 
     def show_eval(self, row: dict) -> None:
         """The accuracies of an evaluation, as a line."""
@@ -52,19 +55,21 @@ class Progress:
     """What a person sees of one run or of several that take turns: a bar on a terminal, else plain lines on stderr."""
 
     def __init__(self) -> None:
-        self.bar = tqdm(total=0, unit="step", dynamic_ncols=True, smoothing=0.1) if sys.stderr.isatty() else None
+        self.bar: tqdm | None = None
         self._shown: dict[str, str] = {}
+        self._total = self._start = 0
 
     def add(self, steps: int, start: int) -> None:
-        """Adds a run of `steps` steps, `start` of which are done."""
-        if self.bar is not None:
-            self.bar.total += steps
-            self.bar.initial += start
-            self.bar.n += start
-            self.bar.last_print_n += start
+        """Adds a run of `steps` steps, `start` of which are done; before the first step of any run."""
+        self._total += steps
+        self._start += start
 
     def advance(self) -> None:
         """One step of one run is done."""
+        if self.bar is None and sys.stderr.isatty():  # not before: what is printed until then has lines of its own
+            # Without smoothing the rate is that of the whole time, evaluations included, and so is the ETA.
+            options = {"unit": "step", "dynamic_ncols": True, "smoothing": 0}
+            self.bar = tqdm(total=self._total, initial=self._start, **options)
         if self.bar is not None:
             self.bar.update()
 
@@ -155,18 +160,17 @@ class RunLogger(Rows):
         """Prints a line to stderr, with the run's name if it has one."""
         self.progress.say(f"{self.name}: {text}" if self.name else text)
 
-    def show_train(self, row: dict) -> None:
-        parts = {k.removeprefix("loss/"): f"{v:.3f}" for k, v in row.items() if k.startswith("loss/")}
-        for name in ("pseudo_rate", "pseudo_accuracy", "reliable", "bank_fill"):
+    def show_train(self, row: dict, left: float) -> None:
+        parts = {"loss": f"{row['loss/total']:.3f}"}
+        for name in ("pseudo_rate", "pseudo_accuracy", "reliable"):  # what fits a line of 110 columns
             if (value := row.get(f"stats/{name}")) is not None:
                 parts[name] = f"{100 * value:.0f}%"
         if self.progress.bar is not None:
-            self.progress.show({self.name: parts["total"]} if self.name else parts)
+            self.progress.show({self.name or "loss": parts["loss"]})
             return
-        speed = row["steps_per_second"]
-        left = (self.steps - row["step"]) / speed if speed else math.nan
         text = " ".join(f"{k}={v}" for k, v in parts.items())
-        self.say(f"step {row['step']}/{self.steps} {text} {speed:.1f} steps/s ETA {format_seconds(left)}")
+        speed = format_speed(row["steps_per_second"])
+        self.say(f"step {row['step']}/{self.steps} {text} {speed} ETA {format_seconds(left)}")
 
     def show_eval(self, row: dict) -> None:
         self.say(f"step {row['step']}: top-1 {row['top1']:.4f}  bACC {row['bacc']:.4f}  GM {row['gm']:.4f}")
@@ -202,6 +206,11 @@ def _silence_board_threads(previous: Callable[[threading.ExceptHookArgs], object
 
 
 _silence_board_threads(threading.excepthook)
+
+
+def format_speed(steps_per_second: float) -> str:
+    """12.34 -> '12.3 steps/s'; below one step a second 0.04 -> '25.0 s/step'."""
+    return f"{steps_per_second:.1f} steps/s" if steps_per_second >= 1 else f"{1 / steps_per_second:.1f} s/step"
 
 
 def format_seconds(seconds: float) -> str:

@@ -5,6 +5,8 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+from bacon_fast.ops.records import add_values_
+
 
 class Meter:
     """Running sums at fixed addresses, so that a captured step updates them too. The host waits only in `read`.
@@ -14,21 +16,22 @@ class Meter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._one = torch.ones((), device=device)
+        self._device = device
         # By phase, as text: names, sums of the values (steps last), steps in which the first sum was finite.
         self._sums: dict[str, tuple[list[str], Tensor, Tensor]] = {}
 
-    @torch.no_grad()
     def add(self, phase: Hashable, values: dict[str, Tensor]) -> None:
         """Adds the 0-d values of a step; their names are the same in all steps of a phase."""
         key = repr(phase)
         if key not in self._sums:
-            self._sums[key] = list(values), self._one.new_zeros(len(values) + 1), self._one.new_zeros(())
+            self._sums[key] = list(values), self._zeros(len(values) + 1), self._zeros()
         names, sums, finite = self._sums[key]
         if names != list(values):
             raise ValueError(f"values: expected the names {names} in phase {phase!r}, found {list(values)}")
-        sums += torch.stack([*(value.detach().float() for value in values.values()), self._one])
-        finite += sums[0].isfinite()  # a sum that is not finite stays so: this counts the steps before it began
+        add_values_(sums, finite, list(values.values()))
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, device=self._device)
 
     def steps(self) -> tuple[int, int]:
         """Steps since the last `read`, and how many came before the first value, the total loss, stopped being finite.
@@ -56,7 +59,7 @@ class Meter:
 
     def load_state_dict(self, state: dict[str, list]) -> None:
         """Continues from the sums of `state_dict`. Call it before the first step."""
-        device = self._one.device
+        device = self._device
         self._sums = {
             phase: (list(names), sums.to(device), finite.to(device)) for phase, (names, sums, finite) in state.items()
         }

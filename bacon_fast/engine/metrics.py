@@ -36,21 +36,21 @@ def confusion_matrix(targets: Tensor, predictions: Tensor, num_classes: int) -> 
     """
     for name, value in (("targets", targets), ("predictions", predictions)):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-            raise TypeError(f"{name} must hold integers, got {value.dtype}")
+            raise TypeError(f"{name}: expected integers, found {value.dtype}")
         if value.dim() != 1:
-            raise ValueError(f"{name} must have shape [N], got {list(value.shape)}")
+            raise ValueError(f"{name}: expected shape [N], found {list(value.shape)}")
     if targets.shape != predictions.shape:
-        raise ValueError(f"targets and predictions must have one length, got {len(targets)} and {len(predictions)}")
+        raise ValueError(f"predictions: expected {len(targets)}, one a target, found {len(predictions)}")
     if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        raise ValueError(f"num_classes: expected at least 1, found {num_classes}")
 
     rows, columns = targets.long(), predictions.long()
     valid = (rows >= 0) & (rows < num_classes) & (columns >= 0) & (columns < num_classes)
     if valid.device.type == "cpu" and not valid.all():
         bad = int(torch.argmin(valid.int()))
         raise ValueError(
-            f"targets and predictions must lie in 0..{num_classes - 1}, "
-            f"got target {int(rows[bad])} and prediction {int(columns[bad])} at position {bad}"
+            f"targets, predictions: expected classes in 0..{num_classes - 1}, "
+            f"found target {int(rows[bad])} and prediction {int(columns[bad])} at position {bad}"
         )
     # Row-major cell of each pair; an invalid pair must not land in a neighboring cell, so it gets an index that fails.
     cell = torch.where(valid, rows * num_classes + columns, -1)
@@ -95,17 +95,17 @@ def compute_metrics(confusion: Tensor, labeled_counts: Sequence[int] | Tensor | 
     """
     matrix = np.asarray(confusion.cpu() if isinstance(confusion, Tensor) else confusion, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
-        raise ValueError(f"confusion must have shape [K, K], got {list(matrix.shape)}")
+        raise ValueError(f"confusion: expected shape [K, K], found {list(matrix.shape)}")
     if not (matrix >= 0).all():
-        raise ValueError("confusion must hold counts >= 0")
+        raise ValueError(f"confusion: expected counts >= 0, found {matrix[~(matrix >= 0)][0]:g}")
     if not matrix.sum():
-        raise ValueError("confusion holds no test image")
+        raise ValueError("confusion: expected at least one test image, found none")
     num_classes = len(matrix)
     counts = None
     if labeled_counts is not None:
         counts = np.asarray(labeled_counts.cpu() if isinstance(labeled_counts, Tensor) else labeled_counts)
         if counts.shape != (num_classes,):
-            raise ValueError(f"labeled_counts must have shape [{num_classes}], got {list(counts.shape)}")
+            raise ValueError(f"labeled_counts: expected shape [{num_classes}], found {list(counts.shape)}")
 
     correct, true_total, predicted_total = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
     present = true_total > 0
@@ -147,7 +147,7 @@ class History:
         self.rows: list[dict[str, Any]] = []
         for row in rows:
             if "step" not in row:
-                raise ValueError(f"a row of the history needs the key 'step', found {sorted(row)}")
+                raise ValueError(f"rows: expected the key 'step' in each, found only {', '.join(sorted(row))}")
             self.append(row["step"], {key: value for key, value in row.items() if key != "step"})
 
     def __len__(self) -> int:
@@ -161,9 +161,9 @@ class History:
         """
         missing = [key for key in HEADLINE if key not in metrics]
         if missing:
-            raise ValueError(f"metrics must hold {', '.join(HEADLINE)}; missing: {', '.join(missing)}")
+            raise ValueError(f"metrics: expected {', '.join(HEADLINE)}, found no {', '.join(missing)}")
         if self.rows and step <= self.rows[-1]["step"]:
-            raise ValueError(f"step must be greater than the last one, {self.rows[-1]['step']}, got {step}")
+            raise ValueError(f"step: expected more than the last one, {self.rows[-1]['step']}, found {step}")
         self.rows.append({"step": int(step), **metrics})
 
     def summary(self) -> dict[str, dict[str, Any]]:

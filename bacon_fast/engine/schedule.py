@@ -27,11 +27,15 @@ def learning_rate(name: str, base: float, step: int, steps: int) -> float:
     return base * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
 
 
-def learning_rate_tensor(name: str, base: float, step: Tensor, steps: int) -> Tensor:
-    """`learning_rate` of a step counter that the host does not read: 0-d int64 -> 0-d float32, on its device."""
+def set_learning_rate(rate: Tensor, name: str, base: float, step: Tensor, steps: int) -> None:
+    """Sets `rate`, 0-d float32, to `learning_rate` of a step counter, 0-d int64, which the host does not read.
+
+    `rate` is `base` at first; the constant rate is left alone.
+    """
     _check(name)
     if name == "constant":
-        return torch.full((), base, device=step.device)
+        return
     if name == "cosine":
-        return (base * torch.cos(step.double() * (7 * math.pi / (16 * steps))).clamp_min(0)).float()
-    return (base * (1 + torch.cos(math.pi * (step.double() / steps).clamp_max(1))) / 2).float()
+        rate.copy_(base * torch.cos(step.double() * (7 * math.pi / (16 * steps))).clamp_min(0))
+    else:
+        rate.copy_(base * (1 + torch.cos(math.pi * (step.double() / steps).clamp_max(1))) / 2)

@@ -1,6 +1,7 @@
 """One training step: views, forward, backward, update, average (methods.md 0.3), without the host reading anything."""
 
 from collections.abc import Hashable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,10 @@ from bacon_fast.engine.diagnostics import Diagnostics
 from bacon_fast.engine.ema import EMA
 from bacon_fast.engine.meter import Meter
 from bacon_fast.engine.optimizers import SGD, Adam
-from bacon_fast.engine.schedule import learning_rate_tensor
-from bacon_fast.methods.gather import gather_batch
+from bacon_fast.engine.schedule import set_learning_rate
+from bacon_fast.methods.gather import gather_batch, num_ranks
 from bacon_fast.methods.method import Method
+from bacon_fast.models.half import HalfCopies
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,7 +59,12 @@ class TrainStep:
         self.device = batches.device
         self.scaler = _scaler(config, self.device)
         self.counter = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.rate = torch.zeros((), device=self.device)
+        self.rate = torch.full((), config.optimizer.lr, device=self.device)
+        self._one = torch.ones((), device=self.device)  # the gradient of the loss by itself
+        # torch.compile fuses casts by itself, and ranks exchange gradients as they come, not all at the end.
+        plain = forward is method and num_ranks() == 1
+        half = AUTOCAST.get(config.engine.precision)
+        self.half = nullcontext() if half is None or not plain else HalfCopies(method, half)
 
     def __call__(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Runs the step that follows `step` completed ones. Returns losses and statistics as 0-d tensors."""
@@ -72,12 +79,12 @@ class TrainStep:
         """The static program of a phase."""
         config = self.config
         batch = self.batches.batch(self.counter)
-        with autocast(config, self.device):
+        with autocast(config, self.device), self.half:
             output = self.forward(batch, self.counter, phase)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(output.total).backward()
+        self.scaler.scale(output.total).backward(self._one)
         schedule = self.method.schedule(self.counter, config.steps)
-        self.rate.copy_(learning_rate_tensor(config.optimizer.lr_schedule, config.optimizer.lr, *schedule))
+        set_learning_rate(self.rate, config.optimizer.lr_schedule, config.optimizer.lr, *schedule)
         for group in self.optimizer.param_groups:  # set in every step: a checkpoint may have brought another rate
             group["lr"] = self.rate
         self.scaler.step(self.optimizer, average=self.ema.pairs(self.method.network))

@@ -1,6 +1,8 @@
 """The content of summary.json: the accuracy that a run reached, and how it was run."""
 
+import math
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ from bacon_fast.data.datasets import ImageDataset
 from bacon_fast.data.longtail import Split
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.distributed import num_ranks
-from bacon_fast.engine.metrics import History
+from bacon_fast.engine.metrics import GROUPS, HEADLINE, READINGS, History
+from bacon_fast.files import read_record
 
 
 def summarize(
@@ -51,3 +54,73 @@ def summarize(
             "python": platform.python_version(),
         },
     }
+
+
+def read_summary(path: Path, config: Config, split: str) -> dict[str, Any]:
+    """The summary in the file, of a run of this configuration on the split of this hash.
+
+    Raises:
+        ValueError: names the file and the entry: it is damaged, of another run, or holds what no run reaches.
+        OSError: it is not there, or cannot be read.
+    """
+    summary = read_record(path)
+    of_this_run = {
+        "dataset": config.data.dataset,
+        "method": config.method,
+        "preset": config.preset,
+        "seed": config.seed,
+        "steps": config.steps,
+        "split": split,
+    }
+    for name, value in of_this_run.items():
+        _require(path, name, repr(value), summary.get(name), summary.get(name) == value)
+    names = summary.get("class_names")
+    _require(path, "class_names", "names of classes", names, isinstance(names, list) and all(map(_is_text, names)))
+    for name, found in _accuracies(summary).items():
+        if name.endswith("per_class"):
+            fits = isinstance(found, list) and len(found) == len(names) and all(map(_is_share_or_none, found))
+            _require(path, name, f"{len(names)} numbers between 0 and 1", found, fits)
+        else:
+            group = name.rpartition(".")[2] in GROUPS  # may have no test image
+            _require(path, name, "a number between 0 and 1", found, _is_share(found) or (group and found is None))
+    evaluations = summary["mean_last_20"].get("evaluations")
+    _require(path, "mean_last_20.evaluations", "a count", evaluations, type(evaluations) is int and evaluations > 0)
+    for name in ("steps_per_second", "train_seconds"):
+        found = summary.get(name)
+        _require(path, name, "a number above 0", found, _is_number(found) and 0 < found < math.inf)
+    for name in ("protocol", "device", "precision"):
+        _require(path, name, "a string", summary.get(name), _is_text(summary.get(name)))
+    versions = summary.get("versions")
+    _require(path, "versions", "names and versions", versions, isinstance(versions, dict) and "bacon_fast" in versions)
+    return summary
+
+
+def _accuracies(summary: dict[str, Any]) -> dict[str, Any]:
+    """The entries that hold accuracies, None for missing ones, by name: bacc, last.bacc, last.per_class, ..."""
+    found = {name: summary.get(name) for name in (*HEADLINE, "per_class")}
+    for reading in READINGS:
+        section = summary.get(reading)
+        values = section if isinstance(section, dict) else {}
+        found |= {f"{reading}.{name}": values.get(name) for name in (*HEADLINE, *GROUPS, "per_class")}
+    return found
+
+
+def _require(path: Path, name: str, expected: str, found: object, fits: bool) -> None:
+    if not fits:
+        raise ValueError(f"{path}: {name}: expected {expected}, found {str(found)[:80]}")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_share(value: object) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _is_share_or_none(value: object) -> bool:
+    return value is None or _is_share(value)

@@ -2,10 +2,9 @@
 
 import dataclasses
 import functools
-import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,20 +13,23 @@ from torch import Tensor, nn
 
 import bacon_fast
 from bacon_fast.data.datasets import ImageDataset
+from bacon_fast.data.longtail import pool_line
 from bacon_fast.engine import build, distributed
 from bacon_fast.engine.batches import Batches
 from bacon_fast.engine.checkpoint import (
     CheckpointError,
+    content_of,
     list_checkpoints,
     load_checkpoint,
-    load_latest,
     save_checkpoint,
     set_aside_after,
 )
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.diagnostics import Diagnostics
+from bacon_fast.engine.directory import newest_state
 from bacon_fast.engine.ema import EMA
 from bacon_fast.engine.evaluation import Evaluation, calibration_error, evaluate, predict_together
+from bacon_fast.engine.finite import not_finite
 from bacon_fast.engine.graph import CudaCapture, GraphedStep, use_graph
 from bacon_fast.engine.interrupt import StopRequest
 from bacon_fast.engine.lock import DirectoryLock
@@ -36,9 +38,9 @@ from bacon_fast.engine.meter import Meter
 from bacon_fast.engine.metrics import History, compute_metrics
 from bacon_fast.engine.parallel import PhaseParallel
 from bacon_fast.engine.schedule import learning_rate
-from bacon_fast.engine.step import TrainStep, autocast
+from bacon_fast.engine.step import AUTOCAST, TrainStep, autocast
 from bacon_fast.engine.summary import summarize
-from bacon_fast.files import write_atomically
+from bacon_fast.files import remove_leftovers, write_record
 from bacon_fast.methods.method import NewGeneration, RefreshContext
 from bacon_fast.methods.part import DataInfo
 from bacon_fast.models.batchnorm import synchronize
@@ -54,15 +56,6 @@ class StoppedError(RuntimeError):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.signum = signum
-
-
-def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the floating-point tensors that hold a NaN or an infinity. The host waits for the device once."""
-    floating = [(name, t) for name, t in tensors if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
-    if not floating:
-        return []
-    largest = torch.stack([norm.double() for norm in torch._foreach_norm([t for _, t in floating], math.inf)])
-    return [name for (name, _), finite in zip(floating, largest.isfinite().tolist()) if not finite]
 
 
 def refuse_used_run_dir(run_dir: Path) -> None:
@@ -142,19 +135,24 @@ class Trainer:
         self._build()
         self.step, self.generation, self.train_seconds = 0, 0, 0.0
         self._window: tuple[int, float] | None = None  # the step and the time at which it began
+        self._evaluation_seconds = 0.0  # of the last one; not known before the first
         self.history, rows = History(), []
         if saved:
-            rows = self._restore(saved)
+            path, state = saved
+            with content_of(path):
+                rows = self._restore(state)
         if not distributed.is_main():
             self.logger = Rows(rows)
             return
-        if not saved:
+        if not (saved and split_file.exists()):
             self.split.save(split_file)
         self.logger = RunLogger(self.run_dir, config.steps, self.step, rows, progress, name, self._lock)
-        write_atomically(self.run_dir / "config.json", lambda path: path.write_text(config.to_json()))
+        config.write(self.run_dir / "config.json")
+        if not saved:
+            self.logger.say(pool_line(self.split, self.dataset))
 
-    def _saved_state(self) -> dict | None:
-        """State to resume from: rank 0 chooses the file, every rank reads it."""
+    def _saved_state(self) -> tuple[Path, dict] | None:
+        """Checkpoint to resume from, and its content: rank 0 chooses the file, every rank reads it."""
         state = None
 
         def choose() -> tuple[Path, int] | None:
@@ -169,7 +167,7 @@ class Trainer:
         state = state or load_checkpoint(path)
         if state["step"] != step:
             raise CheckpointError(f"{path} holds step {state['step']} on rank {distributed.rank()}, {step} on rank 0")
-        return state
+        return path, state
 
     def _newest_state(self) -> tuple[Path, dict | None]:
         """Locks the run directory, and returns the newest checkpoint if the configuration allows to continue from it.
@@ -181,19 +179,36 @@ class Trainer:
         if self.config.run.resume and not path.exists():
             raise CheckpointError(f"nothing to resume: {self.run_dir} holds no run")
         self._lock = DirectoryLock(self.run_dir, "run_dir")
+        remove_leftovers(self.run_dir, folder, self.run_dir / "figures")
         if not self.config.run.resume:
             refuse_used_run_dir(self.run_dir)
             return self.run_dir, None
         if list_checkpoints(folder):
-            path, state = load_latest(folder)
-        saved = Config.from_dict(state["config"]) if state else Config.read(path)
-        if differences := self.config.differences(saved):
-            raise CheckpointError(f"{path} was written by another configuration:\n  " + "\n  ".join(differences))
+            path, state = newest_state(self.run_dir)
+            with content_of(path):
+                saved = Config.from_dict(state["config"])
+        else:
+            saved = Config.read(path)
+        self._require_same_run(path, saved)
         if state is None:
             print(f"{self.run_dir} holds no checkpoint yet: starting it again from step 0", flush=True)
         else:
             set_aside_after(folder, state["step"])
         return path, state
+
+    def _require_same_run(self, path: Path, saved: Config) -> None:
+        """Raises CheckpointError unless `saved`, read from `path`, is this run's configuration, or one of fewer steps
+        that this run goes on from: nothing in it may run on t/T, for it would be neither of the two runs.
+        """
+        own, bound = self.config, self.config.runs_on_length()
+        longer = own.steps > saved.steps and not bound
+        differences = (own.replace(steps=saved.steps) if longer else own).differences(saved)
+        if own.steps != saved.steps and bound:
+            differences.append(f"a run of other steps would be another from its start: {', '.join(bound)} run on t/T")
+        if differences:
+            raise CheckpointError(f"{path} was written by another configuration:\n  " + "\n  ".join(differences))
+        if longer:
+            print(f"steps: {own.steps} in the place of {saved.steps}; nothing else changes", flush=True)
 
     def _build(self) -> None:
         config, split = self.config, self.split
@@ -206,7 +221,8 @@ class Trainer:
         self.method = method.to(self.device, memory_format=memory_format)
         if config.engine.sync_batchnorm and distributed.num_ranks() > 1:
             synchronize(self.method)
-        views = method.unlabeled_views, method.balanced_view, method.labeled_strong_view
+        half = None if method.mixes_images else AUTOCAST.get(config.engine.precision)
+        views = method.unlabeled_views, method.balanced_view, method.labeled_strong_view, half or torch.float32
         self.batches = Batches(config, split, self.dataset, self.device, *views)
         bank = None if method.regularizer is None else method.regularizer.bank
         self.diagnostics = Diagnostics(self.dataset.num_classes, bank).to(self.device)
@@ -235,7 +251,7 @@ class Trainer:
     def _start_generation(self, new: NewGeneration) -> None:
         """Starts again from fresh parameters, on another labeled set (CReST)."""
         self.generation += 1
-        build.seed_everything(self.config.seed + self.generation)
+        build.seed_everything((self.config.seed + self.generation) % 2**64)
         fresh = build.build_method(self.config, self._info)
         with torch.no_grad():  # the method's own buffers stay, the network's do not
             for own, new_start in zip(self.method.parameters(), fresh.parameters(), strict=True):
@@ -284,12 +300,22 @@ class Trainer:
             raise CheckpointError(
                 f"split.json in {self.run_dir} has hash {self.split.hash}, the checkpoint's run used {state['split']}"
             )
+        for name, most in (("step", self.config.steps), ("generation", state["step"]), ("train_seconds", math.inf)):
+            if not 0 <= state[name] <= most:
+                raise ValueError(f"{name}: expected a number from 0 to {most}, found {state[name]}")
+        self._require_rows_of_the_pool(state["labeled"], state["labels"])
         self.method.load_state_dict(state["method"])
         self.ema.load_state_dict(state["ema"])
         self.diagnostics.load_state_dict(state["diagnostics"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.program.scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["meter"])
+        for parameter, kept in self.optimizer.state.items():
+            for name, value in kept.items():
+                if value.dim() and value.shape != parameter.shape:
+                    raise ValueError(f"optimizer: expected {name} {list(parameter.shape)}, found {list(value.shape)}")
+        if broken := not_finite(self._saved_tensors()):
+            raise ValueError(f"not finite: {', '.join(broken[:3])}")
         self.generation = state["generation"]
         self.batches.set_labeled(state["labeled"].to(self.device), state["labels"].to(self.device))
         self.step, self.train_seconds = state["step"], state["train_seconds"]
@@ -298,6 +324,15 @@ class Trainer:
             {k: v for k, v in row.items() if k != "kind"} for row in state["rows"] if row["kind"] == "eval"
         )
         return state["rows"]
+
+    def _require_rows_of_the_pool(self, labeled: Tensor, labels: Tensor) -> None:
+        """Raises ValueError unless these are rows of the pool, at least one, and a class for each."""
+        sizes = {"labeled": (labeled, len(self.batches.pool)), "labels": (labels, self.dataset.num_classes)}
+        for name, (values, size) in sizes.items():
+            if values.dtype != torch.int64 or values.dim() != 1 or len(values) != len(labels) or not len(values):
+                raise ValueError(f"{name}: expected int64 [{len(labels)}], found {values.dtype} {list(values.shape)}")
+            if int(values.min()) < 0 or int(values.max()) >= size:
+                raise ValueError(f"{name}: expected values in 0..{size - 1}")
 
     def save(self) -> Path:
         """Writes a checkpoint of the current state."""
@@ -447,9 +482,14 @@ class Trainer:
         row = {"kind": "train", "step": self.step, **means, "lr": rate, "train_seconds": self.train_seconds}
         row["steps_per_second"] = (self.step - first) / seconds
         self.logger.log(row)
-        self.logger.show_train(row)
+        steps, every = self.config.steps, self.config.log.eval_every
+        # Those after this step and later ones; the last step has one, whatever its number.
+        evaluations = -(-steps // every) - (self.step - 1) // every
+        left = (steps - self.step) / row["steps_per_second"] + evaluations * self._evaluation_seconds
+        self.logger.show_train(row, left)
 
     def _evaluate(self) -> None:
+        started = time.perf_counter()
         self._share_statistics()
         evaluation = self.evaluation()
         metrics = compute_metrics(evaluation.confusion, self.split.labeled_counts)
@@ -460,6 +500,7 @@ class Trainer:
             metrics["temperatures"] = self.method.regularizer.temperatures(self.step / self.config.steps).tolist()
         if self.generation:
             metrics["generation"] = self.generation
+        self._evaluation_seconds = time.perf_counter() - started
         self.history.append(self.step, metrics)
         row = {"kind": "eval", "step": self.step, **metrics}
         self.logger.log(row)
@@ -473,6 +514,5 @@ class Trainer:
         """Writes and returns the summary of the whole run."""
         summary = summarize(self.config, self.dataset, self.split, self.history, self.device, self.train_seconds)
         if distributed.is_main():
-            text = json.dumps(summary, indent=2) + "\n"
-            write_atomically(self.run_dir / "summary.json", lambda path: path.write_text(text))
+            write_record(self.run_dir / "summary.json", summary)
         return summary

@@ -23,8 +23,8 @@ class BaConLoss(nn.Module):
     is its label or, if unlabeled, its most confident class. Row j is a negative of class c if j is labeled as another
     class, or is unlabeled and c is not among its three most confident classes. With x_r = cos(z_r, center of y_r) /
     tau_{y_r} and v_rj = cos(z_r, z_j) / tau, the loss is the mean over the reliable rows of
-    log(1 + Σ_j exp(v_rj) / exp(x_r)); a row whose class has no center or no negative yet has no term. The centers are
-    those of the calls before; the reliable rows of this call are added to them afterwards (in training mode only).
+    log(1 + Σ_j exp(v_rj) / exp(x_r)); a row whose class has no center or no negative yet has no term. The centers come
+    from the calls before; this call's reliable rows are added to them afterwards (in training mode only).
 
     Args:
         num_classes: K.
@@ -78,7 +78,7 @@ class BaConLoss(nn.Module):
             class_counts: [K] numbers, images selected as each class so far (labels and confident pseudo-labels). Keep
                 them on the device of the features: a copy from the host would be made at every step.
             t: steps since the start of training, a number or a 0-d tensor; must not restart at an epoch.
-            T: length of the training in steps; default that of the constructor.
+            T: length of the training in steps; default: the constructor's.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it. On a GPU, where the host would have
@@ -99,8 +99,8 @@ class BaConLoss(nn.Module):
 
         counts = torch.as_tensor(class_counts, dtype=unit.dtype, device=unit.device)
 
-        # A labeled row is a negative of every class but its own. The fused loss knows rows by their top-k classes only,
-        # so a labeled row gets its label as the first of them, and classes that nobody has as the others.
+        # A labeled row is a negative of every class but its own. The fused loss sees only a row's top-k classes, so a
+        # labeled row gets its label as the first of them, and classes that no row has as the others.
         top_k = max(1, min(TOP_K, self.num_classes - 1))
         padding = top_k - 1
         own = nn.functional.one_hot(classes, self.num_classes).to(unit.dtype)

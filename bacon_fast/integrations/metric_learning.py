@@ -1,10 +1,10 @@
 """pytorch-metric-learning's SupConLoss, NTXentLoss and CrossBatchMemory on the fused contrastive family.
 
-Drop-in subclasses: change the import, keep the code. Value and gradient are those of pytorch-metric-learning 2.9, but a
-call with labels builds no matrix of embeddings times references, no list of pairs (NTXentLoss: no matrix of positive
+Drop-in subclasses: change the import, keep the code. Value and gradient equal pytorch-metric-learning 2.9's. A call
+with labels builds no matrix of embeddings times references and no list of pairs (NTXentLoss: no matrix of positive
 pairs times negative pairs), and does not wait for the device.
 
-Whatever the family does not cover is left to the parent class, at its price: an ``indices_tuple`` from a miner, a
+The parent class computes, at its own cost, what the family does not cover: an ``indices_tuple`` from a miner, a
 distance other than plain CosineSimilarity, labels that are not integers, a temperature that is a tensor, statistics, a
 subclass that overrides a method of the parent, and for NTXentLoss a reducer other than MeanReducer.
 
@@ -57,7 +57,7 @@ class _Pairs:
 
     @property
     def enough(self) -> Tensor:
-        """0-d bool: False where the parent returns zero, for want of pairs of both kinds, or of a second pair."""
+        """0-d bool: False where the parent returns zero, because it lacks pairs of both kinds, or a second pair."""
         positives, negatives = self.positives.sum(), self.negatives.sum()
         return (positives > 0) & (negatives > 0) & ((positives > 1) | (negatives > 1))
 
@@ -68,7 +68,7 @@ def _sortable(labels: Tensor) -> Tensor:
 
 
 class _DropIn:
-    """Knows which methods of its parent in pytorch-metric-learning a user replaced, by inheritance or assignment."""
+    """Finds out which methods of its parent a user has replaced, by inheritance or assignment."""
 
     replaceable: frozenset[str]
     """Names of the parent's methods, without those that only serve the constructor."""
@@ -96,7 +96,7 @@ def _is_hooked(module: torch.nn.Module) -> bool:
 
 
 class _FromLabels(_DropIn):
-    """The shared part of the losses below: when to use the family, and what to hand to the reducer."""
+    """Shared by the losses below: when to use the family, and what the reducer gets."""
 
     loss_method_name: str
     """The parent's method that makes a loss of distances."""
@@ -113,7 +113,7 @@ class _FromLabels(_DropIn):
         return self.loss_from_labels(embeddings, labels, ref_emb, ref_labels, own)
 
     def covers(self, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> bool:
-        """Whether the family computes this call; decided by the host alone."""
+        """Whether the family computes this call. The host decides without reading the device."""
         distance = self.distance
         return (
             indices_tuple is None
@@ -137,7 +137,7 @@ class _FromLabels(_DropIn):
 
     @property
     def loss_reducer(self):
-        """The reducer of the loss itself, beside those of regularizers."""
+        """The reducer of the loss itself; regularizers have others."""
         return self.reducer.reducers["loss"] if isinstance(self.reducer, MultipleReducers) else self.reducer
 
     def loss_from_labels(
@@ -260,8 +260,8 @@ def _sum_over_pairs(
     return total
 
 
-# An op, which keeps no block for the backward. Of an autograd.Function in its place Dynamo (torch 2.11) looks inside,
-# and returns a wrong gradient without a word: zero for a sum in place, something else for a sum out of place.
+# An op, which keeps no block for the backward. Dynamo (torch 2.11) would look inside an autograd.Function, and silently
+# return a wrong gradient: zero for a sum in place, something else for a sum out of place.
 _positive_pairs = torch.library.custom_op("bacon_fast::positive_pairs", _sum_over_pairs, mutates_args=())
 
 
@@ -328,9 +328,9 @@ def _blocks(rows, columns, log_sum, row_code, column_code, self_column, temperat
 class CrossBatchMemory(_DropIn, losses.CrossBatchMemory, parent=losses.CrossBatchMemory):
     """A first-in-first-out memory of embeddings as references (arXiv 1912.06798) around one of the losses above.
 
-    With them it goes from labels straight to the loss; with a miner, an ``indices_tuple``, another loss, or one of them
-    with methods or hooks of its own, it does what its parent does. ``enqueue_mask`` selects rows by a mask, which waits
-    for the device as in the parent.
+    With these losses it goes from labels straight to the loss. With a miner, an ``indices_tuple``, another loss, or one
+    of these with methods or hooks of its own, it works like its parent. ``enqueue_mask`` selects rows by a mask, which
+    waits for the device, as in the parent.
     """
 
     def forward(self, embeddings, labels, indices_tuple=None, enqueue_mask=None):
@@ -366,7 +366,7 @@ class CrossBatchMemory(_DropIn, losses.CrossBatchMemory, parent=losses.CrossBatc
         if not self.loss.covers(embeddings, labels, None, memory, memory_labels):
             pairs = self.create_indices_tuple(embeddings, labels, memory, memory_labels, None, own is not None)
             return self.loss(embeddings, labels, pairs, memory, memory_labels)
-        # The memory changes at the next call, maybe before the backward of this one.
+        # The next call changes the memory, maybe before this call's backward pass.
         losses_of_batch = self.loss.loss_from_labels(embeddings, labels, memory.clone(), memory_labels, own)
         self.loss.add_embedding_regularization_to_loss_dict(losses_of_batch, embeddings)
         return self.loss.reducer(losses_of_batch, embeddings, labels)

@@ -1,5 +1,6 @@
 """BaCon's contrastive loss with its state: projection head, memory bank, class counts and centers."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..models.heads import projection_head
 from ..ops.bacon_step import bacon_step_, fuses_bacon_step
-from ..ops.checks import check_choice, check_integer, check_number, check_temperatures
+from ..ops.checks import check_choice, check_integer, check_number, check_temperatures, check_values
 from ..reference.values import accumulator_dtype
 from .bank import MemoryBank
 
@@ -113,7 +114,13 @@ class BaConLoss(nn.Module):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, found {variant!r}")
+        for name, size in (("in_features", in_features), ("num_classes", num_classes), ("proj_dim", proj_dim)):
+            check_integer(name, size, low=1)
+        for name, size in (("num_labeled", num_labeled), ("num_unlabeled", num_unlabeled)):
+            check_integer(name, size, low=0)
         check_integer("top_k", top_k, low=1)
+        check_number("reliable_threshold", reliable_threshold, low=0, low_allowed=True)
+        check_number("count_threshold", count_threshold, low=-math.inf)
         given = {
             "temperature": temperature,
             "bta": bta,
@@ -139,7 +146,7 @@ class BaConLoss(nn.Module):
         self.center_slots, self.centers = options["center_slots"], options["centers"]
         self.top_k = max(1, min(top_k, num_classes - 1))
         self.reliable_threshold, self.count_threshold = reliable_threshold, count_threshold
-        self.num_labeled = num_labeled
+        self.num_labeled, self.num_unlabeled = num_labeled, num_unlabeled
         self.projection = projection_head(in_features, proj_dim, proj_layers)
         self.bank = MemoryBank(
             num_labeled + num_unlabeled,
@@ -168,7 +175,7 @@ class BaConLoss(nn.Module):
             labels: [B] int64.
             logits: [B+U,K] of the same rows, by the head whose predictions are trusted; detached here.
             labeled_slots, unlabeled_slots: [B] and [U] int64, positions of the rows in the labeled set and in the
-                unlabeled set, each counted from 0.
+                unlabeled set, each counted from 0. Others raise ValueError on a CPU.
             progress: t/T, a number or a 0-d tensor.
             active: False before the loss starts. The loss then is a zero without graph, so the projection has no
                 gradient and is not decayed; bank, counts and centers are still updated.
@@ -177,6 +184,11 @@ class BaConLoss(nn.Module):
             BaConOutput. Its stats are "reliable", the share of reliable rows, "bank_fill", the share of slots that hold
             a feature, and "selected", the share of slots that are selected as a class.
         """
+        for name, slots, size in (
+            ("labeled_slots", labeled_slots, self.num_labeled),
+            ("unlabeled_slots", unlabeled_slots, self.num_unlabeled),
+        ):
+            check_values(name, slots, f"values in 0..{size - 1}", 0, size - 1)
         projected = self.projection(features)
         if self.variant == "blog":  # its centers are means of unit vectors
             projected = torch.nn.functional.normalize(projected, dim=1)
@@ -189,7 +201,7 @@ class BaConLoss(nn.Module):
             )
         stats = {
             "reliable": reliable,
-            "bank_fill": self.bank.written.float().mean(),
+            "bank_fill": self.bank.written.mean(dtype=torch.float32),
             "selected": self.bank.class_counts.sum() / self.bank.selected_label.shape[0],
         }
         return BaConOutput(loss, stats)
@@ -239,19 +251,20 @@ class BaConLoss(nn.Module):
         """The same step, operation by operation."""
         batch = labels.shape[0]
         logits = logits.detach().to(accumulator_dtype(logits.dtype))
-        probability, logit = logits.softmax(dim=1).amax(dim=1), logits.amax(dim=1)
+        probability = logits.softmax(dim=1).amax(dim=1)
         reliable = probability >= self.reliable_threshold
-        counted = (probability if self.count_gate == "prob" else logit)[batch:] >= self.count_threshold
+        gate = probability if self.count_gate == "prob" else logits.amax(dim=1)
+        counted = gate >= self.count_threshold
         if self.labeled_counts == "always":
-            labeled_counted = torch.ones_like(labels, dtype=torch.bool)
+            counted[:batch].fill_(True)
         else:
-            labeled_counted = counted.any().expand(batch)
+            counted[:batch] = counted[batch:].any()
 
         # topk rather than argmax: the loss takes a row's class from topk, and ties must fall the same way.
         pseudo_labels = logits[batch:].topk(self.top_k, dim=1).indices[:, 0]
         slots = torch.cat([labeled_slots, unlabeled_slots + self.num_labeled])
         classes = torch.cat([labels, pseudo_labels])
-        self.bank.select_(slots, classes, torch.cat([labeled_counted, counted]))
+        self.bank.select_(slots, classes, counted)
 
         if active:
             if self.centers == "bank":
@@ -278,7 +291,7 @@ class BaConLoss(nn.Module):
         else:
             loss = torch.zeros((), device=projected.device)
         self.bank.write_(slots, projected.detach(), reliable)
-        return loss, reliable.float().mean()
+        return loss, reliable.mean(dtype=torch.float32)
 
     @torch.no_grad()
     def temperatures(self, progress: float | Tensor) -> Tensor:

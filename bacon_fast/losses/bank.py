@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..ops.checks import check_integer
 from ..ops.snapshot import snapshot
 
 
@@ -46,8 +47,7 @@ class MemoryBank(nn.Module):
     ):
         super().__init__()
         for name, value in (("num_slots", num_slots), ("num_classes", num_classes), ("dim", dim)):
-            if value < 1:
-                raise ValueError(f"{name}: expected a positive integer, found {value}")
+            check_integer(name, value, low=1)
         self.backend = backend
         self.register_buffer("features", torch.full((num_slots, dim), float(start_with_ones)))
         self.register_buffer("written", torch.full((num_slots,), start_with_ones))

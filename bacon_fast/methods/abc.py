@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bacon_fast import functional
 from bacon_fast.functional import FixMatchABCOutput
-from bacon_fast.methods.outputs import Batch, Outputs
+from bacon_fast.methods.outputs import Batch, Outputs, weighted
 from bacon_fast.methods.part import PartOptions, Setup
 
 
@@ -60,14 +60,20 @@ class ABC(nn.Module):
             empty = torch.nonzero(labeled_counts < 1).flatten().tolist()
             raise ValueError(f"labeled_counts: expected at least one labeled image per class, found none for {empty}")
         keep = labeled_counts.min() / labeled_counts.to(torch.float64)
-        self.register_buffer("keep", keep.float(), persistent=False)  # derived from the split, which has its own hash
+        # Derived from the split, which has its own hash.
+        self.register_buffer("keep", keep.float(), persistent=False)
+        self.register_buffer("_dropped", 1 - self.keep, persistent=False)
+        self.register_buffer("_ones", torch.ones_like(self.keep), persistent=False)
         self.threshold, self.lambda_abc = threshold, lambda_abc
         self.steps, self.epochs, self.seed, self.backend = steps, epochs, seed, backend
 
     def keep_probability(self, step: Tensor) -> Tensor:
         """pi^u_c(e) = 1 - (e/E)(1 - pi_c) at the epoch e of `step` (0-d int64): float32 [K]."""
-        epoch = torch.div(step * self.epochs, self.steps, rounding_mode="floor")
-        return 1 - (epoch / self.epochs) * (1 - self.keep)
+        if self.steps % self.epochs:
+            epoch = torch.div(step * self.epochs, self.steps, rounding_mode="floor")
+        else:
+            epoch = torch.div(step, self.steps // self.epochs, rounding_mode="floor")
+        return torch.addcmul(self._ones, epoch / self.epochs, self._dropped, value=-1)
 
     def heads(self, out: Outputs, batch: Batch, step: Tensor) -> FixMatchABCOutput:
         """Losses of both heads on the labeled, weak and strong rows of `out`, before weighting, and statistics."""
@@ -87,8 +93,8 @@ class ABC(nn.Module):
     def weighted(self, heads: FixMatchABCOutput) -> dict[str, Tensor]:
         """Losses `abc_labeled` and `abc_unlabeled`, 0-d float32."""
         return {
-            "abc_labeled": self.lambda_abc * heads.abc_labeled,
-            "abc_unlabeled": self.lambda_abc * heads.abc_unlabeled,
+            "abc_labeled": weighted(self.lambda_abc, heads.abc_labeled),
+            "abc_unlabeled": weighted(self.lambda_abc, heads.abc_unlabeled),
         }
 
     def forward(self, out: Outputs, batch: Batch, step: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

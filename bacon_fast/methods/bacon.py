@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from bacon_fast.losses.bacon import BaConLoss
-from bacon_fast.methods.outputs import Batch, Outputs
+from bacon_fast.methods.outputs import Batch, Outputs, weighted
 from bacon_fast.methods.part import PartOptions, Setup
 
 
@@ -89,7 +89,7 @@ class BaCon(BaConLoss):
             progress=step / self.steps,
             active=active,
         )
-        return {"contrastive": self.lambda_con * loss}, stats
+        return {"contrastive": weighted(self.lambda_con, loss)}, stats
 
 
 def build(options: BaConOptions, setup: Setup) -> BaCon:

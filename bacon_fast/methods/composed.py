@@ -23,6 +23,8 @@ class ComposedMethod(ExtendedMethod):
         balancer: what sets the targets of FixMatch, or None.
     """
 
+    mixes_images = False
+
     def __init__(
         self,
         network: Network,

@@ -12,7 +12,7 @@ from bacon_fast.methods.bacon import BaCon
 from bacon_fast.methods.balancers.base import Balancer, Targets
 from bacon_fast.methods.composed import ComposedMethod
 from bacon_fast.methods.fixmatch_abc import FixMatchABC
-from bacon_fast.methods.outputs import Batch, Outputs, wide
+from bacon_fast.methods.outputs import Batch, Outputs, weighted, wide
 from bacon_fast.methods.part import PartOptions, Setup
 from bacon_fast.models.network import Network
 
@@ -22,6 +22,7 @@ class FixMatchOptions(PartOptions):
     """FixMatch (methods.md B)."""
 
     part: ClassVar[str] = "fixmatch"
+    runs_on_length: ClassVar[bool] = False
 
     lambda_u: float = 1.0
     """Weight of the unlabeled loss."""
@@ -68,7 +69,7 @@ class FixMatch(nn.Module):
         aims = self._by_view(targets.probabilities if targets.soft else pseudo_labels)
         unlabeled = F.cross_entropy(strong_logits, aims, weight=targets.unlabeled_weights, reduction="none")
         unsupervised = (unlabeled * self._by_view(mask)).mean()
-        losses = {"supervised": labeled.mean(), "unsupervised": self.lambda_u * unsupervised}
+        losses = {"supervised": labeled.mean(), "unsupervised": weighted(self.lambda_u, unsupervised)}
         stats = pseudo_label_stats(mask, pseudo_labels, batch.true_labels)
         return losses, stats, torch.where(mask, pseudo_labels, -1)
 

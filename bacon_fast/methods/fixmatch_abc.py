@@ -1,10 +1,9 @@
 """FixMatch with ABC, the auxiliary balanced classifier (methods.md B, C; Lee, Shin, Kim, NeurIPS 2021)."""
 
-import torch
 from torch import Tensor, nn
 
 from bacon_fast.methods.abc import ABC
-from bacon_fast.methods.outputs import Batch, Outputs
+from bacon_fast.methods.outputs import Batch, Outputs, weighted
 
 
 class FixMatchABC(nn.Module):
@@ -26,13 +25,11 @@ class FixMatchABC(nn.Module):
         head's pseudo-labels int64 [U], -1 below the threshold.
         """
         heads = self.abc.heads(out, batch, step)
-        losses = {"supervised": heads.supervised, "unsupervised": self.lambda_u * heads.unsupervised}
+        losses = {"supervised": heads.supervised, "unsupervised": weighted(self.lambda_u, heads.unsupervised)}
         stats = {
             "pseudo_rate": heads.pseudo_rate,
             "abc_rate": heads.abc_rate,
             "pseudo_known": heads.pseudo_known,
             "pseudo_correct": heads.pseudo_correct,
         }
-        confidence, pseudo_labels = out.weak_logits.detach().float().softmax(1).max(1)
-        pseudo_labels = torch.where(confidence >= self.abc.threshold, pseudo_labels, -1)
-        return losses | self.abc.weighted(heads), stats, pseudo_labels
+        return losses | self.abc.weighted(heads), stats, heads.pseudo_labels

@@ -13,7 +13,7 @@ class Options:
     """Base of all options. It refuses a value of another type than annotated, or out of range, and names its field.
 
     Raises:
-        ValueError: names the field, what it takes and what was found.
+        ValueError: names the field, what was expected and what was found.
 
     Example:
         >>> SharedOptions(threshold=2.0)
@@ -72,7 +72,9 @@ class Options:
 class SharedOptions(Options):
     """Options that several parts of methods read.
 
-    usb_compat changes DebiasPL, DASO and CoSSL, and CReST where the labeled counts do not fall from class to class.
+    usb_compat brings back what USB's code at 1ef4cbe, which BaCon's is a copy of, does otherwise: in DASO and CoSSL as
+    in semilearn 0.3.0 to 0.3.2; in CReST, where the labeled counts do not fall from class to class, likewise; in
+    DebiasPL as in semilearn 0.3.0 only, as 0.3.1 mended it.
     """
 
     threshold: float = 0.95
@@ -140,6 +142,8 @@ def from_json(options: type[Options], values: dict) -> Options:
     Raises ValueError for a missing or an unknown field, and for a value that does not fit.
     """
     kinds, label = _kinds(options), options.part or options.__name__
+    if not isinstance(values, dict):
+        raise ValueError(f"{label}: expected names and values, found {values!r}")
     for what, names in (("unknown", set(values) - set(kinds)), ("missing", set(kinds) - set(values))):
         if names:
             raise ValueError(f"{label}: {what} fields {', '.join(sorted(names))}")

@@ -1,8 +1,10 @@
 """The tensors of one step, by view."""
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from bacon_fast.reference.values import accumulator_dtype
@@ -66,9 +68,14 @@ class StepOutput(NamedTuple):
     pseudo_labels: Tensor | None
 
 
+def weighted(weight: float, loss: Tensor) -> Tensor:
+    """weight · loss; at weight 1 the loss itself, as every operation of a step is a launch on a GPU."""
+    return loss if weight == 1 else weight * loss
+
+
 def step_output(losses: dict[str, Tensor], stats: dict[str, Tensor], pseudo_labels: Tensor | None) -> StepOutput:
     """The output of a step whose total is the sum of `losses`, already weighted."""
-    total = sum(losses.values())
+    total = functools.reduce(torch.add, losses.values())
     return StepOutput(
         total, {"total": total.detach(), **{k: v.detach() for k, v in losses.items()}}, stats, pseudo_labels
     )

@@ -20,6 +20,7 @@ class SSCOptions(PartOptions):
     """SSC (methods.md G)."""
 
     part: ClassVar[str] = "ssc"
+    runs_on_length: ClassVar[bool] = False
     operation: ClassVar[str] = "contrastive"
 
     temperature: float = 0.1

@@ -17,6 +17,7 @@ class SupervisedOptions(PartOptions):
     """The supervised baseline has no options of its own."""
 
     part: ClassVar[str] = "supervised"
+    runs_on_length: ClassVar[bool] = False
 
 
 class Supervised(nn.Module):

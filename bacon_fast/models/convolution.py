@@ -1,5 +1,6 @@
 """torch's convolution without its wrong gradient on images one pixel wide."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,9 +10,16 @@ class Conv2d(nn.Conv2d):
 
     Where the padding is half of an odd kernel, the output is one pixel there whatever the stride. But on a CPU torch
     2.11 gives the weights of a strided bfloat16 convolution over one column a gradient of garbage (up to 1e35, or NaN).
+
+    Attribute ``half``: weight and bias (or None) as autocast would cast them, which take their place under autocast;
+    None: autocast casts. See `models.half`.
     """
 
+    half: tuple[Tensor, Tensor | None] | None = None
+
     def _conv_forward(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.half is not None and torch.is_autocast_enabled(images.device.type):
+            weight, bias = self.half
         stride, sizes = self.stride, zip(self.kernel_size, self.dilation)
         if self.padding == tuple(dilation * (kernel - 1) / 2 for kernel, dilation in sizes):
             stride = tuple(1 if side == 1 else step for side, step in zip(images.shape[-2:], stride))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..reference import augment as reference
 from ..reference.augment import OPS
 from .backends import BACKENDS, Backend, always, choose_backend, native_error
-from .checks import as_step_tensor, check_images, check_seed
+from .checks import as_step_tensor, check_images, check_integer, check_seed, check_stream
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -113,6 +113,8 @@ def augment_views(
     for request in requests:
         if request.indices.dtype != torch.int64 or request.indices.dim() != 1:
             raise TypeError(f"indices: expected int64 [n], found {request.indices.dtype} {list(request.indices.shape)}")
+        check_stream(request.stream)
+        check_integer("first_slot", request.first_slot, low=0)
     run = choose_backend("augment_views", backend, pool)
     if backend is None and run is reference.augment_views:
         reason = why_not(pool)

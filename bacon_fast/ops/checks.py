@@ -87,6 +87,14 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed: expected an integer in [0, 2^64), found {seed}")
 
 
+def check_stream(stream: int) -> None:
+    """Raises ValueError or TypeError unless `stream` is an integer in [0, 2^32)."""
+    if not isinstance(stream, int):
+        raise TypeError(f"stream: expected an integer, found {type(stream).__name__}")
+    if not 0 <= int(stream) < 2**32:  # torch.compile does not compare members of an enumeration
+        raise ValueError(f"stream: expected an integer in [0, 2^32), found {stream}")
+
+
 def as_step_tensor(step: int | Tensor, device: torch.device) -> Tensor:
     """A step counter as a 0-d int64 tensor on `device`; a tensor that is one already comes back as it is."""
     if not isinstance(step, Tensor):

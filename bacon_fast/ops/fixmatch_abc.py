@@ -9,7 +9,7 @@ from .. import reference
 from ..reference.fixmatch_abc import FixMatchABCLosses
 from ..reference.values import accumulator_dtype
 from .backends import BACKENDS, Backend, always, choose_backend, why_not_cpp, why_not_triton
-from .checks import check_devices, check_integer, check_kind, check_number, check_seed, check_shape
+from .checks import check_devices, check_integer, check_kind, check_number, check_seed, check_shape, check_values
 
 
 class FixMatchABCOutput(NamedTuple):
@@ -20,6 +20,7 @@ class FixMatchABCOutput(NamedTuple):
     pseudo_rate: 0-d, share of unlabeled rows with a confident pseudo-label of the main head.
     abc_rate: 0-d, share of unlabeled rows that enter ``abc_unlabeled``.
     pseudo_known, pseudo_correct: 0-d, confident rows with a known true label, and those among them that are right.
+    pseudo_labels: [U] int64, the main head's pseudo-labels, -1 where not confident.
     """
 
     supervised: Tensor
@@ -30,6 +31,7 @@ class FixMatchABCOutput(NamedTuple):
     abc_rate: Tensor
     pseudo_known: Tensor
     pseudo_correct: Tensor
+    pseudo_labels: Tensor
 
 
 def fixmatch_abc_loss(
@@ -56,7 +58,7 @@ def fixmatch_abc_loss(
             rows. float16 and bfloat16 are computed in float32.
         labels: [B] int64, classes of the labeled rows.
         true_labels: [U] int64, -1 where unknown; only for the statistics.
-        keep_labeled: [K] float, probability of keeping a labeled row of each class: N_min / N_c.
+        keep_labeled: [K] float in 0..1, probability of keeping a labeled row of each class: N_min / N_c.
         keep_unlabeled: [K] float, the same for unlabeled rows, by their pseudo-label: 1 - (e/E)(1 - N_min / N_c).
         step: completed optimizer steps, an integer or a 0-d int64 tensor.
         seed: key of the draws, 0..2^64-1. The draws are counters (`data.philox`).
@@ -100,6 +102,8 @@ def fixmatch_abc_loss(
     check_kind("keep_labeled", keep_labeled, "float")
     check_shape("keep_unlabeled", keep_unlabeled, num_classes)
     check_kind("keep_unlabeled", keep_unlabeled, "float")
+    for name, keep in (("keep_labeled", keep_labeled), ("keep_unlabeled", keep_unlabeled)):
+        check_values(name, keep.detach(), "probabilities in 0..1", 0, 1)
     check_number("threshold", threshold, low=0, low_allowed=True)
     check_seed(seed)
     if not isinstance(step, Tensor):
@@ -118,7 +122,7 @@ def fixmatch_abc_loss(
         step=step,
     )
     run = choose_backend("fixmatch_abc_loss", backend, logits)
-    losses, stats = run(
+    losses, stats, pseudo_labels = run(
         logits,
         balanced,
         labels,
@@ -129,7 +133,7 @@ def fixmatch_abc_loss(
         seed=seed,
         threshold=threshold,
     )
-    return FixMatchABCOutput(*losses.unbind(), *stats.unbind())
+    return FixMatchABCOutput(*losses.unbind(), *stats.unbind(), pseudo_labels)
 
 
 # Two forward ops, one for each backend, share a schema and an autograd formula. The backward is an op too, so that
@@ -137,7 +141,7 @@ def fixmatch_abc_loss(
 _FORWARD = (
     "(Tensor logits, Tensor balanced, Tensor labels, Tensor true_labels, Tensor keep_labeled, Tensor keep_unlabeled, "
     "Tensor step, int seed, float threshold) "
-    "-> (Tensor losses, Tensor stats, Tensor grad_logits, Tensor grad_balanced)"
+    "-> (Tensor losses, Tensor stats, Tensor pseudo_labels, Tensor grad_logits, Tensor grad_balanced)"
 )
 _BACKWARD = (
     "(Tensor grad_losses, Tensor grad_logits, Tensor grad_balanced, Tensor logits, Tensor balanced, int batch, "
@@ -146,11 +150,14 @@ _BACKWARD = (
 _NUM_INPUTS = 9
 
 
-def _fake_forward(logits: Tensor, balanced: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_forward(
+    logits: Tensor, balanced: Tensor, labels: Tensor, true_labels: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulator_dtype(logits.dtype)
     return (
         logits.new_empty(4, dtype=dtype),
         logits.new_empty(4, dtype=torch.float32),
+        torch.empty_like(true_labels, memory_format=torch.contiguous_format),
         logits.new_empty(logits.shape, dtype=dtype),
         logits.new_empty(logits.shape, dtype=dtype),
     )
@@ -175,13 +182,17 @@ def _define(backend: str) -> None:
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         logits, balanced, labels, true_labels = inputs[:4]
-        _, stats, grad_logits, grad_balanced = output
-        ctx.mark_non_differentiable(stats, grad_logits, grad_balanced)
+        _, *rest = output
+        ctx.mark_non_differentiable(*rest)
+        ctx.set_materialize_grads(False)  # zeros of the size of each of them would only be made
+        *_, grad_logits, grad_balanced = rest
         # The logits give the dtype, and make a second derivative reach `_refuse`.
         ctx.save_for_backward(grad_logits, grad_balanced, logits, balanced)
         ctx.sizes = labels.shape[0], true_labels.shape[0]
 
-    def differentiate(ctx: Any, grad_losses: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Any, grad_losses: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+        if grad_losses is None:
+            return (None,) * _NUM_INPUTS
         gradients = backward_op(grad_losses, *ctx.saved_tensors, *ctx.sizes)
         return (*gradients, *[None] * (_NUM_INPUTS - 2))
 
@@ -220,8 +231,8 @@ def _why_not_triton(logits: Tensor) -> str | None:
 
 def _call(op: Any, *tensors: Tensor, seed: int, threshold: float) -> FixMatchABCLosses:
     # An op's integers are signed 64-bit: the same bits, read back unsigned on the other side.
-    losses, stats, _, _ = op(*tensors, seed - (seed >> 63 << 64), threshold)
-    return FixMatchABCLosses(losses, stats)
+    losses, stats, pseudo_labels, _, _ = op(*tensors, seed - (seed >> 63 << 64), threshold)
+    return FixMatchABCLosses(losses, stats, pseudo_labels)
 
 
 def _run_cpp(*tensors: Tensor, **options: Any) -> FixMatchABCLosses:

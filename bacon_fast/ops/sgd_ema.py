@@ -65,6 +65,9 @@ def sgd_ema_(
             raise ValueError(f"{name}: expected one a parameter, {len(parameters)}, found {len(values)}")
     if len(copied) != len(copies):
         raise ValueError(f"copied: expected {len(copies)} tensors, one a copy, found {len(copied)}")
+    for name, number in (("rate", rate), ("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if number is not None:
+            _check_scalar(name, number)
     check_number("momentum", momentum, low=0, low_allowed=True)
     check_number("average_momentum", average_momentum, low=0, low_allowed=True)
     if average_momentum > 1:
@@ -85,6 +88,15 @@ def sgd_ema_(
         grad_scale,
         found_inf,
     )
+
+
+def _check_scalar(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a float32 tensor of one number, found {type(tensor).__name__}")
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"{name}: expected dtype {torch.float32}, found {tensor.dtype}")
+    if tensor.numel() != 1:
+        raise ValueError(f"{name}: expected one number, found shape {list(tensor.shape)}")
 
 
 # An empty gradient or average stands for none.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .philox import philox, to_range, to_uniform
 from .pixel_ops import FUNCTIONS
+from .values import check_values
 
 OPS: tuple[str, ...] = tuple(FUNCTIONS)
 """The operations of RandAugment; `ops` arguments hold indices into this tuple."""
@@ -116,7 +117,7 @@ def _cutout_box(u: Tensor, size: tuple[int, int], cutout: bool) -> Tensor:
     """Rectangle from three uniform numbers: side, then center. All steps are exact in float64."""
     height, width = size
     side = 0.5 * width * u[:, 0]
-    # The peer draws the center with numpy's uniform(size), whose other end is 1: an interval (1, size].
+    # USB draws the center with numpy's uniform(size), whose other end is 1: the interval (1, size].
     x0 = torch.floor((width + (1.0 - width) * u[:, 1] - side / 2).clamp(min=0))
     y0 = torch.floor((height + (1.0 - height) * u[:, 2] - side / 2).clamp(min=0))
     x1, y1 = (x0 + side).clamp(max=width), (y0 + side).clamp(max=height)
@@ -156,6 +157,14 @@ def normalize(images: Tensor, table: Tensor, dtype: torch.dtype, channels_last: 
     return normalized if channels_last else normalized.contiguous()
 
 
+def check_indices(indices: Tensor, size: int) -> None:
+    """Raises IndexError, on a CPU, unless they are rows of a pool of this size: -1 is not the last one."""
+    try:
+        check_values("indices", indices, f"values in 0..{size - 1}", 0, size - 1)
+    except ValueError as error:
+        raise IndexError(*error.args) from None
+
+
 def augment_views(
     pool: Tensor,
     indices: Sequence[Tensor],
@@ -177,6 +186,7 @@ def augment_views(
     options = {"ranges": ranges, "padding": padding, "hflip": hflip, "num_ops": num_ops, "cutout": cutout}
     views = []
     for of, stream, is_strong, first_slot in zip(indices, streams, strong, first_slots, strict=True):
+        check_indices(of, len(pool))
         size = pool.shape[1], pool.shape[2]
         draws = draw_views(len(of), seed, step, stream, first_slot, strong=is_strong, size=size, **options)
         views.append(replay(pool, draws, of, padding))

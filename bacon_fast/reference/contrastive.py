@@ -84,8 +84,8 @@ def contrastive(
         eps: smallest norm a vector is divided by.
 
     Returns:
-        [R] in float32 (float64 for float64 rows). A row with non-finite features or own columns has loss NaN, and so has
-        every row of its group, but no NaN reaches the gradients of others. Any other row without a positive has 0.
+        [R] in float32 (float64 for float64 rows). A row with non-finite features or own columns has loss NaN, and so
+        has every row of its group, but no NaN reaches the gradients of others. Any other row without a positive has 0.
 
     Only rows, columns and own receive a gradient. A column's gradient counts its part as negative and as positive.
     """

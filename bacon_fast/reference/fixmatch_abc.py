@@ -20,10 +20,11 @@ STREAM_UNLABELED = 8
 class FixMatchABCLosses(NamedTuple):
     """losses [4]: supervised, unsupervised, ABC labeled, ABC unlabeled. stats [4] float32: share of confident rows of
     the main head, share of rows in ABC's unlabeled loss, number of confident rows whose true label is known, number of
-    those that are right."""
+    those that are right. pseudo_labels [U] int64: of the main head, -1 where not confident."""
 
     losses: Tensor
     stats: Tensor
+    pseudo_labels: Tensor
 
 
 def bernoulli(probability: Tensor, seed: int, step: Tensor, stream: int) -> Tensor:
@@ -97,4 +98,4 @@ def fixmatch_abc_loss(
         known.sum().float(),
         (known & (pseudo == true_labels)).sum().float(),
     ]
-    return FixMatchABCLosses(torch.stack(losses), torch.stack(stats))
+    return FixMatchABCLosses(torch.stack(losses), torch.stack(stats), torch.where(confident, pseudo, -1))

@@ -44,6 +44,15 @@ def philox(seed: int, step: Tensor, stream: int, slots: Tensor, words: int) -> T
     return philox4x32(counter, (seed & MASK, seed >> 32)).flatten(1)[:, :words]
 
 
+def sort_keys(seed: int, step: Tensor, stream: int, count: int) -> Tensor:
+    """int64 [count]: 63 bits of the first two words of slots 0 to count - 1, by which to sort them into a random order.
+
+    Args: as in `philox`.
+    """
+    words = philox(seed, step, stream, torch.arange(count, device=step.device), 2)
+    return (words[:, 0] << 31) | (words[:, 1] >> 1)
+
+
 def philox_uniform(seed: int, step: Tensor, stream: int, slots: Tensor) -> Tensor:
     """One float32 in [0, 1) per slot: `to_uniform` of the first word of `philox`, with the same arguments."""
     return to_uniform(philox(seed, step, stream, slots, 1)[:, 0], torch.float32)

@@ -65,20 +65,21 @@ class ReportData:
         num_classes = len(self.class_names)
         if self.confusion.shape != (num_classes, num_classes):
             expected = [num_classes, num_classes]
-            raise ValueError(f"confusion must have shape {expected}, got {list(self.confusion.shape)}")
+            raise ValueError(f"confusion: expected shape {expected}, found {list(self.confusion.shape)}")
         for name in ("labeled_counts", "unlabeled_counts", "temperatures"):
             value = getattr(self, name)
             if value is not None and len(value) != num_classes:
-                raise ValueError(f"{name} must have one value for each of the {num_classes} classes, got {len(value)}")
+                raise ValueError(f"{name}: expected {num_classes} values, one a class, found {len(value)}")
         if not self.history:
-            raise ValueError("history must hold at least one evaluation")
+            raise ValueError("history: expected at least one evaluation, found none")
         for name in ("features", "projections"):
             value = getattr(self, name)
             if value is None:
                 continue
             if self.feature_labels is None or np.ndim(value) != 2 or len(value) != len(self.feature_labels):
-                raise ValueError(f"{name} must have shape [N, dimensions] with feature_labels of shape [N]")
+                shapes = f"{np.shape(value)} and {np.shape(self.feature_labels)}"
+                raise ValueError(f"{name}: expected [N, dimensions] beside feature_labels [N], found {shapes}")
         for name in ("original_samples", "weak_samples", "strong_samples"):
             value = getattr(self, name)
             if value is not None and (value.ndim != 4 or value.shape[3] != 3 or value.dtype != np.uint8):
-                raise ValueError(f"{name} must be uint8 [n, H, W, 3], got {value.dtype} {list(value.shape)}")
+                raise ValueError(f"{name}: expected uint8 [n, H, W, 3], found {value.dtype} {list(value.shape)}")

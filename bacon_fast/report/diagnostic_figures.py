@@ -10,32 +10,31 @@ from bacon_fast.report import style
 from bacon_fast.report.style import NAMED_CLASSES, Theme
 
 
-def by_class(panels: Sequence[tuple[str, Sequence[float], np.ndarray]], order: np.ndarray, theme: Theme) -> Figure:
+def by_class(ylabel: str, steps: Sequence[float], table: np.ndarray, order: np.ndarray, theme: Theme) -> Figure:
     """Curves of fractions over training steps, one a class, colored from the most to the fewest labeled images.
 
     Args:
-        panels: (label of the axis, steps [S], values [S, K] with NaN where there is none).
+        steps: [S]; table: values [S, K] with NaN where there is none.
         order: [K], class indices from the most to the fewest labeled images.
     """
-    figure = style.new_figure(5.2 * len(panels), 3.5, theme)
+    figure = style.new_figure(5.2, 3.5, theme)
     colors, norm = style.rank_colors(len(order), theme)
-    for index, (ylabel, steps, table) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), index + 1)
-        style.style_axes(axes, theme, "training step", ylabel)
-        axes.grid(color=theme.grid, linewidth=0.8)
-        for rank, c in enumerate(order):
-            keep = np.isfinite(table[:, c])
-            width = 1.4 if len(order) <= NAMED_CLASSES else 0.8
-            axes.plot(np.asarray(steps)[keep], table[keep, c], color=colors(norm(rank)), linewidth=width)
-        axes.set_ylim(-0.03, 1.03)
-        axes.yaxis.set_major_formatter(FuncFormatter(style.percent_label))
-        style.step_axis(axes, steps)
+    axes = figure.add_subplot()
+    style.style_axes(axes, theme, "training step", ylabel)
+    axes.grid(color=theme.grid, linewidth=0.8)
+    for rank, c in enumerate(order):
+        keep = np.isfinite(table[:, c])
+        width = 1.4 if len(order) <= NAMED_CLASSES else 0.8
+        axes.plot(np.asarray(steps)[keep], table[keep, c], color=colors(norm(rank)), linewidth=width)
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(FuncFormatter(style.percent_label))
+    style.step_axis(axes, steps)
     style.rank_colorbar(figure, axes, len(order), theme)
     return figure
 
 
 def count_estimate(
-    estimate: Sequence[float], truth: Sequence[float], class_names: Sequence[str], order: np.ndarray, theme: Theme
+    estimate: Sequence[float], truth: Sequence[float], labels: Sequence[str], order: np.ndarray, theme: Theme
 ) -> Figure:
     """Estimated images per class as dots above the true ones as bars, on a logarithmic axis."""
     figure = style.new_figure(10.4, 3.2, theme)
@@ -50,7 +49,7 @@ def count_estimate(
     axes.set_ylim(bottom=0.8)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    style.class_ticks(axes, class_names, order)
+    style.class_ticks(axes, labels, order)
     style.add_legend(axes, theme)
     return figure
 

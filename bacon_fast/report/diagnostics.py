@@ -11,48 +11,53 @@ from bacon_fast.report.data import ReportData
 from bacon_fast.report.html import Picture
 
 
-def diagnostic_pictures(data: ReportData, order: np.ndarray, picture: Callable[..., Picture]) -> list[Picture]:
-    """A picture for each of these that the run recorded."""
-    names, rows, pictures = data.class_names, data.history, []
-    quality = [
-        (label, *_table(rows, key, len(names)))
-        for key, label in (("pseudo_precision", "precision"), ("pseudo_recall", "recall"))
-        if any(row.get(key) for row in rows)
-    ]
-    if quality:
-        pictures.append(
-            picture(
-                "pseudo_labels_by_class",
-                partial(diagnostic_figures.by_class, quality, order),
-                "Curves over training steps: precision and recall of the pseudo-labels, one line a class",
-                "Pseudo-labels of each class since the evaluation before. Precision: how many of the images labeled "
-                "so are of that class. Recall: how many of its images were confident and labeled so.",
+def diagnostic_pictures(
+    data: ReportData, labels: Sequence[str], order: np.ndarray, picture: Callable[..., Picture]
+) -> tuple[list[Picture], list[Picture]]:
+    """What the run recorded of these, narrow and wide; nothing for what it did not."""
+    rows, narrow, wide = data.history, [], []
+    for key, name, meaning in (
+        ("pseudo_precision", "precision", "how many of the images labeled so are of that class"),
+        ("pseudo_recall", "recall", "how many of its images were confident and labeled so"),
+    ):
+        if any(row.get(key) for row in rows):
+            narrow.append(
+                picture(
+                    f"pseudo_{name}_by_class",
+                    partial(diagnostic_figures.by_class, name, *_table(rows, key, len(labels)), order),
+                    f"Curves over training steps: {name} of the pseudo-labels, one line a class",
+                    f"{name.capitalize()} of the pseudo-labels of each class since the evaluation before: {meaning}. "
+                    "Counted are unlabeled images whose class is known.",
+                    520,
+                )
             )
-        )
     if data.pseudo_confusion is not None and data.pseudo_confusion.any():
-        pictures.append(
+        wide.append(
             picture(
                 "pseudo_confusion",
-                partial(figures.confusion, data.pseudo_confusion, names, columns=[*names, "none"]),
+                partial(figures.confusion, data.pseudo_confusion, labels, order),
                 "Confusion matrix of the pseudo-labels in percent of the true class",
                 "Pseudo-labels between the last two evaluations: where the unlabeled images of each true class went; "
                 "the last column did not reach the threshold.",
                 820,
+                560,
             )
         )
     if data.class_count_estimate is not None and data.unlabeled_counts is not None:
         truth = np.asarray(data.labeled_counts) + np.asarray(data.unlabeled_counts)
-        pictures.append(
+        wide.append(
             picture(
                 "class_counts",
-                partial(diagnostic_figures.count_estimate, data.class_count_estimate, truth, names, order),
+                partial(diagnostic_figures.count_estimate, data.class_count_estimate, truth, labels, order),
                 "True and estimated number of training images of each class",
                 "Images the memory bank counts for each class (labels, and the latest confident pseudo-label of "
                 "every unlabeled image) beside the true number.",
+                1040,
+                620,
             )
         )
     if data.calibration is not None:
-        pictures.append(
+        narrow.append(
             picture(
                 "reliability",
                 partial(diagnostic_figures.reliability, data.calibration),
@@ -62,7 +67,7 @@ def diagnostic_pictures(data: ReportData, order: np.ndarray, picture: Callable[.
                 520,
             )
         )
-    return pictures
+    return narrow, wide
 
 
 def _table(rows: Sequence[Mapping[str, Any]], key: str, num_classes: int) -> tuple[list[int], np.ndarray]:

@@ -17,12 +17,14 @@ from bacon_fast.report.style import (
     Theme,
     add_legend,
     class_axis_label,
+    class_legend,
     class_ticks,
     literal,
     new_figure,
     percent_label,
     rank_colorbar,
     rank_colors,
+    scatter_classes,
     step_axis,
     step_label,
     style_axes,
@@ -50,45 +52,46 @@ class Panel:
     fraction: bool = False
 
 
-def curves(panels: Sequence[Panel], theme: Theme) -> Figure:
-    """Panels of curves over training steps, side by side."""
-    figure = new_figure(5.2 * len(panels), 3.5, theme)
-    for index, panel in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), index + 1)
-        style_axes(axes, theme, "training step", panel.ylabel)
-        axes.grid(color=theme.grid, linewidth=0.8)
-        for number, line in enumerate(panel.lines):
-            _draw_line(axes, line, number, theme)
-        step_axis(axes, [step for line in panel.lines for step in line.steps])
-        _value_limits(axes)
-        if panel.fraction:
-            axes.yaxis.set_major_formatter(FuncFormatter(percent_label))
-        add_legend(axes, theme)
+def curves(panel: Panel, theme: Theme) -> Figure:
+    """Curves over training steps."""
+    figure = new_figure(5.2, 3.5, theme)
+    axes = figure.add_subplot()
+    style_axes(axes, theme, "training step", panel.ylabel)
+    axes.grid(color=theme.grid, linewidth=0.8)
+    for number, line in enumerate(panel.lines):
+        _draw_line(axes, line, number, theme)
+    step_axis(axes, [step for line in panel.lines for step in line.steps])
+    _value_limits(axes)
+    if panel.fraction:
+        axes.yaxis.set_major_formatter(FuncFormatter(percent_label))
+    add_legend(axes, theme)
     return figure
 
 
-def confusion(
-    matrix: np.ndarray, class_names: Sequence[str], theme: Theme, columns: Sequence[str] | None = None
-) -> Figure:
-    """Confusion matrix [K, K] in percent of the true class; rows of absent classes stay empty.
-
-    `columns` names the columns where they are not the K classes: matrix [K, len(columns)].
+def confusion(matrix: np.ndarray, labels: Sequence[str], order: np.ndarray, theme: Theme) -> Figure:
+    """Confusion matrix [K, K] in percent of the true class, classes in the given order; rows of absent classes stay
+    empty. A matrix [K, K+1] is of pseudo-labels, its last column of rows without one.
     """
-    columns = class_names if columns is None else columns
     num_classes = len(matrix)
+    of_pseudo_labels = matrix.shape[1] > num_classes
+    matrix = matrix[order][:, [*order, num_classes] if of_pseudo_labels else order]
+    rows = [labels[c] for c in order]
+    columns = [*rows, "none"] if of_pseudo_labels else rows
     total = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, total, out=np.full(matrix.shape, np.nan), where=total > 0)
     side = min(7.6, 4.2 + 0.26 * num_classes)
     figure = new_figure(side + 0.7, side, theme)
     axes = figure.add_subplot()
-    style_axes(axes, theme, "predicted class" if len(columns) == num_classes else "pseudo-label", "true class")
+    sorting = "most labeled images first" if num_classes <= NAMED_CLASSES else "by rank of labeled images"
+    predicted = "pseudo-label" if of_pseudo_labels else "predicted class"
+    style_axes(axes, theme, f"{predicted}, {sorting}", "true class")
     scale = LinearSegmentedColormap.from_list("share", [theme.background, theme.accent])
     # A square root keeps errors of a few percent visible beside a diagonal near one.
     image = axes.imshow(np.sqrt(share), cmap=scale, vmin=0, vmax=1, interpolation="nearest")
     if num_classes <= NAMED_CLASSES:
         rotation = {"rotation": 45, "ha": "right"} if max(map(len, columns)) > 2 else {}
         axes.set_xticks(range(len(columns)), literal(columns), **rotation)
-        axes.set_yticks(range(num_classes), literal(class_names))
+        axes.set_yticks(range(num_classes), literal(rows))
         for (row, column), value in np.ndenumerate(share):
             if value >= 0.005:
                 color = theme.background if value > 0.3 else theme.ink
@@ -107,7 +110,7 @@ def per_class(
     labeled: Sequence[int],
     unlabeled: Sequence[int] | None,
     groups: Sequence[str],
-    class_names: Sequence[str],
+    labels: Sequence[str],
     order: np.ndarray,
     theme: Theme,
 ) -> Figure:
@@ -154,7 +157,7 @@ def per_class(
     lower.set_ylim(bottom=0.8)
     lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     lower.yaxis.set_minor_formatter(NullFormatter())
-    class_ticks(lower, class_names, order)
+    class_ticks(lower, labels, order)
     lower.set_xlim(-0.7, len(order) - 0.3)
     add_legend(lower, theme)
     return figure
@@ -163,72 +166,81 @@ def per_class(
 def temperature(
     values: Sequence[float],
     base: float | None,
-    history: Sequence[Mapping] | None,
-    class_names: Sequence[str],
+    first: Mapping | None,
+    labels: Sequence[str],
     order: np.ndarray,
     theme: Theme,
 ) -> Figure:
-    """Temperature of each class's positive logit, and its course over training when there is one."""
-    with_history = history is not None and len(history) > 1
-    figure = new_figure(10.4, 3.5, theme)
-    axes = figure.add_subplot(1, 2 if with_history else 1, 1)
+    """Temperature of each class's positive logit, and at the `first` record of the run, if there is an earlier one."""
+    figure = new_figure(5.2, 3.5, theme)
+    axes = figure.add_subplot()
     style_axes(axes, theme, class_axis_label(len(order)), "temperature")
     axes.grid(axis="y", color=theme.grid, linewidth=0.8)
     position, size = np.arange(len(order)), 36 if len(order) <= NAMED_CLASSES else 12
     shown = [np.asarray(values, dtype=np.float64)[order]]
-    if with_history:
+    if first is not None:
         # The adjustment fades to nothing by the last step: its start is the interesting part.
-        shown.append(np.asarray(history[0]["temperatures"], dtype=np.float64)[order])
-        label = f"positives at step {step_label(history[0]['step'])}"
+        shown.append(np.asarray(first["temperatures"], dtype=np.float64)[order])
+        label = f"positives at step {step_label(first['step'])}"
         axes.scatter(position, shown[1], s=size, facecolors="none", edgecolors=theme.accent, zorder=3, label=label)
     axes.scatter(position, shown[0], s=size, color=theme.accent, zorder=3, label="positives at the end")
     if base is not None:
         axes.axhline(base, color=theme.muted, linestyle="--", linewidth=1.2, label="negatives")
         shown.append(np.full(len(order), base))
     axes.vlines(position, np.min(shown, axis=0), np.max(shown, axis=0), color=theme.grid, linewidth=2)
-    class_ticks(axes, class_names, order)
+    class_ticks(axes, labels, order)
     _pad_limits(axes, np.ravel(shown))
     add_legend(axes, theme)
-    if with_history:
-        axes = figure.add_subplot(1, 2, 2)
-        style_axes(axes, theme, "training step", None)
-        axes.grid(color=theme.grid, linewidth=0.8)
-        steps = [row["step"] for row in history]
-        table = np.array([row["temperatures"] for row in history], dtype=np.float64)
-        cmap, norm = rank_colors(len(order), theme)
-        for rank, c in enumerate(order):
-            axes.plot(steps, table[:, c], color=cmap(norm(rank)), linewidth=1.4 if len(order) <= NAMED_CLASSES else 0.8)
-        step_axis(axes, steps)
-        _pad_limits(axes, table.ravel())
-        rank_colorbar(figure, axes, len(order), theme)
+    return figure
+
+
+def temperature_history(history: Sequence[Mapping], order: np.ndarray, theme: Theme) -> Figure:
+    """The same over training, one curve a class, colored from the most to the fewest labeled images."""
+    figure = new_figure(5.2, 3.5, theme)
+    axes = figure.add_subplot()
+    style_axes(axes, theme, "training step", "temperature")
+    axes.grid(color=theme.grid, linewidth=0.8)
+    steps = [row["step"] for row in history]
+    table = np.array([row["temperatures"] for row in history], dtype=np.float64)
+    cmap, norm = rank_colors(len(order), theme)
+    for rank, c in enumerate(order):
+        axes.plot(steps, table[:, c], color=cmap(norm(rank)), linewidth=1.4 if len(order) <= NAMED_CLASSES else 0.8)
+    step_axis(axes, steps)
+    _pad_limits(axes, table.ravel())
+    rank_colorbar(figure, axes, len(order), theme)
     return figure
 
 
 def embedding(
-    points: np.ndarray, labels: np.ndarray, class_names: Sequence[str], order: np.ndarray, axis_name: str, theme: Theme
+    points: np.ndarray, classes: np.ndarray, labels: Sequence[str], order: np.ndarray, axis_name: str, theme: Theme
 ) -> Figure:
-    """Scatter of an embedding [N, 2] colored by true class; few classes are also named where they lie."""
-    figure = new_figure(5.4, 5.0, theme)
+    """Scatter of an embedding [N, 2] colored by true class int64 [N]: up to ten with a legend; up to twenty named where
+    they lie, as far as there is room.
+    """
+    num_classes = len(labels)
+    legend = num_classes <= len(CLASS_COLORS)
+    figure = new_figure(5.4, 5.8 if legend else 5.0, theme)
     axes = figure.add_subplot()
     style_axes(axes, theme, f"{axis_name} 1", f"{axis_name} 2")
     axes.set_xticks([])
     axes.set_yticks([])
-    num_classes = len(class_names)
-    size = float(np.clip(9000 / max(len(points), 1), 5, 28))
-    if num_classes <= len(CLASS_COLORS):
-        colors = np.array(CLASS_COLORS)[labels]
-        axes.scatter(points[:, 0], points[:, 1], s=size, c=colors, linewidths=0, alpha=0.85)
+    dots = {"s": float(np.clip(9000 / max(len(points), 1), 5, 28)), "linewidths": 0, "alpha": 0.85}
+    if legend:
+        scatter_classes(axes, points, classes, labels, order, dots)
+        class_legend(figure, axes, labels, theme)
     else:
         rank = np.empty(num_classes, dtype=np.int64)
         rank[order] = np.arange(num_classes)
         cmap, norm = rank_colors(num_classes, theme)
-        axes.scatter(points[:, 0], points[:, 1], s=size, c=cmap(norm(rank[labels])), linewidths=0, alpha=0.85)
+        axes.scatter(points[:, 0], points[:, 1], c=cmap(norm(rank[classes])), **dots)
         rank_colorbar(figure, axes, num_classes, theme)
     if num_classes <= NAMED_CLASSES:
         halo = [patheffects.withStroke(linewidth=3, foreground=theme.background)]
-        for c in np.unique(labels):
-            x, y = np.median(points[labels == c], axis=0)
-            name = axes.text(x, y, literal(class_names)[c], color=theme.ink, path_effects=halo)
+        for c in np.unique(classes):
+            if legend and len(labels[c]) > 10:  # it would cover its neighbors, and the legend has it
+                continue
+            x, y = np.median(points[classes == c], axis=0)
+            name = axes.text(x, y, literal(labels)[c], color=theme.ink, path_effects=halo)
             name.set(ha="center", va="center", fontsize=10, fontweight="bold")
     return figure
 

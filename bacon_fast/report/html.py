@@ -15,9 +15,10 @@ STYLE = """
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
 main { max-width: 1120px; margin: 0 auto; padding: 48px 24px 72px; }
-h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 8px; letter-spacing: -0.02em; }
+h1 { font-size: clamp(1.3rem, 5vw, 2rem); line-height: 1.2; margin: 0 0 8px; letter-spacing: -0.02em;
+  overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 52px 0 14px; letter-spacing: -0.01em; }
-p { margin: 0 0 12px; }
+p { margin: 0 0 12px; overflow-wrap: anywhere; }
 .facts { color: var(--muted); }
 .facts b { color: var(--ink); font-weight: 600; }
 .facts span { display: inline-block; margin-right: 22px; }
@@ -35,8 +36,14 @@ p { margin: 0 0 12px; }
 .card dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 16px; }
 .stack { display: grid; gap: 16px; }
+.pair + .stack, .stack + .pair { margin-top: 16px; }
+.note-line { border-left: 3px solid var(--warn); padding: 2px 0 2px 12px; margin: 22px 0 0; }
+.legend { color: var(--muted); font-size: 0.88rem; margin: 0 0 14px; padding: 0; list-style: none; }
+.legend li { display: inline-block; margin-right: 18px; }
+.legend b { color: var(--ink); font-weight: 600; }
 figure { margin: 0; padding: 16px 18px 14px; min-width: 0; }
 figure img { display: block; width: 100%; height: auto; margin: 0 auto; }
+.frame { overflow-x: auto; }
 figcaption { color: var(--muted); font-size: 0.88rem; margin-top: 10px; }
 .table { overflow-x: auto; padding: 4px 0; }
 table { border-collapse: collapse; width: 100%; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
@@ -50,6 +57,8 @@ th:first-child, td:first-child, .left { text-align: left; }
 .settings span { color: var(--muted); }
 .settings code { font: 0.84rem ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; text-align: right;
   overflow-wrap: anywhere; }
+@media (max-width: 520px) { main { padding: 28px 12px 48px; } figure { padding: 10px 10px 12px; }
+  .settings { columns: auto; padding: 8px 12px; } th, td { padding: 6px 10px; } }
 details summary { cursor: pointer; color: var(--accent); margin: 16px 0 12px; font-weight: 600; }
 footer { color: var(--muted); font-size: 0.82rem; margin-top: 56px; }
 """
@@ -65,6 +74,8 @@ class Picture:
     caption: str
     width: int
     """Largest width in CSS pixels."""
+    least: int = 0
+    """Smallest width at which its words can be read; a narrower page scrolls it."""
 
 
 def page(title: str, body: str) -> str:
@@ -97,10 +108,23 @@ def figure(picture: Picture) -> str:
     """A picture that follows the reader's light or dark setting."""
     light, dark = (base64.b64encode(data).decode("ascii") for data in (picture.light, picture.dark))
     return (
-        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
-        f'<img src="data:image/png;base64,{light}" alt="{escape(picture.alt)}" style="max-width:{picture.width}px">'
-        f"</picture><figcaption>{escape(picture.caption)}</figcaption></figure>"
+        f'<figure><div class="frame"><picture>'
+        f'<source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
+        f'<img src="data:image/png;base64,{light}" alt="{escape(picture.alt)}" '
+        f'style="max-width:{picture.width}px;min-width:{picture.least}px">'
+        f"</picture></div><figcaption>{escape(picture.caption)}</figcaption></figure>"
     )
+
+
+def note(text: str) -> str:
+    """A line that a reader should not miss; nothing for an empty one."""
+    return f'<p class="note-line">{escape(text)}</p>' if text else ""
+
+
+def legend(text: str, pairs: Sequence[tuple[str, str]]) -> str:
+    """What labels in pictures stand for; nothing without pairs."""
+    items = "".join(f"<li><b>{escape(label)}</b> <bdi>{escape(name)}</bdi></li>" for label, name in pairs)
+    return f'<ul class="legend"><li>{escape(text)}</li>{items}</ul>' if pairs else ""
 
 
 def section(title: str, *parts: str) -> str:

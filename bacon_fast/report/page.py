@@ -1,6 +1,5 @@
 """report.html: all that is known of a run on one self-contained page, and its pictures as PNG files."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,19 +14,10 @@ from bacon_fast.report import figures, html
 from bacon_fast.report.data import MAX_POINTS, MAX_VIEWS, ReportData
 from bacon_fast.report.diagnostics import diagnostic_pictures
 from bacon_fast.report.embedding import embed
-from bacon_fast.report.figures import Line, Panel
 from bacon_fast.report.html import Picture, percent
-from bacon_fast.report.style import DARK, LIGHT, to_png
-
-# The methods' statistics under names a reader knows; others keep their own.
-STATISTICS = {
-    "pseudo_rate": "pseudo-label rate",
-    "pseudo_accuracy": "pseudo-label accuracy",
-    "abc_rate": "pseudo-label rate of ABC",
-    "reliable": "reliable rows",
-    "bank_fill": "filled slots",
-    "selected": "selected slots",
-}
+from bacon_fast.report.labels import class_labels, replaced
+from bacon_fast.report.style import DARK, LIGHT, NAMED_CLASSES, to_png
+from bacon_fast.report.training import training_pictures
 
 
 def write_report(run_dir: Path, data: ReportData) -> Path:
@@ -40,27 +30,41 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
     folder = run_dir / "figures"
     folder.mkdir(parents=True, exist_ok=True)
 
-    def picture(name: str, draw: Callable[..., Figure], alt: str, caption: str, width: int = 1040) -> Picture:
+    def picture(
+        name: str, draw: Callable[..., Figure], alt: str, caption: str, width: int = 1040, least: int = 0
+    ) -> Picture:
         light, dark = (to_png(draw(theme=theme)) for theme in (LIGHT, DARK))
         write_atomically(folder / f"{name}.png", lambda path: path.write_bytes(light))
-        return Picture(light, dark, alt, caption, width)
+        return Picture(light, dark, alt, caption, width, least)
 
     order = np.argsort(-np.asarray(data.labeled_counts), kind="stable")
+    labels = class_labels(data.class_names, order)
+    names = html.legend("In the pictures:", replaced(data.class_names, labels, order) if _named(data) else [])
+    bars, temperatures = _class_pictures(data, labels, order, picture)
+    narrow, wide = diagnostic_pictures(data, labels, order, picture)
     body = "\n".join(
         [
             html.header(data.title, _facts(data)),
             _cards(data),
-            html.section("Training", html.group("stack", _training_pictures(data, picture))),
+            html.note(_bacon_never_acted(data)),
+            html.section("Training", html.group("pair", training_pictures(data, picture))),
             html.section(
-                "Classes", html.group("stack", _class_pictures(data, order, picture)), _class_table(data, order)
+                "Classes",
+                names,
+                html.group("stack", bars),
+                html.group("pair", temperatures),
+                _class_table(data, order),
             ),
-            html.section("Diagnostics", html.group("stack", diagnostic_pictures(data, order, picture))),
-            html.section("Test images in feature space", html.group("pair", _embedding_pictures(data, order, picture))),
+            html.section("Diagnostics", html.group("pair", narrow), html.group("stack", wide)),
+            html.section(
+                "Test images in feature space", html.group("pair", _embedding_pictures(data, labels, order, picture))
+            ),
             html.section("Augmentation", html.group("stack", _view_pictures(data, picture))),
             html.section("Data", html.settings(data.dataset)),
             html.section("Run", html.settings(_scalars(data.summary))),
             html.section("Configuration", html.settings(data.config)),
-            "<footer>Accuracies belong to the averaged (EMA) model on the test set. "
+            "<footer>Accuracies belong to the averaged (EMA) model on the test set; the geometric mean counts a "
+            f"recall of 0 as {1 / len(data.class_names):.2g} % (1 / (100 x classes)). "
             "The pictures are also in the folder figures.</footer>",
         ]
     )
@@ -105,100 +109,97 @@ def _cards(data: ReportData) -> str:
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
-def _lines(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[Line]:
-    """A line for each key of `names` that occurs with a finite value, labeled with its entry."""
-    lines = []
-    for key, label in names.items():
-        found = [row for row in rows if row.get(key) is not None and math.isfinite(row[key])]
-        if found:
-            lines.append(Line(label, [row["step"] for row in found], [row[key] for row in found]))
-    return lines
+def _named(data: ReportData) -> bool:
+    """Whether the pictures name the classes, which are few enough."""
+    return len(data.class_names) <= NAMED_CLASSES
 
 
-def _training_pictures(data: ReportData, picture: Callable[..., Picture]) -> list[Picture]:
-    accuracy = [
-        Panel("accuracy", _lines(data.history, {"top1": "top-1", "bacc": "balanced", "gm": "geometric mean"}), True),
-        Panel("mean recall", _lines(data.history, {"many": "many", "medium": "medium", "few": "few"}), True),
-    ]
-    keys = dict.fromkeys(key for row in data.train_history for key in row)
-    prefixed = {prefix: [key for key in keys if key.startswith(prefix)] for prefix in ("loss/", "stats/")}
-    losses = {key: key.removeprefix("loss/").replace("_", " ") for key in prefixed["loss/"]}
-    stats = {key: key.removeprefix("stats/") for key in prefixed["stats/"]}
-    stats = {key: STATISTICS.get(name, name.replace("_", " ")) for key, name in stats.items()}
-    pseudo = {key: label for key, label in stats.items() if "pseudo" in label}
-    memory = {key: label for key, label in stats.items() if "reliable" in label or "slots" in label}
-    rest = {key: label for key, label in stats.items() if key not in pseudo and key not in memory}
-    plan = [
-        ("accuracy", accuracy, "Accuracy on the test set after each evaluation (left), and the mean recall of the "
-         "classes with many, medium and few labeled images (right)."),
-        ("losses", [
-            Panel("loss", _lines(data.train_history, losses)),
-            Panel("learning rate", _lines(data.train_history, {"lr": "learning rate"})),
-         ], "Training losses and learning rate; long curves are drawn pale, with their moving mean on top."),
-        ("statistics", [
-            Panel("share of the unlabeled batch", _lines(data.train_history, pseudo), True),
-            Panel("share", _lines(data.train_history, memory), True),
-         ], "Left: pseudo-labels, how many pass the confidence threshold and how many of those are right. Right: "
-         "rows reliable enough for the memory bank, and its slots that hold a feature (filled) or count as a class "
-         "(selected)."),
-        ("representation", [
-            Panel("intra-class variance", _lines(data.history, {"intra_class_variance": "unit features, test images"})),
-            Panel("1 - cosine", _lines(data.history, {"center_drift": "center drift between evaluations"})),
-            Panel("calibration error", _lines(data.history, {"calibration_error": "expected, test images"}), True),
-         ], "How far the features of a class spread, how far BaCon's class centers move between evaluations, and how "
-         "far confidence is from accuracy."),
-        ("other_statistics", [
-            Panel("value", _lines(data.train_history, rest)),
-            Panel("steps per second", _lines(data.train_history, {"steps_per_second": "steps per second"})),
-         ], "Other logged quantities, and the training speed."),
-    ]  # fmt: skip
-    pictures = []
-    for name, panels, caption in plan:
-        panels = [panel for panel in panels if panel.lines]
-        if panels:
-            alt = "Curves over training steps: " + ", ".join(line.label for panel in panels for line in panel.lines)
-            pictures.append(picture(name, partial(figures.curves, panels), alt, caption, 520 * len(panels)))
-    return pictures
+def _bacon_never_acted(data: ReportData) -> str:
+    """A line for a run with BaCon whose loss was 0 whenever it was logged, with the reason where it is known."""
+    if data.base_temperature is None or not data.train_history:
+        return ""
+    if any(row.get("loss/contrastive") for row in data.train_history):
+        return ""
+    begin, steps = data.config.get("bacon.contrast_start"), data.config.get("steps")
+    last = data.history[-1]["step"]
+    if begin is not None and steps is not None and last <= begin * steps:
+        why = f"it begins after step {begin * steps:,.0f} (--bacon.contrast-start), and the run has {last:,}"
+    elif not any(row.get("stats/reliable") for row in data.train_history):
+        sure = data.config.get("bacon.reliable_threshold")
+        reached = "no row was reliable" if sure is None else f"no row reached the confidence {sure:g}"
+        why = f"{reached} (--bacon.reliable-threshold)"
+    else:
+        why = "its logged loss is 0 throughout"
+    return f"BaCon never acted in this run: {why}. What is measured here is the method without it."
 
 
-def _class_pictures(data: ReportData, order: np.ndarray, picture: Callable[..., Picture]) -> list[Picture]:
+def _class_pictures(
+    data: ReportData, labels: Sequence[str], order: np.ndarray, picture: Callable[..., Picture]
+) -> tuple[list[Picture], list[Picture]]:
+    """Wide pictures of the classes, and narrow ones of BaCon's temperatures."""
     metrics = compute_metrics(data.confusion, data.labeled_counts)
     groups = class_groups(len(data.class_names), data.labeled_counts)
-    names = data.class_names
     draw = partial(
-        figures.per_class, metrics["per_class"], data.labeled_counts, data.unlabeled_counts, groups, names, order
+        figures.per_class, metrics["per_class"], data.labeled_counts, data.unlabeled_counts, groups, labels, order
     )
     known = "" if data.unlabeled_counts is None else " and unlabeled"
-    pictures = [
+    wide = [
         picture(
             "per_class",
             draw,
             "Bars: recall of each class above the number of its training images",
             f"Recall of each class above its number of labeled{known} training images (logarithmic). A method that "
             "ignores the imbalance falls off to the right.",
+            1040,
+            620,
         ),
         picture(
             "confusion",
-            partial(figures.confusion, data.confusion, names),
+            partial(figures.confusion, data.confusion, labels, order),
             "Confusion matrix in percent of the true class",
             "Each row shows where the test images of one class went, in percent; the color scale is stretched toward "
             "small shares so that rare errors stay visible. Columns that collect errors are favored classes.",
             780,
+            560,
         ),
     ]
-    if data.temperatures is not None:
-        history = data.temperature_history
-        pictures.append(
+    if data.temperatures is None:
+        return wide, []
+    history = data.temperature_history if data.temperature_history and len(data.temperature_history) > 1 else None
+    narrow = [
+        picture(
+            "temperature",
+            partial(
+                figures.temperature, data.temperatures, data.base_temperature, history and history[0], labels, order
+            ),
+            "Temperature of each class's positive logit",
+            "BaCon's balanced temperature adjustment: classes with many selected images get a lower temperature for "
+            f"their positive logit. {_temperature_range(data)}",
+            520,
+        )
+    ]
+    if history is not None:
+        narrow.append(
             picture(
-                "temperature",
-                partial(figures.temperature, data.temperatures, data.base_temperature, history, names, order),
-                "Temperature of each class's positive logit",
-                "BaCon's balanced temperature adjustment: classes with many selected images get a lower temperature "
-                "for their positive logit; the difference fades toward the end of training.",
-                1040 if history is not None and len(history) > 1 else 780,
+                "temperature_history",
+                partial(figures.temperature_history, history, order),
+                "Curves over training steps: temperature of each class's positive logit, one line a class",
+                "The same over training: the adjustment fades toward its end.",
+                520,
             )
         )
-    return pictures
+    return wide, narrow
+
+
+def _temperature_range(data: ReportData) -> str:
+    """How little the temperatures move."""
+    rows = [row["temperatures"] for row in data.temperature_history or ()]
+    values = np.array([*rows, data.temperatures], dtype=np.float64)
+    base = data.base_temperature or values.max()
+    text = f"The axis is narrow: all temperatures lie between {values.min():.5g} and {values.max():.5g}"
+    if data.base_temperature is not None:
+        text += f", at most {100 * (1 - values.min() / base):.2g} % below that of the negatives"
+    return f"{text}. By its formula the adjustment hardly moves them: by a share eta at most, 0.005 in the paper."
 
 
 def _class_table(data: ReportData, order: np.ndarray) -> str:
@@ -218,7 +219,9 @@ def _class_table(data: ReportData, order: np.ndarray) -> str:
     return html.details("All classes as a table", html.table(columns, rows))
 
 
-def _embedding_pictures(data: ReportData, order: np.ndarray, picture: Callable[..., Picture]) -> list[Picture]:
+def _embedding_pictures(
+    data: ReportData, labels: Sequence[str], order: np.ndarray, picture: Callable[..., Picture]
+) -> list[Picture]:
     pictures = []
     for name, values, what, normalize in (
         ("features", data.features, "Backbone features", False),
@@ -228,8 +231,8 @@ def _embedding_pictures(data: ReportData, order: np.ndarray, picture: Callable[.
             continue
         chosen = np.sort(np.random.default_rng(0).permutation(len(values))[:MAX_POINTS])
         points, kind = embed(values[chosen], normalize=normalize)
-        labels = np.asarray(data.feature_labels)[chosen]
-        draw = partial(figures.embedding, points, labels, data.class_names, order, kind)
+        classes = np.asarray(data.feature_labels)[chosen]
+        draw = partial(figures.embedding, points, classes, labels, order, kind)
         caption = f"{what} of {len(chosen):,} test images, {kind}, colored by true class."
         pictures.append(picture(f"embedding_{name}", draw, f"Scatter plot of {name} by class", caption, 560))
     return pictures
@@ -240,13 +243,15 @@ def _view_pictures(data: ReportData, picture: Callable[..., Picture]) -> list[Pi
     rows = [(name, images[:MAX_VIEWS]) for name, images in named if images is not None and len(images)]
     if not rows:
         return []
-    caption = (
-        "Unlabeled images and the views the network sees: the weak view gives the pseudo-label, and the strong view is "
-        "trained to agree with it."
-    )
+    caption = "Training images and what the augmentation makes of them."
+    if any(key.startswith("stats/pseudo") for row in data.train_history for key in row):
+        caption = (
+            "Unlabeled images and the views the network sees: the weak view gives the pseudo-label, and the strong "
+            "view is trained to agree with it."
+        )
     alt = "Sample images in rows: " + ", ".join(name for name, _ in rows)
     width = 70 + 98 * max(len(images) for _, images in rows)
-    return [picture("views", partial(figures.views, rows), alt, caption, width)]
+    return [picture("views", partial(figures.views, rows), alt, caption, width, min(width, 480))]
 
 
 def _scalars(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Petroff's ten-color cycle (arXiv 2107.02270), ordered quantities use cividis.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -112,14 +112,36 @@ def literal(names: Sequence[str]) -> list[str]:
     return [name.replace("$", r"\$") for name in names]
 
 
-def class_ticks(axes: Axes, class_names: Sequence[str], order: np.ndarray) -> None:
-    """Names of the classes on the x axis, in the given order; ranks where they are many."""
+def class_ticks(axes: Axes, labels: Sequence[str], order: np.ndarray) -> None:
+    """Labels of the classes on the x axis, in the given order; ranks where they are many."""
     if len(order) <= NAMED_CLASSES:
-        long = max(map(len, class_names)) > (9 if len(order) <= 10 else 3)
-        names = [literal(class_names)[c] for c in order]
-        axes.set_xticks(range(len(order)), names, rotation=35 if long else 0, ha="right" if long else "center")
+        room = 9 * axes.figure.get_figwidth() / 10.4 * min(1, 10 / len(order))  # letters, at this size of the figure
+        long = max(map(len, labels)) > room
+        names = [literal(labels)[c] for c in order]
+        style = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if long else {}
+        axes.set_xticks(range(len(order)), names, **style)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+
+
+def scatter_classes(
+    axes: Axes, points: np.ndarray, classes: np.ndarray, labels: Sequence[str], order: np.ndarray, dots: Mapping
+) -> None:
+    """Points [N, 2] of up to ten classes int64 [N], each class in a color of its own and named for a legend."""
+    for place, c in enumerate(order):
+        x, y = points[classes == c].T
+        axes.scatter(x, y, color=CLASS_COLORS[place], label=literal(labels)[c], **dots)
+
+
+def class_legend(figure: Figure, axes: Axes, labels: Sequence[str], theme: Theme) -> None:
+    """The classes' colors below the figure, in as many columns as there is room for."""
+    columns = int(np.clip(figure.get_figwidth() * 12 / (max(map(len, labels)) + 3), 1, len(labels)))
+    legend = figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9,
+        labelcolor=theme.ink, handletextpad=0.1, columnspacing=1.2,
+    )  # fmt: skip
+    for handle in legend.legend_handles:
+        handle.set_sizes([36])
 
 
 def rank_colors(num_classes: int, theme: Theme) -> tuple[Colormap, Normalize]:

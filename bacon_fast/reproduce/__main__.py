@@ -14,6 +14,7 @@ from bacon_fast.cli import parse_seeds, with_clear_errors
 from bacon_fast.engine.logger import format_seconds
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.files import write_atomically
+from bacon_fast.parser import refuse_empty
 from bacon_fast.reproduce.matrix import Cell, Options, Run, check_images, expand
 from bacon_fast.reproduce.results import Result, collect
 from bacon_fast.reproduce.runner import execute, lock
@@ -26,7 +27,8 @@ NAMES = "\n".join(f"  {name:<16}{table.title}" for name, table in TABLES.items()
 DESCRIPTION = f"""Run a matrix of methods, protocols and seeds; write it as a table beside the published numbers.
 
 Finished runs are not repeated and stopped ones continue, so a call that was interrupted is simply given again. Files:
-table.md, table.csv, runs.csv and pictures in --out; the runs, each as train.py makes it, in --out/runs.
+table.md, table.csv, runs.csv and pictures in --out (with classes-COLUMN.txt where pictures cut or number the names of
+classes); the runs, each as train.py makes it, in --out/runs.
 
 Tables:
 {NAMES}
@@ -67,6 +69,7 @@ class Arguments:
 
 
 def main() -> None:
+    with_clear_errors(lambda: refuse_empty(sys.argv[1:]))
     arguments = tyro.cli(Arguments, prog="python -m bacon_fast.reproduce", description=DESCRIPTION)
     command = "python -m bacon_fast.reproduce " + shlex.join(sys.argv[1:])
     failed = []
@@ -193,7 +196,8 @@ def _plan(cells: Sequence[Cell], runs: Sequence[Run], seconds: float | None, job
 
 def _write_pictures(table: Table, results: Sequence[Result], device: str, out: Path) -> None:
     # Imported here: matplotlib and scikit-learn take seconds, which a dry run need not wait for.
-    from bacon_fast.report.style import LIGHT, to_png
+    from bacon_fast.report.labels import class_labels, replaced
+    from bacon_fast.report.style import LIGHT, NAMED_CLASSES, to_png
     from bacon_fast.reproduce import figures
 
     pictures = {}
@@ -203,6 +207,13 @@ def _write_pictures(table: Table, results: Sequence[Result], device: str, out: P
             pictures[f"accuracy-{column.name}"] = figures.accuracies(table, inside, LIGHT)
             pictures[f"recall-{column.name}"] = figures.recalls(inside, LIGHT)
             pictures[f"features-{column.name}"] = figures.embeddings(inside, device, LIGHT)
+            names, order = figures.classes_of(inside)
+            pairs = replaced(names, class_labels(names, order), order)
+            if pairs and len(names) <= NAMED_CLASSES:
+                text = "".join(f"{label}\t{name}\n" for label, name in pairs)
+                write_atomically(
+                    out / f"classes-{column.name}.txt", lambda path, text=text: path.write_text(text, encoding="utf-8")
+                )
     for name, figure in pictures.items():
         if figure is not None:
             data = to_png(figure)

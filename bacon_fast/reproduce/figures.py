@@ -1,4 +1,8 @@
-"""Pictures of a table: accuracies with deviations, recall of each class by method, t-SNE of methods side by side."""
+"""Pictures of a table: accuracies with deviations, recall of each class by method, t-SNE of methods side by side.
+
+Each says on itself which column it is of, how many steps the runs had and how many seeds. Classes stand in the report's
+order, most labeled images first, under the report's labels.
+"""
 
 from collections.abc import Sequence
 
@@ -7,11 +11,15 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from bacon_fast.data.longtail import Split
 from bacon_fast.engine.build import build_dataset
+from bacon_fast.engine.config import Config
 from bacon_fast.engine.evaluation import predict
+from bacon_fast.engine.presets import PRESETS
 from bacon_fast.report import style
 from bacon_fast.report.data import MAX_POINTS
 from bacon_fast.report.embedding import embed
+from bacon_fast.report.labels import class_labels
 from bacon_fast.report.style import CLASS_COLORS, NAMED_CLASSES, Theme
 from bacon_fast.reproduce.results import Result
 from bacon_fast.reproduce.tables import Table
@@ -57,22 +65,23 @@ def accuracies(table: Table, results: Sequence[Result], theme: Theme) -> Figure:
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(8))
     style.add_legend(axes, theme)
+    _name(figure, results, theme)
     return figure
 
 
 def recalls(results: Sequence[Result], theme: Theme) -> Figure:
     """Recall of each class after the last step, mean over the seeds: a row a method; `results` as in `accuracies`."""
     values = np.array([[np.nan if v is None else v for v in r.recalls()] for r in results], dtype=np.float64)
-    names = results[0].summaries[0]["class_names"]
-    named = len(names) <= NAMED_CLASSES
+    names, order = classes_of(results)
+    values, named = values[:, order], len(names) <= NAMED_CLASSES
     figure = style.new_figure(3.2 + 0.52 * min(len(names), NAMED_CLASSES), 1.6 + 0.34 * len(results), theme)
     axes = figure.add_subplot()
-    style.style_axes(axes, theme, "class" if named else "class index", None)
+    style.style_axes(axes, theme, style.class_axis_label(len(names)), None)
     scale = LinearSegmentedColormap.from_list("recall", [theme.background, theme.accent])
     image = axes.imshow(values, cmap=scale, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(results)), [result.cell.row.name for result in results])
     if named:
-        style.class_ticks(axes, names, np.arange(len(names)))
+        style.class_ticks(axes, class_labels(names, order), order)
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
                 color = theme.background if value > 0.55 else theme.ink
@@ -80,6 +89,7 @@ def recalls(results: Sequence[Result], theme: Theme) -> Figure:
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"])
     style.style_colorbar(bar, theme, "recall")
+    _name(figure, results, theme)
     return figure
 
 
@@ -92,34 +102,61 @@ def embeddings(results: Sequence[Result], device: str, theme: Theme) -> Figure |
     chosen = [found[method] for method in SIDE_BY_SIDE if method in found]
     if len(chosen) < 2:
         return None
-    figure = style.new_figure(4.6 * len(chosen), 4.6, theme)
+    names, order = classes_of(chosen)
+    labels = class_labels(names, order)
+    figure = style.new_figure(4.6 * len(chosen), 4.9, theme)
     for axes, result in zip(figure.subplots(1, len(chosen), squeeze=False).flat, chosen):
-        points, labels, names, technique = _embed(result, device)
+        points, classes, technique = _embed(result, device)
         style.style_axes(axes, theme, f"{technique} 1", f"{technique} 2")
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set_title(f"{result.cell.row.name}, seed {result.seeds[0]}", color=theme.ink, fontsize=10.5)
         if len(names) <= len(CLASS_COLORS):
-            for c, name in enumerate(names):
-                x, y = points[labels == c].T
-                axes.scatter(x, y, s=8, color=CLASS_COLORS[c], linewidths=0, alpha=0.85, label=name)
+            style.scatter_classes(axes, points, classes, labels, order, {"s": 8, "linewidths": 0, "alpha": 0.85})
         else:
-            axes.scatter(*points.T, s=5, c=labels, cmap="cividis", linewidths=0, alpha=0.85)
+            colors, norm = style.rank_colors(len(names), theme)
+            axes.scatter(*points.T, s=5, c=colors(norm(np.argsort(order)[classes])), linewidths=0, alpha=0.85)
     if len(names) <= len(CLASS_COLORS):
-        handles, titles = axes.get_legend_handles_labels()
-        figure.legend(
-            handles, style.literal(titles), loc="outside lower center", ncols=len(names), frameon=False,
-            fontsize=9, labelcolor=theme.ink, markerscale=2.5, handletextpad=0.1, columnspacing=1.2,
-        )  # fmt: skip
+        style.class_legend(figure, axes, labels, theme)
+    else:
+        style.rank_colorbar(figure, axes, len(names), theme)
+    _name(figure, chosen, theme)
     return figure
 
 
-def _embed(result: Result, device: str) -> tuple[np.ndarray, np.ndarray, Sequence[str], str]:
-    """Points [N, 2], true classes [N], class names and technique of the first finished run."""
+def classes_of(results: Sequence[Result]) -> tuple[Sequence[str], np.ndarray]:
+    """Names of the classes [K], and their order: most labeled images first, in the first finished run."""
+    result = next(result for result in results if result.finished)
+    split = Split.load(result.finished[0].folder / "split.json")
+    return result.summaries[0]["class_names"], np.argsort(-np.asarray(split.labeled_counts), kind="stable")
+
+
+def describe(results: Sequence[Result]) -> str:
+    """Column, length of the runs and seeds, as a line above a picture."""
+    configs = [result.config for result in results]
+    steps, full = ({f"{n:,}" for n in numbers} for numbers in ([c.steps for c in configs], _full(configs)))
+    share = sorted({f"{100 * c.steps / n:.3g} %" for c, n in zip(configs, _full(configs))})
+    length = f"{' or '.join(sorted(steps))} steps"
+    length += ", full length" if share == ["100 %"] else f": {' or '.join(share)} of {' or '.join(sorted(full))}"
+    seeds = sorted({len(result.seeds) for result in results})
+    count = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    return f"{results[0].cell.column.name}, {length}, {count} seed{'' if seeds == [1] else 's'}"
+
+
+def _full(configs: Sequence[Config]) -> list[int]:
+    return [PRESETS[config.preset].steps for config in configs]
+
+
+def _name(figure: Figure, results: Sequence[Result], theme: Theme) -> None:
+    figure.suptitle(describe(results), x=0.01, ha="left", color=theme.muted, fontsize=9)
+
+
+def _embed(result: Result, device: str) -> tuple[np.ndarray, np.ndarray, str]:
+    """Points [N, 2], true classes [N] and technique of the first finished run."""
     config = result.finished[0].config
     run, dataset = open_run(config.run.run_dir, device), build_dataset(config)
     stride = max(1, len(dataset.test_images) // MAX_POINTS)
     images, labels = dataset.test_images[::stride], dataset.test_labels[::stride]
     features, _ = predict(run.network, run.normalize, images, run.device)
     points, technique = embed(features.cpu().numpy())
-    return points, labels.numpy(), run.class_names, technique
+    return points, labels.numpy(), technique

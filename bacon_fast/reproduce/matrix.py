@@ -1,7 +1,6 @@
 """From a table and the options of a call to runs: their configurations, directories and states."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,9 @@ from bacon_fast.data.datasets import ImageDataset
 from bacon_fast.data.longtail import Split
 from bacon_fast.engine.build import build_dataset, split_overrides
 from bacon_fast.engine.config import GROUP_OF, Config
+from bacon_fast.engine.directory import logged_step
 from bacon_fast.engine.presets import PRESETS
+from bacon_fast.engine.summary import read_summary
 from bacon_fast.methods import METHODS, PARTS, parts_of
 from bacon_fast.parser import override, words_of
 from bacon_fast.reproduce.tables import Column, Row, Table
@@ -66,7 +67,7 @@ class Run:
         return "done" if (self.folder / "summary.json").exists() else "started"
 
     def check(self) -> None:
-        """Raises ValueError when the directory holds a run of another configuration."""
+        """Raises ValueError when the directory holds a run of another configuration, or a summary of another run."""
         if self.state == "new":
             return
         if differences := self.config.differences(Config.read(self.folder / "config.json")):
@@ -74,28 +75,17 @@ class Run:
                 f"out: {self.folder} holds a run of another configuration; name another --out, or remove it. Found "
                 f"there and wanted now:\n  " + "\n  ".join(differences)
             )
+        if self.state == "done":
+            self.summary()
 
     def step(self) -> int:
         """Steps completed according to the log; 0 before its first row."""
-        path, tail = self.folder / "metrics.jsonl", 1 << 14
-        size = path.stat().st_size if path.exists() else 0
-        while size:
-            with open(path, "rb") as file:
-                file.seek(max(0, size - tail))
-                lines = file.read(tail).splitlines()
-            for line in reversed(lines):
-                try:
-                    return json.loads(line)["step"]
-                except (ValueError, TypeError):  # half written, or cut: a number, when the cut fell into a list
-                    continue
-            if tail >= size:
-                break
-            tail *= 8
-        return 0
+        return logged_step(self.folder)
 
     def summary(self) -> dict:
-        """summary.json of a run that is done."""
-        return json.loads((self.folder / "summary.json").read_text())
+        """summary.json of a run that is done. Raises ValueError, which names the file, when it is not of this run."""
+        split = Split.load(self.folder / "split.json").hash
+        return read_summary(self.folder / "summary.json", self.config, split)
 
 
 @dataclass(frozen=True)
@@ -194,7 +184,7 @@ def check_images(runs: Sequence[Run]) -> None:
         recorded = Config.read(run.folder / "config.json").data.data_dir
         if recorded == data.data_dir:
             continue
-        source = data.dataset, data.data_dir, data.image_size, data.classes, data.images
+        source = data.dataset, data.data_dir, data.image_size, data.classes, data.images, data.follow_links
         if source not in datasets:
             datasets[source] = build_dataset(config)
         try:

@@ -27,7 +27,7 @@ class Source:
     """A table of a paper or code base.
 
     Attributes:
-        title: what it is.
+        title: its name.
         metric: "bacc" (balanced accuracy), "top1", or "error" (100 - top-1).
         steps, steps_by_method: length of its runs, and of the methods with another length.
         schedule, base_schedule: learning rates of its runs, and of base learners alone where they differ.
@@ -71,8 +71,8 @@ def _columns(protocols: tuple[str, ...], rows: Mapping[str, tuple]) -> dict[str,
 
 # methods.md H: BaCon's baselines are USB's files. CReST's error there has no effect on counts that fall with the class.
 _USB_ERRORS = (
-    "The published numbers of DASO, DebiasPL and CoSSL are those of USB's code, with errors that ours does not repeat "
-    "unless told to (--set usb_compat=true)."
+    "The published numbers of DASO, DebiasPL and CoSSL are those of USB's code (the repository at 1ef4cbe; semilearn "
+    "0.3.1 mended DebiasPL), with errors that ours does not repeat unless told to (--set usb_compat=true)."
 )
 # USB's code runs the given number of steps in every generation; BaCon's released configurations of CReST give 65,536.
 _GENERATIONS = "6 generations of 65,536 steps"

@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from bacon_fast.engine.interrupt import StopRequest
 from bacon_fast.engine.lock import DirectoryLock
+from bacon_fast.engine.logger import format_speed
 from bacon_fast.engine.trainer import StoppedError
+from bacon_fast.files import remove_leftovers
 from bacon_fast.reproduce.matrix import Run, command_words
 from bacon_fast.reproduce.slots import Slot
 
@@ -52,6 +54,7 @@ def lock(out: Path) -> Iterator[int]:
         ValueError: another call, or a run that a killed one left behind, still works there.
     """
     held = DirectoryLock(out, "out")
+    remove_leftovers(out)
     try:
         yield held.descriptor
     finally:
@@ -156,8 +159,8 @@ class Progress:
         self.steps[run.name] = run.config.steps
         summary = run.summary()
         self.say(
-            f"{self.done}/{len(self.runs)} {run.name}: bACC {100 * summary['bacc']:.2f}, "
-            f"{summary['steps_per_second']:.1f} steps/s"
+            f"{self.done}/{len(self.runs)} {run.name}: bACC {100 * summary['last']['bacc']:.2f}, "
+            f"{format_speed(summary['steps_per_second'])}"
         )
 
     def say(self, text: str) -> None:

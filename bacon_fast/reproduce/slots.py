@@ -30,7 +30,7 @@ class Slot:
     def start(self, command: Sequence[str], output: IO | int, **options) -> subprocess.Popen:
         """The command as a process of this slot, out of reach of the terminal's Ctrl-C.
 
-        stdout and stderr go to `output`; `options` are those of Popen.
+        stdout and stderr go to `output`; Popen gets `options`.
         """
         mine = os.sched_getaffinity(0)
         if self.cores:  # inherited by the child; setting it there would come after torch has counted

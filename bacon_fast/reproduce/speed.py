@@ -9,12 +9,13 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.trainer import StoppedError, Trainer
-from bacon_fast.files import write_atomically
+from bacon_fast.files import read_record, write_atomically, write_record
 from bacon_fast.reproduce.matrix import Run
 from bacon_fast.reproduce.slots import Slot
 
@@ -49,9 +50,13 @@ def key(config: Config, jobs: int) -> str:
 
 
 def load(out: Path) -> dict[str, Speed]:
-    """Speeds that earlier calls measured."""
+    """Speeds that earlier calls measured. Without those of a damaged file, which a warning names."""
     path = out / "speed.json"
-    return {k: Speed(**v) for k, v in json.loads(path.read_text()).items()} if path.exists() else {}
+    try:
+        return {name: Speed(**values) for name, values in read_record(path).items()} if path.exists() else {}
+    except ValueError as error:
+        warnings.warn(f"{error}; speeds are measured again", stacklevel=2)
+        return {}
 
 
 def estimate(runs: Sequence[Run], speeds: dict[str, Speed], jobs: int) -> float | None:
@@ -90,8 +95,7 @@ def calibrate(runs: Sequence[Run], slots: Sequence[Slot], out: Path) -> dict[str
             written = file.with_suffix(".speeds")
             measured = json.loads(written.read_text()) if written.exists() else []
             speeds |= {name: Speed(**values) for name, values in zip(share, measured) if values is not None}
-    text = json.dumps({name: dataclasses.asdict(speed) for name, speed in speeds.items()}, indent=2) + "\n"
-    write_atomically(out / "speed.json", lambda path: path.write_text(text))
+    write_record(out / "speed.json", {name: dataclasses.asdict(speed) for name, speed in speeds.items()})
     return speeds
 
 

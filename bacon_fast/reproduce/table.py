@@ -33,11 +33,11 @@ def caveats(table: Table, options: Options) -> list[str]:
     notes = []
     if options.budget < 1:
         note = f"Every run has only {100 * options.budget:g} % of its preset's steps."
-        notes.append(note if table.source is None else f"{note} The published numbers are of full runs.")
+        notes.append(note if table.source is None else f"{note} The published numbers come from full runs.")
     if options.dataset is not None:
         notes.append(
-            "The images were read from an image folder: if they were compressed again (JPEG), their pixels are not "
-            "those of the data set, and numbers can differ for that reason alone."
+            "The images were read from an image folder: if they were compressed again (JPEG), their pixels differ from "
+            "the data set's, and numbers can differ for that reason alone."
         )
     if options.settings:
         changed = ", ".join(f"{name} = {value}" for name, value in options.settings.items())
@@ -177,7 +177,7 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def table_csv(name: str, table: Table, results: Sequence[Result], options: Options) -> str:
-    """One row a cell."""
+    """One row a cell; accuracies in percent, as their columns say."""
     rows = []
     for result in results:
         config, source, value = result.config, table.source, result.published(table.source)
@@ -195,12 +195,12 @@ def table_csv(name: str, table: Table, results: Sequence[Result], options: Optio
         for reading in READINGS:
             for metric in (table.metric, "top1", "gm", "few"):
                 if (found := result.accuracy(reading, metric)) is not None:
-                    row[f"{metric}_{reading}"] = f"{found.mean:.4f}"
-                    row[f"{metric}_{reading}_std"] = "" if found.deviation is None else f"{found.deviation:.4f}"
+                    row[f"{metric}_{reading}_percent"] = f"{found.mean:.4f}"
+                    row[f"{metric}_{reading}_std_percent"] = "" if found.deviation is None else f"{found.deviation:.4f}"
         if value is not None:
             row |= {
-                "published": value.mean,
-                "published_deviation": value.deviation,
+                "published_percent": value.mean,
+                "published_deviation_percent": value.deviation,
                 "published_metric": source.metric,
                 "published_source": source.title,
                 "published_steps": source.steps_of(result.cell.row.method),
@@ -214,14 +214,14 @@ def table_csv(name: str, table: Table, results: Sequence[Result], options: Optio
 
 
 def runs_csv(results: Sequence[Result]) -> str:
-    """One row a finished run, accuracies as fractions."""
+    """One row a finished run; accuracies in percent, as their columns say."""
     rows = []
     for result in results:
         for summary in result.summaries:
             row = {"column": result.cell.column.name, "method": result.cell.row.name, "seed": summary["seed"]}
             row |= {"protocol": summary["protocol"], "steps": summary["steps"]}
             for metric in ("bacc", "gm", "top1"):
-                row |= {f"{metric}_{reading}": summary[reading][metric] for reading in READINGS}
+                row |= {f"{metric}_{reading}_percent": 100 * summary[reading][metric] for reading in READINGS}
             row["evaluations_averaged"] = summary["mean_last_20"]["evaluations"]
             names = ("steps_per_second", "train_seconds", "device", "precision", "split")
             rows.append(row | {name: summary[name] for name in names})

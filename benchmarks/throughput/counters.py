@@ -5,7 +5,10 @@ dispatcher: the operations that Python or autograd called, and those among them 
 for a GPU. A native operation, which calls others below Python, counts as one.
 """
 
+import os
+import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -24,6 +27,11 @@ VIEW_OPS = frozenset(
     {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "split", "split_with_sizes"}
     | {"unsqueeze", "squeeze", "detach", "alias", "as_strided", "unbind", "_reshape_alias", "reshape", "lift_fresh"}
 )
+# Memory without content, types, and marks for the profiler: a GPU would have nothing to do.
+IDLE_OPS = frozenset(
+    {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "promote_types"}
+    | {"_record_function_enter_new", "_record_function_exit"}
+)
 WAITING_CALLS = frozenset(
     {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"}
     | {"cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize"}
@@ -36,7 +44,9 @@ RANGE = "measured steps"
 class Counts:
     """Totals over the steps counted; None where this device cannot say.
 
-    operations: dispatched operations that are no mere views. kernels: kernels, copies and fills that ran on the device.
+    operations: dispatched operations that compute something. by_file: how often each, as "FILE NAME" with the file of
+    bacon_fast that called it, or "backward" for torch's own derivatives. kernels: kernels, copies and fills that ran on
+    the device.
     launches: calls by which the host started them, a graph's being one. syncs: times the host waited for the device.
     waiting: how often by which name. device_seconds: time the kernels took.
     """
@@ -47,11 +57,24 @@ class Counts:
     syncs: int | None = 0
     device_seconds: float | None = None
     waiting: dict[str, int] = field(default_factory=dict)
+    by_file: Counter = field(default_factory=Counter)
     top: str = ""
 
     def wait(self, name: str) -> None:
         self.syncs += 1
         self.waiting[name] = self.waiting.get(name, 0) + 1
+
+
+def _caller() -> str:
+    """The file of bacon_fast whose line is at work; "backward" where autograd runs a derivative of torch's own."""
+    frame, inside = sys._getframe(1), ""
+    while frame is not None:
+        if f"{os.sep}bacon_fast{os.sep}" in frame.f_code.co_filename:
+            return inside or frame.f_code.co_filename.rpartition(f"{os.sep}bacon_fast{os.sep}")[2]
+        if frame.f_code.co_qualname == "Tensor.backward":
+            inside = "backward"
+        frame = frame.f_back
+    return inside or "elsewhere"
 
 
 class _Dispatched(TorchDispatchMode):
@@ -61,7 +84,9 @@ class _Dispatched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        self.counts.operations += name not in VIEW_OPS
+        if name not in VIEW_OPS | IDLE_OPS:
+            self.counts.operations += 1
+            self.counts.by_file[f"{_caller()} {name}"] += 1
         masks = name in INDEXING_OPS and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         if masks or name in WAITING_OPS:
             self.counts.wait(f"{name} by a mask" if masks else name)

@@ -51,6 +51,7 @@ struct BaconLoss : torch::autograd::Function<BaconLoss> {
         features, labels, logits, centers, has_center, reliable, class_counts, progress, temperature, bta,
         negative_weight, top_k, neg_mode, min_temperature);
     context->mark_non_differentiable({grad});
+    context->set_materialize_grads(false);  // of the gradient's gradient, which has the features' size
     context->save_for_backward({grad, features});
     return {loss, grad};
   }

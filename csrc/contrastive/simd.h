@@ -22,6 +22,7 @@ template <>
 struct Simd<float> {
   using Vector = float __attribute__((vector_size(BACON_FAST_VECTOR_BYTES)));
   using Mask = std::int32_t __attribute__((vector_size(BACON_FAST_VECTOR_BYTES)));
+  using Bits = std::uint32_t __attribute__((vector_size(BACON_FAST_VECTOR_BYTES)));
 };
 
 template <>
@@ -83,7 +84,7 @@ BACON_FAST_INLINE T max_lanes(Vector<T> v) {
 // for the least largest relative error (3e-9). 1.5·2^23 + x is x rounded to an integer, which sits in the low bits.
 BACON_FAST_INLINE Vector<float> bounded_exponential(Vector<float> x) {
   using V = Vector<float>;
-  using M = Mask<float>;
+  using Bits = Simd<float>::Bits;  // unsigned: what does not fit, of a NaN for one, falls off
   constexpr float kRound = 12582912.0f;
   const V shifted = x * 1.44269504f + kRound;
   const V n = shifted - kRound;
@@ -93,7 +94,7 @@ BACON_FAST_INLINE Vector<float> bounded_exponential(Vector<float> x) {
   q = q * r + 0.04166838899254799f;
   q = q * r + 0.1666652113199234f;
   q = q * r + 0.4999999403953552f;
-  const V power = (V)(((M)shifted << 23) + (127 << 23));
+  const V power = (V)(((Bits)shifted << 23) + (127u << 23));
   return (q * (r * r) + (r + 1.0f)) * power;
 }
 

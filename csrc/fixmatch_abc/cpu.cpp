@@ -59,6 +59,7 @@ struct Heads {
   const int64_t *labels, *true_labels;
   const float *keep_labeled, *keep_unlabeled;
   T *grad_logits, *grad_balanced;
+  int64_t* pseudo_labels;
   int64_t batch, num_unlabeled, num_classes;
   uint32_t step;
   uint64_t seed;
@@ -103,10 +104,11 @@ struct Heads {
     out.stats[kBalancedShare] = double(kept) / num_unlabeled;
     out.stats[kKnown] = confident && true_labels[row] >= 0;
     out.stats[kRight] = confident && true_labels[row] == main.top;
+    pseudo_labels[row] = confident ? main.top : -1;
   }
 };
 
-using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Outputs fixmatch_abc(
     const at::Tensor& logits, const at::Tensor& balanced, const at::Tensor& labels, const at::Tensor& true_labels,
@@ -126,6 +128,7 @@ Outputs fixmatch_abc(
   const auto options = logits.options();
   at::Tensor losses = at::empty({kNumLosses}, options.dtype(type));
   at::Tensor stats = at::empty({kNumStats}, options.dtype(at::kFloat));
+  at::Tensor pseudo_labels = at::empty({num_unlabeled}, true_labels.options());
   at::Tensor grad_logits = at::empty(logits.sizes(), options.dtype(type));
   at::Tensor grad_balanced = at::empty(logits.sizes(), options.dtype(type));
   std::vector<Contribution> parts(batch + num_unlabeled);
@@ -140,6 +143,7 @@ Outputs fixmatch_abc(
         keep_unlabeled_c.const_data_ptr<float>(),
         grad_logits.mutable_data_ptr<T>(),
         grad_balanced.mutable_data_ptr<T>(),
+        pseudo_labels.mutable_data_ptr<int64_t>(),
         batch,
         num_unlabeled,
         num_classes,
@@ -166,7 +170,7 @@ Outputs fixmatch_abc(
     std::copy_n(total.losses, kNumLosses, losses.mutable_data_ptr<T>());
     std::copy_n(total.stats, kNumStats, stats.mutable_data_ptr<float>());
   });
-  return {losses, stats, grad_logits, grad_balanced};
+  return {losses, stats, pseudo_labels, grad_logits, grad_balanced};
 }
 
 // Rows of `gradient` times the upstream gradient of the loss that they enter, in the dtype of the logits.

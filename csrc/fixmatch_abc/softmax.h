@@ -11,9 +11,10 @@ namespace bacon_fast {
 // exp(x) for x <= 0 with a relative error of 2e-7; below -87 it stays at exp(-87), which is 0 beside the exp(0) of a row's
 // largest logit. It has no branches, so the compiler can vectorize it.
 inline float exp_not_positive(float x) {
-  constexpr float kRound = 12582912.0f;  // adding 1.5 · 2^23 rounds to an integer
+  constexpr float kRound = 12582912.0f;  // adding 1.5 · 2^23 rounds to an integer, which sits in the low bits
   x = x < -87.0f ? -87.0f : x;
-  const float n = (x * 1.44269504f + kRound) - kRound;
+  const float shifted = x * 1.44269504f + kRound;
+  const float n = shifted - kRound;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts; |r| <= ln(2) / 2
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -22,7 +23,8 @@ inline float exp_not_positive(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return p * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
+  // Unsigned, and from the bits: a NaN, which p keeps, is no integer.
+  return p * std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127u) << 23);
 }
 
 #if defined(__x86_64__)

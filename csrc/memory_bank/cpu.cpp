@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "memory_bank/apart.h"
 #include "memory_bank/fixed_point.h"
 
 namespace bacon_fast {
@@ -36,7 +37,8 @@ void bank_select(at::Tensor& selected_label, at::Tensor& class_counts, at::Tenso
                  const at::Tensor& gate) {
   check_contiguous({{"selected_label", &selected_label}, {"class_counts", &class_counts}, {"class_sums", &class_sums},
                     {"class_sizes", &class_sizes}, {"bank", &bank}, {"written", &written}});
-  const at::Tensor slots_c = slots.contiguous(), labels_c = labels.contiguous(), gate_c = gate.contiguous();
+  const Tensors changed = {&selected_label, &class_counts, &class_sums, &class_sizes};
+  const at::Tensor slots_c = apart(slots, changed), labels_c = apart(labels, changed), gate_c = gate.contiguous();
   const int64_t rows = slots.size(0), dim = bank.size(1), num_classes = class_counts.size(0);
   const int64_t* slot = slots_c.const_data_ptr<int64_t>();
   const int64_t* label = labels_c.const_data_ptr<int64_t>();
@@ -84,7 +86,9 @@ void bank_write(at::Tensor& bank, at::Tensor& written, at::Tensor& class_sums, a
                 const at::Tensor& features, const at::Tensor& gate) {
   check_contiguous({{"bank", &bank}, {"written", &written}, {"class_sums", &class_sums}, {"class_sizes", &class_sizes},
                     {"centers", &centers}, {"has_center", &has_center}, {"selected_label", &selected_label}});
-  const at::Tensor slots_c = slots.contiguous(), features_c = features.contiguous(), gate_c = gate.contiguous();
+  const Tensors changed = {&bank, &written, &class_sums, &class_sizes, &centers, &has_center};
+  const at::Tensor slots_c = apart(slots, changed), features_c = apart(features, changed);
+  const at::Tensor gate_c = apart(gate, changed);
   const int64_t rows = slots.size(0), dim = bank.size(1), num_classes = class_sizes.size(0);
   const int64_t* slot = slots_c.const_data_ptr<int64_t>();
   const int64_t* of_slot = selected_label.const_data_ptr<int64_t>();

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 
+#include "memory_bank/apart.h"
 #include "memory_bank/fixed_point.h"
 
 namespace bacon_fast {
@@ -134,7 +135,8 @@ void bank_select(at::Tensor& selected_label, at::Tensor& class_counts, at::Tenso
   check_contiguous({{"selected_label", &selected_label}, {"class_counts", &class_counts}, {"class_sums", &class_sums},
                     {"class_sizes", &class_sizes}, {"bank", &bank}, {"written", &written}});
   const c10::cuda::CUDAGuard guard(bank.device());
-  const at::Tensor slots_c = slots.contiguous(), labels_c = labels.contiguous(), gate_c = gate.contiguous();
+  const Tensors changed = {&selected_label, &class_counts, &class_sums, &class_sizes};
+  const at::Tensor slots_c = apart(slots, changed), labels_c = apart(labels, changed), gate_c = gate.contiguous();
   const int64_t rows = slots.size(0);
   if (rows == 0) return;
   select_kernel<<<blocks_for(rows * kWarp), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
@@ -152,7 +154,9 @@ void bank_write(at::Tensor& bank, at::Tensor& written, at::Tensor& class_sums, a
                     {"centers", &centers}, {"has_center", &has_center}, {"selected_label", &selected_label}});
   const c10::cuda::CUDAGuard guard(bank.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const at::Tensor slots_c = slots.contiguous(), features_c = features.contiguous(), gate_c = gate.contiguous();
+  const Tensors changed = {&bank, &written, &class_sums, &class_sizes, &centers, &has_center};
+  const at::Tensor slots_c = apart(slots, changed), features_c = apart(features, changed);
+  const at::Tensor gate_c = apart(gate, changed);
   const int64_t rows = slots.size(0), dim = bank.size(1), num_classes = class_sizes.size(0);
   const at::Tensor damaged = at::zeros({1}, written.options());
   if (rows > 0) {

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from bacon_fast.engine.checkpoint import list_checkpoints, save_checkpoint
 from bacon_fast.engine.config import FORMAT, GROUP_OF
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.evaluate import Arguments, evaluate
+from bacon_fast.files import read_record, write_record
 from bacon_fast.methods import PARTS
 from bacon_fast.run import open_run
 
@@ -95,7 +97,7 @@ def test_a_preset_is_overridden_field_by_field():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_parses_and_survives_json(name):
     config = parse([name])
-    assert type(config).from_dict(json.loads(config.to_json())) == config
+    assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_evaluate_repeats_the_run_s_last_evaluation(run_dir):
     result = call("-m", "bacon_fast.evaluate", str(run_dir))
     assert result.returncode == 0, result.stderr
     metrics, summary = json.loads(result.stdout), json.loads((run_dir / "summary.json").read_text())
-    assert metrics["step"] == 30
+    assert metrics["step"] == 30 and metrics["class_names"] == summary["class_names"] == [str(d) for d in range(10)]
     assert all(metrics[name] == summary[name] for name in ("top1", "bacc", "gm", "per_class"))
     assert sum(map(sum, metrics["confusion"])) == metrics["num_images"]
 
@@ -246,9 +248,7 @@ def test_a_network_opens_without_the_run_s_configuration(run_dir, tmp_path):
 def test_a_run_of_another_format_is_refused_in_one_line(run_dir, tmp_path):
     folder = shutil.copytree(run_dir, tmp_path / "run")
     path, (checkpoint, *_) = folder / "config.json", list_checkpoints(folder / "checkpoints")[::-1]
-    values = json.loads(path.read_text())
-    del values["format"]
-    path.write_text(json.dumps(values))
+    write_record(path, {name: value for name, value in read_record(path).items() if name != "format"})
     state = torch.load(checkpoint, weights_only=True)
     torch.save({name: value for name, value in state.items() if name != "format"}, checkpoint)
     words = ["digits", "--run-dir", str(folder), "--steps", "30", "--batch-size", "16", "--resume"]
@@ -293,6 +293,19 @@ def test_exhausted_memory_comes_with_advice_and_no_traceback(error, status, caps
         assert (str(error) or "no detail") in message
 
 
+def test_a_warning_is_one_line_without_a_place(capsys):
+    def warn() -> None:
+        print(warnings.formatwarning(UserWarning("one\n  two"), UserWarning, "/ours/file.py", 3), end="")
+
+    with_clear_errors(warn)
+    assert capsys.readouterr().out == "warning: one two\n"
+
+
+def test_the_module_of_the_command_line_is_one_itself():
+    result = call("-m", "bacon_fast.cli", "nonsense")
+    assert result.returncode == 2 and result.stderr.startswith("error: preset: expected one of digits")
+
+
 def test_predict_needs_a_file(tmp_path):
     with pytest.raises(ValueError, match="files: expected at least one"):
         next(predict.predictions(predict.Arguments(tmp_path, ())))
@@ -315,5 +328,9 @@ def test_evaluate_refuses_images_of_another_size(tmp_path):
     words += ["--steps", "1", "--batch-size", "4", "--threads", "1", "--no-report", "--run-dir", str(tmp_path / "run")]
     train(words)
     assert evaluate(Arguments(tmp_path / "run"))["num_images"] == 6
+    other = tmp_path / "other.npz"
+    shutil.copy(write(8), other)
+    with pytest.warns(UserWarning, match=r"data_dir: the images of .*other\.npz are not those that the run had"):
+        evaluate(Arguments(tmp_path / "run", data_dir=other))
     with pytest.raises(ValueError, match=r"data_dir: expected images of 8 x 8 pixels, .*, found 16 x 16"):
         evaluate(Arguments(tmp_path / "run", data_dir=large))

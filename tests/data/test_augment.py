@@ -284,11 +284,23 @@ def test_native_ops_keep_the_contract_of_torch_library():
     torch.library.opcheck(torch.ops.bacon_fast.augment_ops, (pool, ops, torch.rand(6, 2, dtype=torch.float64)))
 
 
-@native
-def test_native_views_refuse_an_index_outside_of_the_pool():
+@backends
+def test_what_is_outside_of_the_pool_or_of_the_counters_is_refused(backend):
+    def views(*request):
+        return augment().views(noise(40), [ViewRequest(*request)], 0, 0, backend=backend)
+
     for index in (-1, 40):
         with pytest.raises(IndexError, match=rf"indices: expected values in 0\.\.39, found {index}"):
-            augment().views(noise(40), [ViewRequest(torch.tensor([3, index]), 0, False)], 0, 0)
+            views(torch.tensor([3, index]), 0, False)
+    for stream in (-1, 2**32):
+        with pytest.raises(ValueError, match=rf"stream: expected an integer in \[0, 2\^32\), found {stream}"):
+            views(torch.tensor([3]), stream, True)
+        with pytest.raises(ValueError, match="stream: expected an integer"):
+            augment().draw_strong(3, 0, 0, stream)
+    with pytest.raises(TypeError, match="stream: expected an integer, found str"):
+        views(torch.tensor([3]), "weak", True)
+    with pytest.raises(ValueError, match="first_slot: expected an integer >= 0, found -1"):
+        views(torch.tensor([3]), 0, True, -1)
 
 
 def test_a_fallback_to_the_reference_is_said():

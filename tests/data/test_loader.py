@@ -45,8 +45,20 @@ def test_permutations_are_rewritten_only_at_epoch_borders(monkeypatch):
     monkeypatch.setattr(sampler, "permutation", lambda epoch: drawn.append(epoch) or original(epoch))
     for step in range(250):
         sampler.indices(step)
-    assert drawn == [0, 1, 1, 2, 2, 3]  # the current epoch and the next, three times
+    assert drawn == [0, 1, 2, 3]  # the current epoch and the next; each once
     assert sampler.order.data_ptr() == address
+
+
+def test_rows_bring_the_columns_of_their_samples():
+    columns = torch.stack([torch.arange(10) ** 2, -torch.arange(10)])
+    sampler = IndexSampler(10, 7, 3, Stream.SAMPLER_LABELED, columns)
+    for step in (0, 1, 5, 2):
+        sampler.prepare(step)
+        positions, squares, negatives = sampler.rows(torch.tensor(step), slice(2, 6))
+        assert positions.equal(sampler.indices(step)[2:6])
+        assert squares.equal(positions**2) and negatives.equal(-positions)
+    with pytest.raises(ValueError, match=r"columns: expected int64 \[C, 9\]"):
+        IndexSampler(9, 7, 3, Stream.SAMPLER_LABELED, columns)
 
 
 def test_streams_seeds_and_epochs_shuffle_differently():

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bacon_fast.data.datasets import DATASETS, ImageDataset
-from bacon_fast.data.longtail import PROTOCOLS, Protocol, Split, class_counts, make_split
+from bacon_fast.data.longtail import PROTOCOLS, Protocol, Split, class_counts, make_split, pool_line
+from bacon_fast.files import read_record, write_record
 
 # (head, gamma, list), as documented in methods.md A.1.
 DOCUMENTED = [
@@ -168,6 +169,35 @@ def test_unknown_unlabeled_set_is_everything():
     assert split.unlabeled_counts is None and split.labeled_counts == (8, 4, 2)
 
 
+def test_a_line_says_what_the_pool_is():
+    """A misspelled unlabeled/ shows as a pool of the labeled images alone."""
+    everything = simple(unlabeled=None, gamma_u=None, unlabeled_all=True)
+    for protocol, unlabeled, line in (
+        (PROTOCOLS["as-is"], 0, "labeled 1,027, unlabeled 1,027, of which 1,027 are the labeled images"),
+        (
+            PROTOCOLS["as-is"],
+            40,
+            "labeled 1,027, unlabeled 1,067, of which 1,027 are the labeled images, 40 are images that come without "
+            "a class",
+        ),
+        (simple(), 0, "labeled 14, unlabeled 21, of which 21 are other training images"),
+        (
+            simple(lb_in_ulb=True),
+            9,
+            "labeled 14, unlabeled 35, of which 14 are the labeled images, 21 are other training images; the "
+            "protocol leaves out 9 images that come without a class",
+        ),
+        (
+            everything,
+            3,
+            "labeled 14, unlabeled 1,030, of which 14 are the labeled images, 1,013 are other training images, "
+            "3 are images that come without a class",
+        ),
+    ):
+        dataset = dataset_of([1009, 9, 9] if protocol.unlabeled_all else [30, 30, 30], unlabeled)
+        assert pool_line(make_split(dataset, protocol, 0), dataset) == line
+
+
 def test_as_is_labels_every_train_image():
     split = make_split(dataset_of([5, 2], unlabeled=3), PROTOCOLS["as-is"], 0)
     assert sorted(split.labeled) == list(range(7)) and split.labeled_counts == (5, 2)
@@ -235,7 +265,7 @@ def test_load_refuses_a_changed_file(tmp_path):
     content = json.loads(path.read_text())
     content["labeled"][0], content["labeled"][1] = content["labeled"][1], content["labeled"][0]
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"split\.json was changed"):
+    with pytest.raises(ValueError, match=r"split\.json: its content does not have the digest in it"):
         Split.load(path)
 
 
@@ -243,8 +273,49 @@ def test_load_refuses_a_changed_file(tmp_path):
 def test_load_refuses_other_files(tmp_path, text):
     path = tmp_path / "other.json"
     path.write_text(text, encoding="latin1")
-    with pytest.raises(ValueError, match=r"other\.json is not a split file"):
+    with pytest.raises(ValueError, match=r"other\.json: (expected a (JSON object|digest)|its content)"):
         Split.load(path)
+
+
+FORGED = {
+    "an index twice": {"labeled": [0, 0, 2]},
+    "an index below 0": {"labeled": [0, -1, 2]},
+    "indices of text": {"labeled": ["a", "b", "c"]},
+    "indices beyond int64": {"unlabeled": [2**70]},
+    "counts of another sum": {"labeled_counts": [5, 5, 5]},
+    "a count that is no integer": {"labeled_counts": [1.0, 1, 1]},
+    "counts of no list": {"labeled_counts": 3},
+    "a protocol of other fields": {"protocol": {"name": "x"}},
+    "a protocol of no object": {"protocol": 3},
+    "a seed of text": {"seed": "0"},
+    "another name": {"dataset_name": None},
+    "one more entry": {"more": 1},
+}
+
+
+@pytest.mark.parametrize("values", FORGED.values(), ids=FORGED)
+def test_load_refuses_what_no_split_holds_in_one_line(tmp_path, values):
+    """With a right hash: written by a program, not by damage."""
+    path = tmp_path / "split.json"
+    make_split(dataset_of([30, 30, 30]), simple(), 5).save(path)
+    write_record(path, read_record(path, key="hash") | values, key="hash")
+    with pytest.raises(ValueError, match=r"split\.json: ") as refusal:
+        Split.load(path)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"labeled": np.array([0, 1, 90])}, "labeled: expected indices below 90, found 90"),
+        ({"labeled_counts": (2, 1, 0)}, r"labeled_counts: expected \[.*\], by the labels, found \[2, 1, 0\]"),
+    ],
+)
+def test_verify_refuses_indices_and_counts_that_the_images_do_not_have(changes, expected):
+    dataset = dataset_of([30, 30, 30])
+    split = make_split(dataset, simple(1, 1, 1, 1), 5)
+    with pytest.raises(ValueError, match=f"split: {expected}"):
+        dataclasses.replace(split, **changes).verify(dataset)
 
 
 def test_verify_refuses_other_images():

@@ -2,10 +2,15 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from bacon_fast.data.philox import Stream, philox, to_range, to_uniform, uniform
+from bacon_fast.data.philox import Stream, philox, sort_keys, to_range, to_uniform, uniform
+from bacon_fast.ops import backends
 from bacon_fast.reference.philox import philox4x32
+
+BACKENDS = [n for n, b in backends.BACKENDS["philox"].items() if b.why_not(torch.empty(0)) is None]
 
 # Random123 (Salmon et al.), tests/kat_vectors, "philox4x32 10": counter, key, answer.
 KNOWN_ANSWERS = [
@@ -25,13 +30,54 @@ def test_known_answers(counter, key, answer):
     assert result.tolist() == words(answer)
 
 
-def test_counter_layout_gives_the_known_answer():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counter_layout_gives_the_known_answer(backend):
     """The third vector through the public function: slot, step, view and block in their documented places."""
     slot, step, view, block = words("243f6a88 85a308d3 13198a2e 00000000")
     low, high = words("a4093822 299f31d0")
     expected = philox4x32(tuple(torch.tensor(w) for w in (slot, step, view, block)), (low, high))
-    assert philox(low | high << 32, step, view, torch.tensor([slot]), 4)[0].equal(expected)
-    assert philox(0, 0, 0, torch.tensor([0]), 4)[0].tolist() == words(KNOWN_ANSWERS[0][2])
+    assert philox(low | high << 32, step, view, torch.tensor([slot]), 4, backend=backend)[0].equal(expected)
+    assert philox(0, 0, 0, torch.tensor([0]), 4, backend=backend)[0].tolist() == words(KNOWN_ANSWERS[0][2])
+    first, second, *_ = words(KNOWN_ANSWERS[0][2])
+    assert sort_keys(0, torch.tensor(0), 0, 1, backend=backend).tolist() == [(first << 31) | (second >> 1)]
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    step=st.integers(0, 2**32 - 1),
+    view=st.integers(0, 2**32 - 1),
+    slots=st.lists(st.integers(0, 2**33), max_size=20),
+    count=st.integers(1, 11),
+)
+def test_backends_draw_the_same_bits(backend, seed, step, view, slots, count):
+    slots = torch.tensor([*slots, 0]).repeat_interleave(2)[1::2]  # not contiguous
+    expected = philox(seed, step, view, slots, count, backend="reference")
+    assert philox(seed, step, view, slots, count, backend=backend).equal(expected)
+    at = torch.tensor(step)
+    keys = sort_keys(seed, at, view, 2 * count, backend=backend)
+    assert keys.equal(sort_keys(seed, at, view, 2 * count, backend="reference")) and keys.min() >= 0
+    assert sort_keys(seed, at, view, 0, backend=backend).shape == (0,)
+
+
+def test_many_slots_take_several_threads():
+    slots = torch.arange(40_000)
+    assert philox(3, 4, 5, slots, 6).equal(philox(3, 4, 5, slots, 6, backend="reference"))
+
+
+@pytest.mark.parametrize(("name", "last"), [("philox", (torch.arange(5), 6)), ("philox_sort_keys", (6,))])
+def test_the_ops_keep_the_rules_of_torch(name, last):
+    torch.library.opcheck(getattr(torch.ops.bacon_fast, name), (-1, torch.tensor(9), 3, *last))
+
+
+def test_draws_can_be_compiled():
+    def draw(step: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        return philox(2**64 - 1, step, Stream.MIXUP, slots, 2)
+
+    step, slots = torch.tensor(8), torch.arange(6)
+    compiled = torch.compile(draw, backend="aot_eager", fullgraph=True)
+    assert compiled(step, slots).equal(draw(step, slots))
 
 
 def test_words_extend_and_slots_are_independent_of_their_neighbors():

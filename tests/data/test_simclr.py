@@ -89,13 +89,13 @@ def test_blur_is_torchvisions():
         torch.testing.assert_close(got, tv.gaussian_blur(image, [5, 5], [s, s]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("side", [32, 80])
-def test_the_distortion_replays_its_draws_through_torchvision(side):
+@pytest.mark.parametrize(("side", "largest_small"), [(32, 64), (80, 64), (32, 0)])
+def test_the_distortion_replays_its_draws_through_torchvision(side, largest_small):
     """Documented words of the counters: 0 jitter, 1-4 factors, 5-8 order, 9 gray, 10-11 blur, 12-15 crop."""
     count, first, step = 24, 5, 3
     pixels = images(count, side, side)
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
-    distortion = SimCLRDistortion(MEAN, STD, seed=7)
+    distortion = SimCLRDistortion(MEAN, STD, seed=7, largest_small=largest_small)
     normalized = ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
     result = distortion(normalized, torch.tensor(step), torch.arange(first, first + count))
     assert result.is_contiguous(memory_format=torch.channels_last)
@@ -103,9 +103,9 @@ def test_the_distortion_replays_its_draws_through_torchvision(side):
     seen = set()
     for i, draw in enumerate(u):
         image = pixels[i]
-        if side > 64:
+        if side > largest_small:
             image = tv.resized_crop(image, *draw_boxes(draw[None, 12:], side, side)[0].tolist(), [side, side])
-        jittered, gray, blurred = draw[0] < 0.8, draw[9] < 0.2, draw[10] < 0.5 and side > 64
+        jittered, gray, blurred = draw[0] < 0.8, draw[9] < 0.2, draw[10] < 0.5 and side > largest_small
         if jittered:
             span = torch.tensor([0.4, 0.4, 0.4, 0.1])
             values = torch.tensor([1.0, 1.0, 1.0, 0.0]) + span * (2 * draw[1:5] - 1)

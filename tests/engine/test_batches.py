@@ -75,18 +75,21 @@ def test_a_supervised_batch_has_labeled_rows_only(data):
     assert (len(batch.images), batch.num_labeled, batch.num_unlabeled) == (5, 5, 0)
 
 
-def test_unlabeled_images_without_a_known_class_are_marked(tmp_path):
+def test_true_labels_are_of_unlabeled_images_whose_class_is_known(tmp_path):
+    """Not of images without a class, nor of labeled images in the pool: these say nothing of the method."""
     rng = np.random.default_rng(0)
     for folder, count in (("train/a", 6), ("train/b", 6), ("test/a", 1), ("test/b", 1), ("unlabeled", 5)):
         (tmp_path / folder).mkdir(parents=True)
         for k in range(count):
             Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / folder / f"{k}.png")
     dataset = load_dataset("folder", data_dir=tmp_path)
-    split = make_split(dataset, PROTOCOLS["as-is"], 0)
+    split = make_split(dataset, dataclasses.replace(PROTOCOLS["as-is"], labeled_head=2), 0)
     batches = build((dataset, split), ("weak", "strong"))
-    known = {int(row): int(label) for row, label in enumerate(dataset.train_labels)}
+    known = {row: int(label) for row, label in enumerate(dataset.train_labels) if row not in split.labeled}
     assert batches.true_labels.tolist() == [known.get(int(row), -1) for row in split.unlabeled]
-    assert (batches.true_labels == -1).sum() == 5
+    assert (batches.true_labels == -1).sum() == 5 + 4
+    everything = build((dataset, make_split(dataset, PROTOCOLS["as-is"], 0)), ("weak", "strong"))
+    assert (everything.true_labels == -1).all()
 
 
 def test_another_labeled_set(data):

@@ -155,7 +155,6 @@ def test_a_checkpoint_that_vanishes_before_it_is_read_is_passed_over(tmp_path):
 def test_damaged_checkpoints_are_kept_under_another_name(tmp_path):
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, state(step), keep=9)
-    (tmp_path / ".step-00000004.pt.77.tmp").touch()
     with pytest.warns(
         UserWarning, match=r"damaged checkpoint .*step-00000003\.pt renamed to step-00000003\.pt\.damaged"
     ):

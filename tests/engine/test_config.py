@@ -13,6 +13,7 @@ from bacon_fast.cli import parse
 from bacon_fast.engine.checkpoint import load_latest
 from bacon_fast.engine.config import FORMAT, GROUP_OF, GROUPS, Config
 from bacon_fast.engine.presets import PRESETS
+from bacon_fast.files import write_record
 from bacon_fast.losses import BaConLoss
 from bacon_fast.methods import METHODS, PARTS, default_options, names
 
@@ -176,7 +177,7 @@ def test_parts_are_those_of_the_method():
 def test_a_preset_comes_back_from_json(name):
     for method in (None, "fixmatch+crest+pda", "sscl"):
         config = PRESETS[name].config(method).replace(data_dir=Path("data"), classes=("a", "b"))
-        assert Config.from_dict(json.loads(config.to_json())) == config
+        assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize(
@@ -191,14 +192,34 @@ def test_a_preset_comes_back_from_json(name):
     ],
 )
 def test_values_from_json_are_checked(group, name, value, expected):
-    saved = json.loads(Config.of("fixmatch+abc").to_json())
+    saved = Config.of("fixmatch+abc").to_dict()
     (saved["parts"] if group in PARTS else saved)[group][name] = value
     with pytest.raises(ValueError, match=f"^{expected}"):
         Config.from_dict(json.loads(json.dumps(saved)))
 
 
+@pytest.mark.parametrize("values", [[], "abc", None, 5, {"format": 2}])
+def test_what_is_no_configuration_is_refused(values):
+    with pytest.raises(ValueError, match=r"^config: "):
+        Config.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"image_size": 100_000}, "image_size: expected 1 to 4096 pixels, found 100000"),
+        ({"image_size": 0}, "image_size: expected 1 to 4096 pixels, found 0"),
+        ({"follow_links": True}, "follow_links: expected it for dataset folder only, found True"),
+    ],
+)
+def test_images_are_bounded_and_links_are_those_of_a_folder(changes, expected):
+    with pytest.raises(ValueError, match=f"^{expected}$"):
+        Config.of("fixmatch", {"data": changes})
+    Config.of("fixmatch", {"data": {"dataset": "folder", "follow_links": True, "image_size": 4096}})
+
+
 def test_nothing_is_filled_in_for_what_a_file_lacks():
-    saved = json.loads(Config.of("fixmatch").to_json())
+    saved = Config.of("fixmatch").to_dict()
     for values, lost in ((saved["log"], "report"), (saved["parts"]["fixmatch"], "lambda_u")):
         kept = values.pop(lost)
         with pytest.raises(ValueError, match=f"missing fields {lost}"):
@@ -212,11 +233,11 @@ def test_nothing_is_filled_in_for_what_a_file_lacks():
 @pytest.mark.parametrize(("number", "found"), [(1, "1"), (3, "3"), (None, "without a number")])
 def test_another_format_is_refused_by_its_number(tmp_path, number, found):
     """Files without a number are older than the number."""
-    saved = json.loads(Config.of("fixmatch").to_json()) | {"format": number}
+    saved = Config.of("fixmatch").to_dict() | {"format": number}
     if number is None:
         del saved["format"]
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(saved))
+    write_record(path, saved)
     line = f"{path}: its format is {found}, and this version of bacon_fast reads format {FORMAT} only"
     with pytest.raises(ValueError) as refusal:
         Config.read(path)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bacon_fast.engine.schedule import learning_rate, learning_rate_tensor
+from bacon_fast.engine.schedule import learning_rate, set_learning_rate
 
 
 def test_constant_stays():
@@ -32,8 +32,9 @@ def test_unknown_name_lists_the_allowed_ones():
 def test_a_counter_on_the_device_gives_the_same_rate(name):
     steps = 300_000
     for t in (0, 1, 7, 12_345, 150_000, 299_999, 300_000, 400_000):  # beyond 8/7 of the run the cosine is negative
-        found = learning_rate_tensor(name, 0.03, torch.tensor(t), steps)
+        found = torch.tensor(0.03)
+        set_learning_rate(found, name, 0.03, torch.tensor(t), steps)
         assert found.dtype == torch.float32 and found.dim() == 0
         assert found.item() == torch.tensor(learning_rate(name, 0.03, t, steps), dtype=torch.float32).item()
     with pytest.raises(ValueError, match="lr_schedule"):
-        learning_rate_tensor("step", 0.03, torch.tensor(0), steps)
+        set_learning_rate(torch.zeros(()), "step", 0.03, torch.tensor(0), steps)

@@ -49,20 +49,21 @@ def steps_with_refresh(trainer: Trainer, monkeypatch) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("stopped_at", [3, 5])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, stopped_at):
+@pytest.mark.parametrize(("stopped_at", "variant"), [(3, "default"), (5, "default"), (5, "paper")])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, stopped_at, variant):
     """Stopped just before a refresh, whose features come from the checkpoint, and between two."""
-    whole = Trainer(digits(tmp_path / "whole"))
+    variant = {"sscl.variant": variant}
+    whole = Trainer(digits(tmp_path / "whole", **variant))
     seen = steps_with_refresh(whole, monkeypatch)
     whole.fit()
     assert seen == [0, 3, 6]
-    first = Trainer(digits(tmp_path / "parts"))
+    first = Trainer(digits(tmp_path / "parts", **variant))
     for _ in range(stopped_at):
         first.train_step()
     first.save()
     first.train_step()
     first.logger.close()
-    second = Trainer(digits(tmp_path / "parts", resume=True))
+    second = Trainer(digits(tmp_path / "parts", resume=True, **variant))
     seen = steps_with_refresh(second, monkeypatch)
     second.fit()
     assert seen == [step for step in (0, 3, 6) if step >= stopped_at]
@@ -70,6 +71,18 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatc
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert torch.equal(value, two[name]), name
+
+
+def test_the_papers_choices_reach_the_method(tmp_path):
+    ours, paper = (Trainer(digits(tmp_path / name, **{"sscl.variant": name})).method for name in ("default", "paper"))
+    for method, mode, similarity, alpha, unit, soft, largest in (
+        (ours, "ratio", "softmax", "assigned", True, False, 64),
+        (paper, "literal", "cosine", "nearest", False, True, 0),
+    ):
+        assert (method.calibration.mode, method.calibration.similarity) == (mode, similarity)
+        assert (method.prototypes.alpha_of, method.unit_features, method.soft) == (alpha, unit, soft)
+        assert method.distortion.largest_small == largest
+    assert ours.calibration.history.sum() > 0 == paper.calibration.history.sum()
 
 
 def test_epochs_and_their_refresh_come_from_the_presets(tmp_path):

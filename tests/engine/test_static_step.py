@@ -143,8 +143,9 @@ def test_a_step_on_a_gpu_waits_for_nothing(tmp_path, method, monkeypatch):
     trainer.logger.close()
     phases = {trainer.method.phase(step) for step in range(8)}
 
-    def backward(total: Tensor) -> None:
+    def backward(total: Tensor, gradient: Tensor) -> None:
         assert total.device.type == "cuda" and total.grad_fn is not None
+        assert (gradient.device, gradient.dtype, gradient.shape) == (total.device, total.dtype, total.shape)
         for parameter in trainer.method.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
 

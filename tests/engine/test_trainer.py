@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from bacon_fast.engine.checkpoint import CheckpointError, list_checkpoints
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.trainer import DivergedError, StoppedError, Trainer
+from bacon_fast.files import read_record
 from bacon_fast.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,12 +32,12 @@ def test_every_method_trains_and_writes_the_files_of_a_run(tmp_path, method):
     before = copy.deepcopy(trainer.method.network.state_dict())
     summary = trainer.fit()
     run = tmp_path / "run"
-    assert json.loads((run / "summary.json").read_text()) == summary
+    assert read_record(run / "summary.json") == summary
     assert {"dataset", "method", "steps", "top1", "bacc", "gm", "per_class", "steps_per_second"} <= summary.keys()
     assert summary["method"] == method and 0 <= summary["bacc"] <= 1 and len(summary["per_class"]) == 10
     for name in ("last", "mean_last_20", "best_on_test"):
         assert {"top1", "bacc", "gm", "many", "medium", "few", "per_class"} <= summary[name].keys()
-    assert Config.from_dict(json.loads((run / "config.json").read_text())) == trainer.config
+    assert Config.read(run / "config.json") == trainer.config
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if r["kind"] == "eval"] == [4, 8, 12]
     assert [r["step"] for r in rows if r["kind"] == "train"] == [3, 4, 6, 8, 9, 12]
@@ -216,6 +217,25 @@ def test_overrides_of_a_protocol_change_its_name_and_do_not_fit_a_split_file(tmp
         Trainer(tiny(tmp_path / "two", gamma_u=-5.0, split=tmp_path / "one" / "split.json"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lb_in_ulb": False}, "lb_in_ulb: expected none for protocol as-is, in which every image is in the unlabeled"),
+        ({"gamma_u": 10.0, "labeled_head": 3}, "gamma_u: expected none for protocol as-is, .*; found 10.0"),
+        ({"gamma_l": 10.0}, "gamma_l: expected none for protocol as-is, .*--labeled-head makes it so; found 10.0"),
+    ],
+)
+def test_an_override_that_would_be_recorded_without_effect_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(tiny(tmp_path / "run", protocol="as-is", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_begins_with_a_line_about_its_images(tmp_path, capsys):
+    Trainer(tiny(tmp_path / "run")).logger.close()
+    assert "labeled 159, unlabeled 240, of which 240 are other training images\n" in capsys.readouterr().err
+
+
 def test_adam_shrinks_only_what_it_trains(tmp_path):
     trainer = Trainer(tiny(tmp_path / "run", optimizer="adam", lr=0.002, weight_decay=0.02))
     trainer.logger.close()
@@ -355,6 +375,11 @@ def test_a_stop_by_signal_adds_no_log_row(tmp_path):
         trainer.fit()
         rows[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
     assert_equal_states(rows["stopped"], rows["whole"])
+
+
+def test_generations_of_the_largest_seed(tmp_path):
+    summary = Trainer(tiny(tmp_path / "run", method="fixmatch+crest", steps=4, seed=2**64 - 1)).fit()
+    assert summary["seed"] == 2**64 - 1 and final_state(tmp_path / "run")["generation"] == 1
 
 
 def board_steps(run_dir: Path, tag: str) -> list[int]:

@@ -87,7 +87,7 @@ def test_the_directory_is_locked_until_the_summary_is_written(tmp_path, monkeypa
     [
         ({"dataset": "folder", "image_size": 8}, "data_dir"),
         ({"labeled_head": 500}, "found"),
-        ({"split": ROOT / "README.md"}, "not a split file"),
+        ({"split": ROOT / "README.md"}, "README.md: expected a JSON object"),
     ],
 )
 def test_a_failed_start_leaves_no_directory(tmp_path, changes, expected):

@@ -1,5 +1,8 @@
 """`losses.BaConLoss`: whole steps against a simulation of methods.md E.2 to E.6 in plain Python, float64."""
 
+import copy
+import math
+
 import bacon_oracle
 import pytest
 import torch
@@ -363,9 +366,39 @@ def test_temperatures():
         ({"bta": 1.0}, "bta: expected a number below 1 where min_temperature is 0, found 1"),
         ({"bta": 50.0, "variant": "official"}, "bta: expected a number below 1 where min_temperature is 0, found 50"),
         ({"negative_weight": 0.0}, "negative_weight: expected a number > 0, found 0"),
+        ({"reliable_threshold": math.nan}, "reliable_threshold: expected a number >= 0, found nan"),
+        ({"count_threshold": math.nan}, "count_threshold: expected a number > -inf, found nan"),
+        ({"reliable_threshold": "0.9"}, "reliable_threshold: expected a number, found str"),
+        ({"num_labeled": -1}, "num_labeled: expected an integer >= 0, found -1"),
+        ({"num_unlabeled": "9"}, "num_unlabeled: expected an integer >= 0, found '9'"),
+        ({"num_classes": 0}, "num_classes: expected a positive integer, found 0"),
+        ({"proj_dim": 2.5}, "proj_dim: expected a positive integer, found 2.5"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
 def test_bad_options_are_named(option, message):
-    with pytest.raises(ValueError, match=message):
-        BaConLoss(FEATURES, CLASSES, LABELED, UNLABELED, **option)
+    sizes = {"num_classes": CLASSES, "num_labeled": LABELED, "num_unlabeled": UNLABELED}
+    with pytest.raises((ValueError, TypeError), match=message):
+        BaConLoss(FEATURES, **(sizes | option))
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize(
+    ("name", "slot", "last"),
+    [
+        ("labeled_slots", LABELED, LABELED - 1),
+        ("labeled_slots", -1, LABELED - 1),
+        ("unlabeled_slots", -1, UNLABELED - 1),
+        ("unlabeled_slots", UNLABELED, UNLABELED - 1),
+    ],
+)
+def test_slots_of_one_set_are_never_those_of_the_other(name, slot, last, backend):
+    module = BaConLoss(FEATURES, CLASSES, LABELED, UNLABELED, backend=backend)
+    (step,) = random_steps(1)
+    step[name] = step[name].clone()
+    step[name][2] = slot
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match=rf"{name}: expected values in 0\.\.{last}, found {slot}"):
+        module(**step, progress=0.5, active=True)
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, before[key])

@@ -47,7 +47,7 @@ def oracle(logits, balanced, labels, true_labels, keep_labeled, keep_unlabeled, 
     draw_labeled = uniform(seed or 0, step, Stream.ABC_LABELED, torch.arange(batch))
     draw_unlabeled = uniform(seed or 0, step, Stream.ABC_UNLABELED, torch.arange(unlabeled))
     loss = {name: logits.new_zeros(()) for name in LOSSES}
-    found = {"pseudo_rate": 0.0, "abc_rate": 0.0, "pseudo_known": 0, "pseudo_correct": 0}
+    found = {"pseudo_rate": 0.0, "abc_rate": 0.0, "pseudo_known": 0, "pseudo_correct": 0, "pseudo_labels": []}
     for b in range(batch):
         y = labels[b : b + 1]
         loss["supervised"] = loss["supervised"] + F.cross_entropy(logits[b : b + 1], y) / batch
@@ -59,6 +59,7 @@ def oracle(logits, balanced, labels, true_labels, keep_labeled, keep_unlabeled, 
         weak = batch + j
         strong = slice(weak + unlabeled, weak + unlabeled + 1)
         p, q = logits[weak].detach().softmax(0), balanced[weak].detach().softmax(0)
+        found["pseudo_labels"].append(int(p.argmax()) if p.max() >= threshold else -1)
         if p.max() >= threshold:
             target = p.argmax()[None]
             loss["unsupervised"] = loss["unsupervised"] + F.cross_entropy(logits[strong], target) / unlabeled
@@ -97,6 +98,7 @@ def assert_matches_oracle(arguments, tolerance=1e-12, **options):
         expected = [zero if grad is None else grad for zero, grad in zip(expected, grads)]
     for name in LOSSES:
         assert getattr(out, name).item() == pytest.approx(losses[name].item(), rel=tolerance * 10, abs=tolerance)
+    assert out.pseudo_labels.dtype == torch.int64 and out.pseudo_labels.tolist() == found.pop("pseudo_labels")
     for name, value in found.items():
         assert getattr(out, name).item() == pytest.approx(value, rel=1e-6)
     for gradient, wanted in zip(gradients, expected):
@@ -256,6 +258,7 @@ def test_the_draws_average_to_the_expected_loss(backend):
     arguments = random_batch(200, 200, 4) | {"threshold": 0.0}
     outs = [fixmatch_abc_loss(**arguments, step=t, seed=9, backend=backend) for t in range(40)]
     losses, found = oracle(**arguments, step=0, seed=None)
+    del found["pseudo_labels"]
     expected = {name: value.item() for name, value in losses.items()} | found
     for name in ("abc_labeled", "abc_unlabeled", "abc_rate"):
         values = np.array([getattr(out, name).item() for out in outs])
@@ -292,7 +295,7 @@ def test_opcheck(backend, dtype):
     forward = getattr(torch.ops.bacon_fast, f"fixmatch_abc_{backend}").default
     options = (torch.tensor(3), 5, 0.8)
     torch.library.opcheck(forward, (*tensors, *options))
-    grad_logits, grad_balanced = (t.detach() for t in forward(*tensors, *options)[2:])
+    grad_logits, grad_balanced = (t.detach() for t in forward(*tensors, *options)[3:])
     backward = getattr(torch.ops.bacon_fast, f"fixmatch_abc_backward_{backend}").default
     strided = torch.randn(8, dtype=dtype)[::2]
     torch.library.opcheck(
@@ -364,6 +367,13 @@ def test_cpp_uses_several_threads_where_there_is_work():
         ({"true_labels": torch.zeros(9, 1)}, ValueError, r"true_labels: expected shape \[U\], found \[9, 1\]"),
         ({"keep_labeled": torch.zeros(6)}, ValueError, r"keep_labeled: expected shape \[7\], found \[6\]"),
         ({"keep_unlabeled": torch.zeros(7).long()}, TypeError, "keep_unlabeled: expected dtype float"),
+        (
+            {"keep_labeled": torch.full((7,), 1.5)},
+            ValueError,
+            r"keep_labeled: expected probabilities in 0\.\.1, found 1.5",
+        ),
+        ({"keep_unlabeled": torch.full((7,), -0.5)}, ValueError, "keep_unlabeled: expected probabilities"),
+        ({"keep_unlabeled": torch.full((7,), torch.nan)}, ValueError, "keep_unlabeled: expected probabilities"),
         ({"threshold": -1}, ValueError, "threshold: expected a number >= 0, found -1"),
         ({"seed": -1}, ValueError, r"seed: expected an integer in \[0, 2\^64\), found -1"),
         ({"seed": None}, TypeError, "seed: expected an integer, found NoneType"),

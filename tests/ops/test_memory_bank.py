@@ -141,6 +141,24 @@ def test_the_last_row_of_a_slot_wins(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_may_lie_in_the_buffers(backend):
+    """What is read is what was there before the call."""
+    turned, every = torch.tensor([1, 2, 3, 0]), torch.ones(4, dtype=torch.bool)
+    features, labels = torch.arange(8.0).view(4, 2), torch.tensor([0, 0, 1, 2])
+    for alias in (False, True):
+        bank = MemoryBank(4, 3, 2, backend=backend)
+        bank.select_(torch.arange(4), labels, every)
+        bank.write_(torch.arange(4), features, torch.tensor([True, False, True, True]))
+        bank.features[1] = features[1]  # of a slot that is not written
+        rows, gate = (bank.features, bank.written) if alias else (bank.features.clone(), bank.written.clone())
+        bank.write_(turned, rows, gate)
+        assert bank.features.tolist() == features[[3, 0, 2, 2]].tolist()
+        assert bank.written.tolist() == [True, True, True, True]
+        bank.select_(turned, bank.selected_label if alias else bank.selected_label.clone(), every)
+        assert bank.selected_label.tolist() == labels[[3, 0, 1, 2]].tolist()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_slot_that_changes_class_takes_its_feature_along(backend):
     bank = MemoryBank(3, 2, 2, backend=backend)
     every = torch.ones(2, dtype=torch.bool)

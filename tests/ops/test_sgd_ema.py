@@ -198,6 +198,8 @@ def test_what_does_not_fit_is_named():
         (ValueError, r"averages\[0\]", {"averages": (p[:1],)}),
         (TypeError, r"gradients\[0\]", {"gradients": (p.double(),)}),
         (TypeError, "float32", {"parameters": (p.long(),), "gradients": (None,), "averages": (None,)}),
+        (TypeError, "rate: expected a float32 tensor of one number, found float", {"rate": 0.1}),
+        (TypeError, "grad_scale: expected a float32 tensor of one number, found float", {"grad_scale": 2.0}),
         (TypeError, "rate", {"rate": rate.double()}),
         (ValueError, "rate", {"rate": torch.zeros(2)}),
         (ValueError, "found_inf", {"found_inf": torch.zeros(2)}),

@@ -136,9 +136,10 @@ def test_every_picture_is_embedded_and_written_and_has_a_dark_twin(written):
     files = {file.read_bytes(): file.stem for file in (folder / "figures").glob("*.png")}
     assert sorted(files[data] for data in page.pictures) == sorted(files.values())
     assert set(files.values()) == {
-        "accuracy", "losses", "statistics", "representation", "per_class", "confusion", "temperature",
-        "pseudo_labels_by_class", "pseudo_confusion", "class_counts", "reliability", "embedding_features",
-        "embedding_projections", "views",
+        "accuracy", "group_recall", "losses", "learning_rate", "pseudo_labels", "memory_bank", "intra_class_variance",
+        "center_drift", "calibration_error", "per_class", "confusion", "temperature", "temperature_history",
+        "pseudo_precision_by_class", "pseudo_recall_by_class", "pseudo_confusion", "class_counts", "reliability",
+        "embedding_features", "embedding_projections", "views",
     }  # fmt: skip
     assert len(page.dark_pictures) == len(page.pictures)
     for light, dark in zip(page.pictures, page.dark_pictures):
@@ -175,11 +176,57 @@ def test_a_run_with_one_evaluation_and_nothing_else(tmp_path):
     history, matrix = evaluations([80, None, 40])
     data = ReportData("short", {}, {}, ["airplane", "automobile", "bird"], [1, 1, 1], history, matrix)
     page = Page(write_report(tmp_path, data).read_text(encoding="utf-8"))
-    assert sorted(file.stem for file in (tmp_path / "figures").iterdir()) == ["accuracy", "confusion", "per_class"]
-    assert len(page.pictures) == 3
+    files = sorted(file.stem for file in (tmp_path / "figures").iterdir())
+    assert files == ["accuracy", "confusion", "group_recall", "per_class"] and len(page.pictures) == 4
+    for absent in ("BaCon", "pseudo-label", "unlabeled", "Pale"):
+        assert absent not in " ".join(page.text), "captions speak of what is there"
     assert "only 1, as this network has no more" in page.text
     assert "Augmentation" not in page.text and "Test images in feature space" not in page.text
     assert "nan" not in " ".join(page.text).lower()
+
+
+def test_names_that_pictures_lack_are_explained_and_shown_by_the_page(tmp_path):
+    history, matrix = evaluations([80, 60, 40])
+    names = ["猫", "dog", "🚗 of a rather long name"]
+    text = write_report(tmp_path, ReportData("t", {}, {}, names, [1, 3, 2], history, matrix)).read_text("utf-8")
+    (legend,) = re.findall(r'<ul class="legend">(.*?)</ul>', text)
+    assert re.findall(r"<b>(.*?)</b> <bdi>(.*?)</bdi>", legend) == [("#2", names[2]), ("#3", names[0])]
+    assert all(f"<td>{name}</td>" in text for name in names)
+
+
+@pytest.mark.parametrize(
+    ("train", "config", "line"),
+    [
+        ([{"loss/contrastive": 0.0}, {"loss/contrastive": 0.5}], {}, None),
+        ([], {}, None),
+        (
+            [{"loss/contrastive": 0.0, "stats/reliable": 0.5}],
+            {"bacon.contrast_start": 0.5, "steps": 40},
+            "BaCon never acted in this run: it begins after step 20 (--bacon.contrast-start), and the run has 10.",
+        ),
+        (
+            [{"loss/contrastive": 0.0, "stats/reliable": 0.0}],
+            {"bacon.contrast_start": 0.5, "steps": 10, "bacon.reliable_threshold": 0.98},
+            "BaCon never acted in this run: no row reached the confidence 0.98 (--bacon.reliable-threshold).",
+        ),
+    ],
+)
+def test_a_run_in_which_bacon_never_acted_says_so(tmp_path, train, config, line):
+    history, matrix = evaluations([80, 60, 40])
+    train = [{"step": i, **row} for i, row in enumerate(train)]
+    data = ReportData("t", config, {}, ["a", "b", "c"], [3, 2, 1], history, matrix, train_history=train)
+    data.temperatures = [0.1, 0.1, 0.0995]
+    assert "never acted" not in write_report(tmp_path, data).read_text(), "a method without BaCon"
+    data.base_temperature = 0.1
+    text = " ".join(Page(write_report(tmp_path, data).read_text()).text)
+    assert ("never acted" in text) == (line is not None) and (line is None or line in text)
+    assert "between 0.0995 and 0.1, at most 0.5 % below that of the negatives" in text, "its range is small"
+
+
+def test_the_floor_of_the_geometric_mean_is_explained(written):
+    text = " ".join(written[2].text)
+    assert compute_metrics(torch.tensor([[0, 1], [1, 0]]))["gm"] == pytest.approx(1 / 200)
+    assert "geometric mean counts a class with recall 0 as 1/(100 x classes), here 0.1 %" in text
 
 
 def test_many_classes_without_unlabeled_counts(tmp_path):
@@ -221,14 +268,14 @@ def test_a_second_report_replaces_the_first_and_a_failing_one_leaves_it(tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"confusion": np.zeros((2, 3))}, r"confusion must have shape \[3, 3\]"),
-        ({"labeled_counts": [1, 2]}, "labeled_counts must have one value for each of the 3 classes, got 2"),
-        ({"temperatures": [0.1] * 4}, "temperatures must"),
+        ({"confusion": np.zeros((2, 3))}, r"confusion: expected shape \[3, 3\]"),
+        ({"labeled_counts": [1, 2]}, "labeled_counts: expected 3 values, one a class, found 2"),
+        ({"temperatures": [0.1] * 4}, "temperatures: expected"),
         ({"history": []}, "at least one evaluation"),
         ({"features": np.zeros((4, 2))}, "feature_labels"),
-        ({"projections": np.zeros((4, 2)), "feature_labels": np.zeros(3, dtype=int)}, "projections must"),
-        ({"weak_samples": np.zeros((2, 8, 8, 3))}, "weak_samples must be uint8"),
-        ({"weak_samples": np.zeros((2, 3, 8, 8), dtype=np.uint8)}, "weak_samples must be uint8"),
+        ({"projections": np.zeros((4, 2)), "feature_labels": np.zeros(3, dtype=int)}, "projections: expected"),
+        ({"weak_samples": np.zeros((2, 8, 8, 3))}, "weak_samples: expected uint8"),
+        ({"weak_samples": np.zeros((2, 3, 8, 8), dtype=np.uint8)}, "weak_samples: expected uint8"),
     ],
 )
 def test_wrong_shapes_are_refused_by_name(change, message):

@@ -16,6 +16,7 @@ from bacon_fast.data.longtail import PROTOCOLS
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.engine.trainer import Trainer
 from bacon_fast.methods import METHODS, bacon
+from bacon_fast.methods.sscl.method import SsCLOptions
 from bacon_fast.reproduce import published
 from bacon_fast.reproduce.__main__ import Arguments, reproduce
 from bacon_fast.reproduce.matrix import Options, Run, check_images, command_words, expand, shorten
@@ -49,6 +50,19 @@ def test_a_table_has_unlike_rows_and_columns_and_every_cell_a_run_a_seed(name):
             assert run.config.method == cell.row.method and run.config.preset == cell.column.preset
             wanted = {**cell.column.overrides, **cell.row.changes(cell.column)}
             assert {name: run.config.flat()[name] for name in wanted} == wanted
+
+
+# methods.md F.7, its last column.
+SSCL_PAPER = {
+    "calibration": "literal",
+    "targets": "soft",
+    "similarity": "cosine",
+    "alpha_of": "nearest",
+    "prototype_features": "raw",
+    "small_views": "full",
+    "window_start": "empty",
+    "schedule": "cosine_to_zero",
+}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -150,9 +164,31 @@ def test_sscl_alone_is_without_cutout():
     configs = {cell.row.name: cell.runs[0].config for cell in cells_of("sscl-cifar10")}
     assert {name: config.views.cutout for name, config in configs.items()} == {
         "sscl": False,
+        "sscl-paper": False,
         "fixmatch": True,
         "remixmatch": True,
     }
+
+
+def test_sscls_variants_are_eight_choices_which_single_options_override():
+    choices = SsCLOptions().choices()
+    for cell in cells_of("sscl-cifar10"):
+        if cell.row.method == "sscl":
+            config = cell.runs[0].config
+            found = config.parts["sscl"].choices() | {"schedule": config.optimizer.lr_schedule}
+            paper = cell.row.name == "sscl-paper"
+            expected = SSCL_PAPER if paper else choices | {"schedule": "cosine"}
+            assert found == expected
+    assert len(SSCL_PAPER) == 8 and all(SSCL_PAPER[name] != value for name, value in choices.items())
+
+    words = ["sscl-cifar10", "--sscl.variant", "paper"]
+    whole, but_two = parse(words), parse([*words, "--sscl.targets", "hard", "--lr-schedule", "cosine"])
+    assert whole.parts["sscl"].choices() | {"schedule": whole.optimizer.lr_schedule} == SSCL_PAPER
+    changed = SSCL_PAPER | {"targets": "hard", "schedule": "cosine"}
+    assert but_two.parts["sscl"].choices() | {"schedule": but_two.optimizer.lr_schedule} == changed
+    for config in (whole, but_two):
+        assert parse(command_words(config)) == config
+    assert parse([*words, "--sscl.variant=default"]) == parse(words[:1])
 
 
 def test_ablations_reach_the_loss():
@@ -332,10 +368,10 @@ def test_a_finished_run_on_other_images_is_not_taken_for_this_one(tmp_path):
 def test_a_run_of_another_configuration_is_not_taken_for_this_one(tmp_path):
     run = cells_of("digits", out=tmp_path)[0].runs[0]
     run.folder.mkdir(parents=True)
-    (run.folder / "config.json").write_text(run.config.replace(lr=0.5).to_json())
+    run.config.replace(lr=0.5).write(run.folder / "config.json")
     with pytest.raises(ValueError, match=r"(?s)out: .* holds a run of another configuration.*lr: checkpoint 0.5, now"):
         cells_of("digits", out=tmp_path)
-    (run.folder / "config.json").write_text(run.config.replace(log_every=3).to_json())
+    run.config.replace(log_every=3).write(run.folder / "config.json")
     assert cells_of("digits", out=tmp_path)[0].runs[0].state == "started"
     (run.folder / "summary.json").write_text("{}")
     assert run.state == "done"

@@ -3,12 +3,13 @@
 import csv
 import dataclasses
 import io
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bacon_fast.data.longtail import PROTOCOLS, Split
+from bacon_fast.files import read_record, write_record
 from bacon_fast.report.style import LIGHT, to_png
 from bacon_fast.reproduce import figures, published
 from bacon_fast.reproduce.matrix import Options, expand
@@ -23,8 +24,15 @@ CLASSES = ["a", "b", "c", "d"]
 def write_run(run, rng, classes=CLASSES, **changes) -> dict:
     """A finished run with random accuracies."""
     run.folder.mkdir(parents=True)
-    (run.folder / "config.json").write_text(run.config.to_json())
+    run.config.write(run.folder / "config.json")
+    counts = tuple(range(len(classes)))  # rising: pictures have the classes in the opposite order
+    labeled, unlabeled = np.split(np.arange(2 * sum(counts)), 2)
+    split = Split(PROTOCOLS["digits"], run.config.seed, "made", "made", labeled, unlabeled, counts, counts)
+    split.save(run.folder / "split.json")
     summary = {
+        "dataset": run.config.data.dataset,
+        "method": run.config.method,
+        "preset": run.config.preset,
         "seed": run.config.seed,
         "protocol": run.config.data.protocol,
         "steps": run.config.steps,
@@ -33,16 +41,16 @@ def write_run(run, rng, classes=CLASSES, **changes) -> dict:
         "train_seconds": 3.0,
         "device": "cpu, 1 threads",
         "precision": "fp32",
-        "split": f"hash{run.config.seed}",
+        "split": split.hash,
         "versions": {"bacon_fast": "0.1.0"},
     }
     for reading in ("last", "mean_last_20", "best_on_test"):
         summary[reading] = {name: rng.uniform() for name in METRICS}
         summary[reading]["per_class"] = rng.uniform(size=len(classes)).tolist()
     summary["mean_last_20"]["evaluations"] = 20
-    summary = json.loads(json.dumps(summary | changes))
-    (run.folder / "summary.json").write_text(json.dumps(summary))
-    return summary
+    summary = summary | {name: summary["last"][name] for name in ("top1", "bacc", "gm", "per_class")} | changes
+    write_record(run.folder / "summary.json", summary)
+    return read_record(run.folder / "summary.json")
 
 
 @pytest.fixture
@@ -111,10 +119,29 @@ def test_a_mean_of_fewer_evaluations_says_so(filled):
     run = cells[0].runs[1]
     summary = summaries["bacon-cifar10", "fixmatch"][1]
     summary["mean_last_20"]["evaluations"] = 15
-    (run.folder / "summary.json").write_text(json.dumps(summary))
+    write_record(run.folder / "summary.json", summary)
     rows = sections(markdown(table, collect(cells, []), options, "command"))["bacon-cifar10"]
     means = {row["method"]: row["bACC, mean of last 20"] for row in rows}
     assert means["fixmatch"].endswith(" (of 15)") and "of" not in means["fixmatch+abc"]
+
+
+@pytest.mark.parametrize("values", [{"seed": 9}, {"bacc": 5.0}, {"split": "0" * 64}, {"method": "fixmatch+daso"}])
+def test_a_summary_of_another_run_is_no_row_of_the_table(filled, tmp_path, values):
+    table, options, cells, _ = filled
+    path = cells[0].runs[1].folder / "summary.json"
+    write_record(path, read_record(path) | values)
+    with pytest.raises(ValueError, match=f"^{path}: {next(iter(values))}: expected"):
+        collect(cells, [])
+    with pytest.raises(ValueError, match=f"^{path}: {next(iter(values))}: expected"):
+        expand(table, [0, 1, 2], options, tmp_path)  # before any run begins
+
+
+def test_a_damaged_summary_is_named(filled):
+    _, _, cells, _ = filled
+    path = cells[0].runs[1].folder / "summary.json"
+    path.write_text(path.read_text().replace("0.", "1.", 1))
+    with pytest.raises(ValueError, match=f"^{path}: its content does not have the digest in it"):
+        collect(cells, [])
 
 
 def test_every_row_says_how_it_came_about(filled):
@@ -186,7 +213,7 @@ def test_caveats(filled, tmp_path):
     options = Options(0.1, "folder", Path("/data"), settings={"precision": "bf16"})
     cells = expand(table, [0], options, tmp_path / "other")
     text = markdown(table, collect(cells, []), options, "c")
-    assert "only 10 % of its preset's steps. The published numbers are of full runs." in text
+    assert "only 10 % of its preset's steps. The published numbers come from full runs." in text
     assert "image folder" in text and "JPEG" in text and "precision = bf16" in text
     assert "30,000 steps (10 % of 300,000)" in text
 
@@ -197,7 +224,7 @@ def test_failed_and_stopped_runs_are_told_apart(tmp_path):
     failed, stopped, _ = cells[0].runs
     for run in (failed, stopped):
         run.folder.mkdir(parents=True)
-        (run.folder / "config.json").write_text(run.config.to_json())
+        run.config.write(run.folder / "config.json")
     (stopped.folder / "metrics.jsonl").write_text('{"step": 1250}\n')
     (result,) = collect(cells, [failed.name])
     assert f"seed 0 failed, see {failed.folder / 'train.log'}" in result.problem
@@ -227,17 +254,21 @@ def test_csv_files(filled):
         for reading in ("last", "mean_last_20", "best_on_test"):
             for metric in ("bacc", "top1", "gm", "few"):
                 values = 100 * np.array([run[reading][metric] for run in runs])
-                assert float(row[f"{metric}_{reading}"]) == pytest.approx(values.mean(), abs=1e-4)
-                assert float(row[f"{metric}_{reading}_std"]) == pytest.approx(values.std(ddof=1), abs=1e-4)
+                assert float(row[f"{metric}_{reading}_percent"]) == pytest.approx(values.mean(), abs=1e-4)
+                assert float(row[f"{metric}_{reading}_std_percent"]) == pytest.approx(values.std(ddof=1), abs=1e-4)
     row = by_cell["bacon-cifar10-inverse", "fixmatch+abc+bacon"]
-    assert row["bacc_last"] == "" and row["missing"].startswith("seed 0 not run")
-    assert (row["published"], row["published_selection"]) == ("83.8", "best, chosen on the test set")
+    assert row["bacc_last_percent"] == "" and row["missing"].startswith("seed 0 not run")
+    assert (row["published_percent"], row["published_selection"]) == ("83.8", "best, chosen on the test set")
     assert by_cell["bacon-cifar10", "fixmatch+abc"]["seeds"] == "0 1"
     runs = list(csv.DictReader(io.StringIO(runs_csv(results))))
     assert len(runs) == sum(map(len, summaries.values()))
     first = summaries["bacon-cifar10", "fixmatch"][0]
-    assert float(runs[0]["bacc_last"]) == first["last"]["bacc"] and runs[0]["split"] == "hash0"
-    assert float(runs[0]["gm_mean_last_20"]) == first["mean_last_20"]["gm"]
+    assert float(runs[0]["bacc_last_percent"]) == 100 * first["last"]["bacc"] and runs[0]["split"] == first["split"]
+    assert float(runs[0]["gm_mean_last_20_percent"]) == 100 * first["mean_last_20"]["gm"]
+    # One unit in both files: what is an accuracy says so, and nothing else does.
+    for row in (by_cell["bacon-cifar10", "fixmatch"], runs[0]):
+        accuracies = {name for name in row if name.split("_")[0] in ("bacc", "gm", "top1", "few")}
+        assert accuracies and all(name.endswith("_percent") and 0 <= float(row[name]) <= 100 for name in accuracies)
 
 
 def test_a_group_without_test_images_is_left_open(tmp_path):
@@ -279,7 +310,21 @@ def test_recall_picture_averages_over_seeds(filled):
         np.mean([run["last"]["per_class"] for run in summaries["bacon-cifar10", result.cell.row.name]], axis=0)
         for result in inside
     ]
-    np.testing.assert_allclose(image, expected)
+    np.testing.assert_allclose(image, np.array(expected)[:, ::-1], err_msg="most labeled images first")
+
+
+def test_pictures_say_their_length_and_seeds(filled, tmp_path):
+    table, _, cells, _ = filled
+    inside = [result for result in collect(cells, []) if result.cell.column == table.columns[0]]
+    line = "bacon-cifar10, 300,000 steps, full length, 2 to 3 seeds"
+    assert figures.accuracies(table, inside, LIGHT).get_suptitle() == line == figures.describe(inside)
+    assert figures.recalls(inside, LIGHT).get_suptitle() == line
+    short = expand(table, [0], Options(budget=0.1, data_dir=Path("/data")), tmp_path / "short")
+    for cell in short:
+        write_run(cell.runs[0], np.random.default_rng(0))
+    inside = [result for result in collect(short, []) if result.cell.column == table.columns[0]]
+    title = figures.accuracies(table, inside, LIGHT).get_suptitle()
+    assert title == "bacon-cifar10, 30,000 steps: 10 % of 300,000, 1 seed"
 
 
 def test_no_picture_of_features_with_fewer_than_two_methods(tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from bacon_fast.engine.checkpoint import list_checkpoints
+from bacon_fast.files import write_record
 from bacon_fast.reproduce import speed
 from bacon_fast.reproduce.__main__ import Arguments, reproduce
 from bacon_fast.reproduce.matrix import Options, Run, expand
@@ -116,7 +117,7 @@ def test_a_killed_call_leaves_nothing_behind_and_the_next_one_finishes(tmp_path)
     steps = [row["step"] for row in rows if row["kind"] == "train"]
     assert steps == sorted(set(steps)) and steps[-1] == 400 and step in steps
     (row,) = csv.DictReader(io.StringIO((tmp_path / "runs.csv").read_text()))
-    assert row["seed"] == "0" and float(row["bacc_last"]) == run.summary()["last"]["bacc"]
+    assert row["seed"] == "0" and float(row["bacc_last_percent"]) == 100 * run.summary()["last"]["bacc"]
 
     modified = (run.folder / "summary.json").stat().st_mtime_ns
     assert reproduce(arguments, "and again") == []
@@ -139,8 +140,8 @@ def test_a_failing_run_is_reported_and_does_not_stop_the_others(tmp_path, capfd)
     assert len(known) == 2 and all(s.setup > 0 and s.step > 0 and s.evaluation > 0 for s in known.values())
     assert "fixmatch: seed 0 failed, see" in (tmp_path / "table.md").read_text()
     rows = {row["method"]: row for row in csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text()))}
-    assert rows["fixmatch"]["bacc_last"] == "" and rows["fixmatch+abc"]["seeds"] == "0"
-    assert float(rows["fixmatch+abc"]["bacc_last"]) == pytest.approx(100 * other.summary()["bacc"], abs=1e-4)
+    assert rows["fixmatch"]["bacc_last_percent"] == "" and rows["fixmatch+abc"]["seeds"] == "0"
+    assert float(rows["fixmatch+abc"]["bacc_last_percent"]) == pytest.approx(100 * other.summary()["bacc"], abs=1e-4)
     assert not (tmp_path / "features-digits.png").exists(), "one method has nothing to stand beside"
 
     before = (other.folder / "summary.json").stat().st_mtime_ns
@@ -167,11 +168,15 @@ def test_a_dry_run_lists_and_writes_nothing(tmp_path, capsys):
     jobs = min(2, len(os.sched_getaffinity(0)))
     out.mkdir()
     known = {speed.key(run.config, jobs): {"setup": 4.0, "step": 0.1, "evaluation": 0.5} for run in runs}
-    (out / "speed.json").write_text(json.dumps(known))
+    write_record(out / "speed.json", known)
     reproduce(arguments, "c")
     one = 4 + 750 * 0.1 + 750 / 18 * 0.5  # a budget of a half has an evaluation every 18 steps
     minutes, seconds = divmod(round(one if jobs == 2 else 2 * one), 60)
     assert f"about {minutes}:{seconds:02d}" in capsys.readouterr().out
+    (out / "speed.json").write_text("{}")
+    with pytest.warns(UserWarning, match=r"speed\.json: expected a digest .*; speeds are measured again"):
+        reproduce(arguments, "c")
+    assert "time not known yet" in capsys.readouterr().out
 
 
 class Terminal(io.StringIO):
@@ -179,7 +184,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_bar_counts_the_steps_of_all_runs_and_follows_a_resumed_one_back(tmp_path):
+def test_the_bar_counts_the_steps_of_all_runs_and_follows_a_resumed_one_back(tmp_path, monkeypatch):
     one, two = runs_of(tmp_path, QUICK, seeds=(0, 1))
     for run, step in ((one, 300), (two, 50)):
         run.folder.mkdir(parents=True)
@@ -189,8 +194,8 @@ def test_the_bar_counts_the_steps_of_all_runs_and_follows_a_resumed_one_back(tmp
         (one.folder / "metrics.jsonl").write_text('{"step": 200}\n')
         progress.update([one])
         assert progress.bar.n == 250
-        (one.folder / "config.json").write_text(one.config.to_json())
-        (one.folder / "summary.json").write_text(json.dumps({"bacc": 0.9, "steps_per_second": 7.0}))
+        one.config.write(one.folder / "config.json")
+        monkeypatch.setattr(Run, "summary", lambda run: {"last": {"bacc": 0.9}, "steps_per_second": 7.0})
         progress.finished(one)
         progress.update([two])
         assert progress.bar.n == 450

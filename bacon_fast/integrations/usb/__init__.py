@@ -7,18 +7,18 @@ Importing this package registers
   same checkpoint layout, without waiting for the device inside a step.
 
 All three average the weights with a few multi-tensor calls instead of hundreds of copies, and drop the two device
-synchronizations that USB makes around every step; any other algorithm gets both by `use_fast_hooks`. The import must
-come before USB builds the algorithm. ``python -m bacon_fast.integrations.usb --c config.yaml`` does that, and trains
-from a USB configuration file, as USB ships them, on one device, a CPU included.
+synchronizations that USB makes around every step; `use_fast_hooks` gives both to any other algorithm. Import this
+package before USB builds the algorithm. ``python -m bacon_fast.integrations.usb --c config.yaml`` does that, and trains
+from a USB configuration file, as USB ships it, on one device, also on a CPU.
 
 Installation, in two steps and a few minutes:
 
     pip install 'bacon_fast[usb]'
     pip install --no-deps semilearn==0.3.2
 
-The first brings what USB imports. The second leaves out aim and wandb, which semilearn asks for (aim is built from
-source): where they are missing an empty module stands in for them, while this package, which has to be the first to do
-so, imports semilearn; only ``use_aim`` and ``use_wandb`` need the real ones.
+The first installs the packages that USB needs. The second leaves out aim and wandb, which semilearn requires (aim is
+built from source). Where they are missing, this package puts an empty module in their place while it imports semilearn,
+so it must be the first to import it. Only ``use_aim`` and ``use_wandb`` need the real ones.
 """
 
 import contextlib

@@ -19,11 +19,11 @@ from bacon_fast.integrations.usb.registry import ALGORITHMS, IMB_ALGORITHMS, MIS
 def main(arguments: list[str] | None = None) -> dict:
     """Train from a USB configuration file on one device; returns USB's results and prints them.
 
-    USB ships its configurations with ``resume: True`` and the run's own checkpoint. A first run, which has none, starts
-    at the beginning, with a line that says so.
+    USB ships its configurations with ``resume: True`` and the run's own checkpoint. A first run has none: it starts at
+    the beginning, and prints a line that says so.
 
     Raises:
-        SystemExit: if the configuration asks for what this runner does not do, or its run directory is taken.
+        SystemExit: if the configuration asks for something this runner does not do, or its run directory is taken.
     """
     summary = main.__doc__.partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m bacon_fast.integrations.usb", description=summary)

@@ -24,7 +24,7 @@ from bacon_fast.losses import BaConLoss
 
 
 class SyncFree:
-    """What the algorithms below share: fast hooks, and batches and evaluation on whatever device the model is on."""
+    """Shared by the algorithms below: fast hooks, and batches and evaluation on the model's device, whichever it is."""
 
     def set_hooks(self):
         super().set_hooks()

@@ -69,8 +69,8 @@ class EMAHook(Hook):
 class TimerHook(Hook):
     """Times of the host, read from its clock: USB's TimerHook makes the host wait for the device twice a step.
 
-    ``train/prefetch_time`` is the time spent waiting for the loaders, ``train/run_time`` that between the start of the
-    step and the end of its hooks. While the device keeps up, their means are those of the device.
+    ``train/prefetch_time`` is the time spent waiting for the loaders, ``train/run_time`` the time between the start of
+    the step and the end of its hooks. While the device keeps up, their means equal the device's.
     """
 
     def before_run(self, algorithm):

@@ -1,4 +1,4 @@
-"""USB's registries, also where aim and wandb are not installed, which USB imports whether it is to use them or not."""
+"""USB's registries. They load without aim and wandb too, which USB imports even if it does not use them."""
 
 import importlib.util
 import sys

@@ -39,7 +39,12 @@ class DASO(Balancer):
 
     c_k is the mean of the latest averaged features of labeled images of class k; a class without one counts as having
     cosine -1. m is how often each class was the final pseudo-label, confident or not, counted anew every `interval`
-    steps; 1/K before the first count. p' gives confidence and pseudo-label. Before `start` p' is p.
+    steps and at `start`; 1/K before the first count. p' gives confidence and pseudo-label. Before `start` p' is p, and
+    there is no L_align.
+
+    USB's code (semilearn 0.3.0 to 0.3.2, whose DASO is one) differs, and `usb_rows` brings that back: q in p' is that
+    of the previous batch, so of other images; p gives the confidence; L_align begins one step before p'; there is no
+    count at `start`, only every `interval` steps; a class without features has cosine 0.
 
     Args:
         num_classes: K.
@@ -50,8 +55,7 @@ class DASO(Balancer):
         queue_length: features kept for each class.
         interval: steps between counts.
         lambda_align: weight of L_align.
-        usb_rows: None, or U, to reproduce USB's code: it blends with q of the previous batch, so with rows of other
-            images, and takes its confidence from p.
+        usb_rows: None, or U, unlabeled rows a step, to do as USB's code.
 
     Buffers:
         distribution: m, float32 [K]; counts: int64 [K], since the last count; the queue's buffers; with `usb_rows`
@@ -80,34 +84,30 @@ class DASO(Balancer):
         self.register_buffer("distribution", torch.full((num_classes,), 1 / num_classes))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
         self.usb = usb_rows is not None
+        self.align_start = start - 1 if self.usb else start
         if self.usb:
             self.register_buffer("previous_q", torch.full((usb_rows, num_classes), 1 / num_classes))
 
     def averaged_images(self, batch: Batch, weak: Tensor, strong: Tensor, phase: Hashable) -> Tensor:
         return batch.labeled_images
 
-    def phase(self, step: int) -> bool:
-        """Whether p' and L_align are used."""
-        return step >= self.start
+    def phase(self, step: int) -> tuple[bool, bool]:
+        """Whether L_align and p' are used."""
+        return step >= self.align_start, step >= self.start
 
-    def forward(self, rows: Rows, step: Tensor, phase: bool) -> Targets:
+    def forward(self, rows: Rows, step: Tensor, phase: tuple[bool, bool]) -> Targets:
         self.queue.enqueue(rows.averaged_features, rows.batch.labels)
         predicted = rows.weak_logits.softmax(1)
-        if phase:
-            targets = self._blend(rows, predicted)
-        else:
-            targets = Targets(predicted)
+        aligns, blends = phase
+        targets = self._act(rows, predicted, blends) if aligns else Targets(predicted)
         self._count(targets.probabilities.argmax(1), step)
         return targets
 
-    def _blend(self, rows: Rows, predicted: Tensor) -> Targets:
+    def _act(self, rows: Rows, predicted: Tensor, blends: bool) -> Targets:
         prototypes, present = self.queue.prototypes()
         with torch.no_grad():
             q = self._similarity(rows.weak_features, prototypes, present).softmax(1)
-            share = powers(self.distribution, 1 / self.t_dist)
-            weight = (share / share.max())[predicted.argmax(1)][:, None]
-            semantic = self.previous_q.clone() if self.usb else q
-            blended = (1 - weight) * predicted + weight * semantic
+            blended = self._blend(predicted, self.previous_q.clone() if self.usb else q) if blends else predicted
             if self.usb:
                 self.previous_q.copy_(q)
         align = F.cross_entropy(self._similarity(rows.strong_features, prototypes, present), q)
@@ -117,16 +117,23 @@ class DASO(Balancer):
             losses={"align": self.lambda_align * align},
         )
 
+    def _blend(self, predicted: Tensor, semantic: Tensor) -> Tensor:
+        share = powers(self.distribution, 1 / self.t_dist)
+        weight = (share / share.max())[predicted.argmax(1)][:, None]
+        return (1 - weight) * predicted + weight * semantic
+
     def _similarity(self, features: Tensor, prototypes: Tensor, present: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
             cosine = F.normalize(features.float()) @ F.normalize(prototypes).T
-        return torch.where(present, cosine, -1) / self.t_proto
+        return torch.where(present, cosine, 0 if self.usb else -1) / self.t_proto
 
     @torch.no_grad()
     def _count(self, pseudo_labels: Tensor, step: Tensor) -> None:
         self.counts.scatter_add_(0, pseudo_labels, torch.ones_like(pseudo_labels))
         completed = step + 1
-        due = (completed % self.interval == 0) | (completed == self.start)
+        due = completed % self.interval == 0
+        if not self.usb:
+            due = due | (completed == self.start)
         self.distribution.copy_(torch.where(due, self.counts / self.counts.sum(), self.distribution))
         self.counts.masked_fill_(due, 0)
 

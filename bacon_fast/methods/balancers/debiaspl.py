@@ -18,6 +18,7 @@ class DebiasPLOptions(PartOptions):
     """DebiasPL (methods.md H)."""
 
     part: ClassVar[str] = "debiaspl"
+    runs_on_length: ClassVar[bool] = False
 
     tau: float = 0.4
     """Strength of the debiasing and of the margin: 0.4 in USB, 1 in the authors' ImageNet runs."""
@@ -34,13 +35,19 @@ class DebiasPL(Balancer):
     p_bar starts at 1/K. After the pseudo-labels, p_bar <- m p_bar + (1 - m) mean over the batch of softmax(a(h^w)),
     class by class, and the loss takes the new one. The debiased probabilities give the confidence.
 
+    USB's code differs by its version. In semilearn 0.3.0 and before (and so in the repository that BaCon's code and
+    the published numbers come from, methods.md H) the mean is over all elements of softmax(a(h^w)), which is 1/K
+    whatever they are: p_bar stays a constant vector, which no softmax sees, and the method is its base learner.
+    `usb_ema` brings that back. semilearn 0.3.1 and 0.3.2 average class by class; from ours they still differ in that
+    p_bar moves before the pseudo-labels are made, the loss takes the p_bar of the step before and tau 0.4 whatever was
+    set, and the first factor is the momentum of the network's average. No published number is theirs, and no option
+    brings it back.
+
     Args:
         num_classes: K.
         tau: strength of the debiasing; 1 in the authors' ImageNet runs, 0.4 in USB.
         momentum: m.
-        usb_ema: None, or the momentum of the network's average, to reproduce USB's code: it averages over all elements
-            of softmax(a(h^w)), which gives 1/K for every class, and keeps p_bar with this momentum. p_bar stays a
-            constant vector, which no softmax sees: USB's DebiasPL is FixMatch.
+        usb_ema: None, or the momentum of the network's average, to do as semilearn 0.3.0: its first factor.
 
     Buffers:
         mean_prediction: p_bar, float32 [K].

@@ -1,5 +1,6 @@
 """SsCL, semi-supervised contrastive learning with similarity co-calibration (methods.md F; arXiv 2105.07387)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from bacon_fast import functional
 from bacon_fast.data.philox import Stream, philox
-from bacon_fast.data.simclr import SimCLRDistortion
+from bacon_fast.data.simclr import LARGEST_SMALL_IMAGE, SimCLRDistortion
 from bacon_fast.methods.fixmatch import pseudo_label_stats
 from bacon_fast.methods.gather import gather_batch, gather_views, num_ranks, own_views
 from bacon_fast.methods.method import Method, RefreshContext
@@ -24,13 +25,27 @@ from bacon_fast.models.heads import projection_head
 from bacon_fast.models.momentum import MomentumEncoder
 from bacon_fast.models.network import Network
 
+# Where the paper's sentence and our reading of it differ (methods.md F.7): what each variant gives to an option left at
+# None. "default" and "paper" also differ in the learning rate, which belongs to the run.
+VARIANTS = {
+    "default": {
+        "calibration": "ratio", "targets": "hard", "similarity": "softmax", "alpha_of": "assigned",
+        "prototype_features": "unit", "small_views": "color", "window_start": "uniform",
+    },
+    "paper": {
+        "calibration": "literal", "targets": "soft", "similarity": "cosine", "alpha_of": "nearest",
+        "prototype_features": "raw", "small_views": "full", "window_start": "empty",
+    },
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class SsCLOptions(PartOptions):
-    """SsCL (methods.md F; arXiv 2105.07387)."""
+    """SsCL (methods.md F; arXiv 2105.07387). A default of None is the variant's."""
 
     part: ClassVar[str] = "sscl"
     operation: ClassVar[str] = "contrastive"
+    variants: ClassVar[Mapping[str, Mapping[str, object]]] = {"paper": {"lr_schedule": "cosine_to_zero"}}
 
     lambda_u: float = 1.0
     """Weight of the pseudo-label loss, lambda_pl."""
@@ -54,12 +69,24 @@ class SsCLOptions(PartOptions):
     """Equation (5) by its third line, where all positives must be close, or by its second: one suffices."""
     mask_queue: bool = False
     """Keys of the query's own class in the queue are no negatives."""
-    calibration: Literal["ratio", "literal"] = "ratio"
+    variant: Literal["default", "paper"] = "default"
+    """Ours, or the paper's sentences to the letter: sets the next seven, and --lr-schedule cosine_to_zero."""
+    calibration: Literal["ratio", "literal"] | None = None
     """Pseudo-labels times an image's similarities to the classes over their average, or, as worded, the average."""
+    targets: Literal["hard", "soft"] | None = None
+    """Train towards the largest class of the calibrated distribution, or towards all of it."""
+    similarity: Literal["softmax", "cosine"] | None = None
+    """An image's similarities: softmax of its cosines to the prototypes, or these."""
+    alpha_of: Literal["assigned", "nearest"] | None = None
+    """alpha_p: cosine to the prototype of the class that the classifier gave, or to the nearest prototype."""
+    prototype_features: Literal["unit", "raw"] | None = None
+    """Prototypes are means of features of length 1, or of features as they are."""
+    small_views: Literal["color", "full"] | None = None
+    """Strong views of images up to 64 pixels: jitter and gray, or crop and blur too."""
+    window_start: Literal["uniform", "empty"] | None = None
+    """Average similarity over 128 batches: those before the first count as uniform, or not at all."""
     temperature: float = 0.1
     """T_s of the softmax over the similarities to the class prototypes."""
-    soft: bool = False
-    """Train towards the calibrated distribution instead of its largest class."""
     refresh_epochs: int = 5
     """Epochs, of steps/epochs steps, between refreshes of prototypes and assignments."""
 
@@ -70,6 +97,11 @@ class SsCLOptions(PartOptions):
         self.require(self.proj_layers in (0, 1, 2), "proj_layers", "0, 1 or 2")
         self.require_positive("gamma", "temperature")
         self.require_fractions("momentum")
+
+    def choices(self) -> dict[str, str]:
+        """The options that a variant sets: as given, else the variant's."""
+        values = VARIANTS[self.variant]
+        return {name: value if (given := getattr(self, name)) is None else given for name, value in values.items()}
 
 
 class SsCL(Method):
@@ -95,7 +127,9 @@ class SsCL(Method):
         extra_keys: labeled keys drawn as positives of each query; 0 is MoCo with a margin.
         gamma, margin, form: of `functional.sscl_loss`.
         mask_queue: a queued key that was assigned to the query's class is no negative.
-        calibration, temperature: mode and T_s of `CoCalibration`.
+        calibration, temperature, similarity, window_start: mode and the others of `CoCalibration`.
+        alpha_of: of `ClassPrototypes`.
+        unit_features: of `refresh`.
         refresh_every: steps between refreshes of prototypes, assignments and labeled keys; the first is before step 0.
         seed: of the draws of keys and mixtures.
         backend: of `functional.sscl_loss`.
@@ -124,6 +158,10 @@ class SsCL(Method):
         temperature: float,
         refresh_every: int,
         seed: int,
+        similarity: str = "softmax",
+        window_start: str = "uniform",
+        alpha_of: str = "assigned",
+        unit_features: bool = True,
         backend: str | None = None,
     ) -> None:
         super().__init__(network)
@@ -133,10 +171,12 @@ class SsCL(Method):
         self.key_encoder = MomentumEncoder(network.backbone, projection, momentum)
         self.queue = KeyQueue(queue_size, dim)
         self.bank = LabeledKeyBank(num_labeled, num_classes, dim)
-        self.prototypes = ClassPrototypes(num_classes, num_features, num_unlabeled)
-        self.calibration = CoCalibration(num_classes, mode=calibration, temperature=temperature)
+        self.prototypes = ClassPrototypes(num_classes, num_features, num_unlabeled, alpha_of=alpha_of)
+        self.calibration = CoCalibration(
+            num_classes, mode=calibration, temperature=temperature, similarity=similarity, window_start=window_start
+        )
         self.threshold, self.soft, self.lambda_u, self.lambda_con = threshold, soft, lambda_u, lambda_con
-        self.extra_keys, self.mask_queue = extra_keys, mask_queue
+        self.extra_keys, self.mask_queue, self.unit_features = extra_keys, mask_queue, unit_features
         self.contrast = {"gamma": gamma, "margin": margin, "form": form, "backend": backend}
         self.refresh_every, self.seed = refresh_every, seed
 
@@ -144,7 +184,7 @@ class SsCL(Method):
         return step % self.refresh_every == 0
 
     def refresh(self, context: RefreshContext) -> None:
-        refresh(context, self.network, self.key_encoder, self.prototypes, self.bank, self.seed)
+        refresh(context, self.network, self.key_encoder, self.prototypes, self.bank, self.seed, self.unit_features)
 
     def forward(self, batch: Batch, step: Tensor, phase: None) -> StepOutput:
         sizes = batch.num_labeled, batch.num_unlabeled
@@ -218,16 +258,18 @@ def global_slots(batch: Batch) -> Tensor:
 
 
 def build(options: SsCLOptions, setup: Setup, network: Network) -> SsCL:
+    choices = options.choices()
+    largest_small = LARGEST_SMALL_IMAGE if choices["small_views"] == "color" else 0
     return SsCL(
         network,
         projection_head(setup.num_features, options.proj_dim, options.proj_layers),
-        SimCLRDistortion(setup.data.mean, setup.data.std, setup.seed),
+        SimCLRDistortion(setup.data.mean, setup.data.std, setup.seed, largest_small=largest_small),
         num_labeled=setup.data.num_labeled,
         num_unlabeled=setup.data.num_unlabeled,
         threshold=setup.shared.threshold,
         lambda_u=options.lambda_u,
         lambda_con=options.lambda_con,
-        soft=options.soft,
+        soft=choices["targets"] == "soft",
         momentum=options.momentum,
         queue_size=options.queue,
         extra_keys=options.extra_keys,
@@ -235,7 +277,11 @@ def build(options: SsCLOptions, setup: Setup, network: Network) -> SsCL:
         margin=options.margin,
         form=options.form,
         mask_queue=options.mask_queue,
-        calibration=options.calibration,
+        calibration=choices["calibration"],
+        similarity=choices["similarity"],
+        window_start=choices["window_start"],
+        alpha_of=choices["alpha_of"],
+        unit_features=choices["prototype_features"] == "unit",
         temperature=options.temperature,
         refresh_every=max(1, round(options.refresh_epochs * setup.steps / setup.shared.epochs)),
         seed=setup.seed,

@@ -14,16 +14,18 @@ class ClassPrototypes(nn.Module):
     Buffers:
         vectors [K, F] float32: unit prototypes; present [K] bool: whether a class has labeled images, and so one.
         assigned [n_ulb] int64: offline pseudo-label c(u) of each unlabeled slot; alpha [n_ulb] float32: its cosine to
-            the prototype of that class, not below 0.
+            a prototype, not below 0.
 
     Args:
         num_classes: K.
         num_features: F.
         num_unlabeled: n_ulb.
+        alpha_of: alpha is of the prototype of the class "assigned", or of the "nearest" one.
     """
 
-    def __init__(self, num_classes: int, num_features: int, num_unlabeled: int) -> None:
+    def __init__(self, num_classes: int, num_features: int, num_unlabeled: int, *, alpha_of: str = "assigned") -> None:
         super().__init__()
+        self.alpha_of = alpha_of
         self.register_buffer("vectors", torch.zeros(num_classes, num_features))
         self.register_buffer("present", torch.zeros(num_classes, dtype=torch.bool))
         self.register_buffer("assigned", torch.zeros(num_unlabeled, dtype=torch.int64))
@@ -43,13 +45,17 @@ class ClassPrototypes(nn.Module):
         self.vectors.copy_(vectors)
         self.present.copy_(present)
         self.assigned.copy_(assigned)
-        self.alpha.copy_(own_cosine(features, vectors, assigned).clamp(min=0))
+        if self.alpha_of == "nearest":
+            cosines = torch.cat([highest_cosine(f, vectors, present) for f in features.split(4096)])
+        else:
+            cosines = own_cosine(features, vectors, assigned)
+        self.alpha.copy_(cosines.clamp(min=0))
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Unit vectors [K, F] in the direction of the mean feature of each class, and bool [K]: whether it has a feature.
 
-    Features are unit vectors, float [n, F]; a class without one gets zeros.
+    Features are float [n, F]; a class without one gets zeros.
     """
     sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
     return F.normalize(sums, dim=1), torch.bincount(labels, minlength=num_classes) > 0
@@ -58,6 +64,11 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
 def own_cosine(features: Tensor, vectors: Tensor, classes: Tensor) -> Tensor:
     """Cosine of each unit feature [n, F] to the unit vector [K, F] of its class int64 [n]: [n]."""
     return torch.cat([(f * vectors[c]).sum(1) for f, c in zip(features.split(4096), classes.split(4096))])
+
+
+def highest_cosine(features: Tensor, vectors: Tensor, present: Tensor) -> Tensor:
+    """Highest cosine of each unit feature [n, F] to the unit vectors [K, F] of classes that are present [K]: [n]."""
+    return (features @ vectors.T).masked_fill(~present, -1).amax(1)
 
 
 def draw_mixtures(

@@ -21,13 +21,18 @@ def refresh(
     prototypes: ClassPrototypes,
     bank: LabeledKeyBank,
     seed: int,
+    unit_features: bool = True,
 ) -> None:
     """Computes anew the labeled keys, the prototypes, and the class and alpha of every unlabeled image.
 
     Images are not augmented, and encoders are in evaluation mode. Among the unlabeled images that the classifier
     assigns to a class, the prototypes of the labeled images find the nearest. Mixtures with these count as labeled in
-    the final prototypes. Holds the features of all unlabeled images, float32 [n_ulb, F].
+    the final prototypes. With `unit_features`, features are scaled to length 1 before they are averaged. Holds the
+    features of all unlabeled images, float32 [n_ulb, F].
     """
+
+    def averaged(features: Tensor) -> Tensor:
+        return F.normalize(features, dim=1) if unit_features else features
 
     def classified(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         return F.normalize(features, dim=1), logits.argmax(1)
@@ -35,7 +40,7 @@ def refresh(
     labels, num_classes = context.labels, len(prototypes.present)
     (keys,) = context.predict_rows(key_encoder, context.labeled, lambda _, keys: (keys,))
     bank.fill_(keys, labels)
-    labeled, _ = context.predict_rows(network, context.labeled, classified)
+    (labeled,) = context.predict_rows(network, context.labeled, lambda features, _: (averaged(features),))
     unlabeled, assigned = context.predict_rows(network, context.unlabeled, classified)
 
     plain, _ = class_means(labeled, labels, num_classes)
@@ -46,6 +51,6 @@ def refresh(
         parts = (context.labeled[x], context.unlabeled[partner], weight)
         pairs = zip(*(part.split(MIXED_CHUNK) for part in parts))
         images = (mix_pixels(context.pool[a], context.pool[b], w) for a, b, w in pairs)
-        mixed = F.normalize(torch.cat([context.predict(network, chunk)[0] for chunk in images]), dim=1)
+        mixed = averaged(torch.cat([context.predict(network, chunk)[0] for chunk in images]))
     vectors, present = class_means(torch.cat([labeled, mixed]), torch.cat([labels, mixed_labels]), num_classes)
     prototypes.set_(vectors, present, unlabeled, assigned)

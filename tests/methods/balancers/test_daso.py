@@ -31,45 +31,55 @@ def cosine(a: list[float], b: list[float]) -> float:
     return dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
 
 
-def similarities(row: list[float], prototypes: list[list[float] | None]) -> list[float]:
-    return [(-1.0 if c is None else cosine(row, c)) / 0.05 for c in prototypes]
+def similarities(row: list[float], prototypes: list[list[float] | None], absent: float) -> list[float]:
+    return [(absent if c is None else cosine(row, c)) / 0.05 for c in prototypes]
 
 
 class Loop:
-    """DASO of one run as plain Python: deques, dictionaries and the formulas of methods.md H."""
+    """DASO of one run, start 2 and interval 3, as plain Python: deques and the formulas of methods.md H.
 
-    def __init__(self, t_dist: float = 1.5):
+    With `usb` as semilearn 0.3.0 to 0.3.2 does: the blend has q of the batch before, L_align is there one step before
+    it, nothing is counted at the start, and a class without features has cosine 0, that of a vector of zeros.
+    """
+
+    def __init__(self, t_dist: float = 1.5, usb: bool = False):
+        self.usb, self.previous_q = usb, None
         self.queues = [deque(maxlen=5) for _ in range(K)]
         self.distribution, self.counts, self.t_dist = [1 / K] * K, [0] * K, t_dist
 
     def step(self, t: int, seen) -> tuple[list[list[float]], float | None]:
-        """p' of each row, and L_align from step 2 on."""
+        """p' of each row, and L_align where there is one."""
         for row, label in zip(seen.averaged_features.tolist(), seen.batch.labels.tolist()):
             self.queues[label].append(row)
         prototypes = [[sum(v) / len(q) for v in zip(*q)] if q else None for q in self.queues]
-        answer, align = [], 0.0
+        answer, align, semantic = [], 0.0, []
+        aligns, absent = t >= (1 if self.usb else 2), 0.0 if self.usb else -1.0
         columns = seen.weak_logits, seen.weak_features, seen.strong_features
-        for logits, weak, strong in zip(*(column.tolist() for column in columns)):
-            p = softmax(logits)
+        for j, (logits, weak, strong) in enumerate(zip(*(column.tolist() for column in columns))):
+            p, q = softmax(logits), softmax(similarities(weak, prototypes, absent))
+            semantic.append(q)
             if t >= 2:
-                q = softmax(similarities(weak, prototypes))
                 share = [m ** (1 / self.t_dist) for m in self.distribution]
                 v = share[p.index(max(p))] / max(share)
-                p = [(1 - v) * a + v * b for a, b in zip(p, q)]
-                r = softmax(similarities(strong, prototypes))
-                align -= sum(a * math.log(b) for a, b in zip(q, r)) / U
+                p = [(1 - v) * a + v * b for a, b in zip(p, self.previous_q[j] if self.usb else q)]
+            r = softmax(similarities(strong, prototypes, absent))
+            align -= sum(a * math.log(b) for a, b in zip(q, r)) / U
             answer.append(p)
             self.counts[p.index(max(p))] += 1
-        if (t + 1) % 3 == 0 or t + 1 == 2:
+        self.previous_q = semantic
+        if (t + 1) % 3 == 0 or (t + 1 == 2 and not self.usb):
             self.distribution, self.counts = [c / sum(self.counts) for c in self.counts], [0] * K
-        return answer, align if t >= 2 else None
+        return answer, align if aligns else None
 
 
+@pytest.mark.parametrize("usb", [False, True], ids=["corrected", "usb"])
 @pytest.mark.parametrize("t_dist", [1.5, 0.3])
-def test_targets_and_loss_against_a_loop_over_the_start_and_two_counts(t_dist):
-    method, loop = daso(t_dist=t_dist), Loop(t_dist)
+def test_targets_and_loss_against_a_loop_over_the_start_and_two_counts(t_dist, usb):
+    method, loop = daso(t_dist=t_dist, usb_rows=U if usb else None), Loop(t_dist, usb)
     for t in range(8):
-        seen = step_rows(t)
+        labels = random_labels(t)
+        labels[labels == K - 1] = 0  # the last class never has a prototype
+        seen = rows(t, averaged_features=features(100 + t), batch=batch(labels))
         targets = method(seen, torch.tensor(t), method.phase(t))
         expected, align = loop.step(t, seen)
         torch.testing.assert_close(targets.probabilities, torch.tensor(expected), rtol=1e-4, atol=1e-6)
@@ -79,7 +89,10 @@ def test_targets_and_loss_against_a_loop_over_the_start_and_two_counts(t_dist):
             assert not targets.losses
         else:
             assert targets.losses["align"].item() == pytest.approx(align, rel=1e-4)
-        assert targets.confidence is None, "the confidence is that of the blended probabilities"
+        if usb and align is not None:
+            torch.testing.assert_close(targets.confidence, seen.weak_logits.softmax(1).amax(1))
+        else:
+            assert targets.confidence is None, "the confidence is that of the blended probabilities"
     assert len({round(m, 6) for m in loop.distribution}) > 1, "the case must tell classes apart"
 
 
@@ -87,7 +100,7 @@ def test_gradient_of_the_alignment_reaches_the_strong_features_alone_and_is_auto
     method = daso(start=0)
     seen = step_rows(0)
     weak = seen.weak_features.requires_grad_()
-    loss = method(seen, torch.tensor(0), True).losses["align"]
+    loss = method(seen, torch.tensor(0), (True, True)).losses["align"]
     loss.backward()
     assert weak.grad is None
     prototypes, present = method.queue.prototypes()
@@ -133,21 +146,22 @@ def test_a_class_without_features_is_never_the_nearest():
     method = daso(start=0)
     seen = rows(averaged_features=-features(1).abs(), batch=batch(torch.zeros(B, dtype=torch.int64)))
     seen = replace(seen, weak_features=seen.weak_features.abs())  # every cosine with the only prototype is negative
-    targets = method(seen, torch.tensor(0), True)
+    targets = method(seen, torch.tensor(0), (True, True))
     assert (targets.probabilities.argmax(1) == 0).all(), "uniform counts: p' is q"
     assert targets.losses["align"].isfinite()
 
 
-def test_usb_blends_with_the_rows_of_the_batch_before_and_takes_the_confidence_of_p():
-    fixed, usb = daso(start=0), daso(start=0, usb_rows=U)
-    # The distribution is uniform until the count after step 2, so p' is q itself.
-    before = fixed(step_rows(0), torch.tensor(0), True)
-    usb(step_rows(0), torch.tensor(0), True)
-    corrected, released = (method(step_rows(1), torch.tensor(1), True) for method in (fixed, usb))
-    assert torch.equal(released.probabilities, before.probabilities), "q of the previous batch"
-    assert not torch.allclose(corrected.probabilities, before.probabilities)
-    assert torch.equal(released.confidence, step_rows(1).weak_logits.softmax(1).amax(1))
-    torch.testing.assert_close(corrected.losses["align"], released.losses["align"])
+def test_usb_begins_with_the_loss_and_blends_a_step_later():
+    """What the flag changes in time, each seen on its own, around a start that ends no interval."""
+    corrected, usb = daso(start=5), daso(start=5, usb_rows=U)
+    assert [corrected.phase(t) for t in (3, 4, 5)] == [(False, False), (False, False), (True, True)]
+    assert [usb.phase(t) for t in (3, 4, 5)] == [(False, False), (True, False), (True, True)]
+    seen = step_rows(4)
+    first = usb(seen, torch.tensor(4), usb.phase(4))
+    assert torch.equal(first.probabilities, seen.weak_logits.softmax(1)) and first.losses["align"] > 0
+    assert usb.counts.sum() == U, "no count at the start: its rows wait for the end of the interval"
+    corrected(seen, torch.tensor(4), corrected.phase(4))
+    assert corrected.counts.sum() == 0, "counted at the start"
 
 
 def test_two_classes_and_half_precision_features():
@@ -155,7 +169,7 @@ def test_two_classes_and_half_precision_features():
     seen = rows(num_classes=2, averaged_features=features(3), batch=batch(labels))
     weak, strong = seen.weak_features.bfloat16(), seen.strong_features.bfloat16()
     half = replace(seen, weak_features=weak, strong_features=strong)
-    one, two = (daso(start=0, num_classes=2)(s, torch.tensor(0), True) for s in (seen, half))
+    one, two = (daso(start=0, num_classes=2)(s, torch.tensor(0), (True, True)) for s in (seen, half))
     assert two.losses["align"].dtype == torch.float32
     torch.testing.assert_close(one.losses["align"], two.losses["align"], rtol=0.05, atol=0.05)
 
@@ -165,13 +179,13 @@ def test_a_small_t_dist_favors_the_commonest_class_alone(t_dist, num_classes):
     """(1/K)^(1/T) is no float32; relative to the largest it is 1, or 0 for classes that are clearly rarer."""
     method = daso(start=0, t_dist=t_dist, num_classes=num_classes)
     seen = rows(num_classes=num_classes, averaged_features=features(1), batch=batch(random_labels(0)))
-    targets = method(seen, torch.tensor(0), True)
+    targets = method(seen, torch.tensor(0), (True, True))
     assert torch.equal(
         targets.probabilities, method._similarity(seen.weak_features, *method.queue.prototypes()).softmax(1)
     )
     method.distribution.copy_(torch.full((num_classes,), 0.5 / num_classes))
     method.distribution[0] += 0.5
-    targets = method(seen, torch.tensor(1), True)
+    targets = method(seen, torch.tensor(1), (True, True))
     rare = seen.weak_logits.argmax(1) != 0
     assert rare.any()
     torch.testing.assert_close(targets.probabilities[rare], seen.weak_logits.softmax(1)[rare])

@@ -302,21 +302,28 @@ def make_context(step: int, labels: torch.Tensor = LABELS) -> RefreshContext:
     return RefreshContext(step, pool, order[: len(LABELS)], order[-N_ULB:], labels, normalize, predict)
 
 
-def unit_features(network: nn.Module, image: torch.Tensor) -> torch.Tensor:
+def raw_features(network: nn.Module, image: torch.Tensor) -> torch.Tensor:
     """Of one uint8 image, float64."""
-    feature = network.backbone((image.double() / 128 - 1).permute(2, 0, 1)[None])[0]
-    return normalized(feature).detach()
+    return network.backbone((image.double() / 128 - 1).permute(2, 0, 1)[None])[0].detach()
 
 
+def unit_features(network: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    return normalized(raw_features(network, image))
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["unit", "raw"])
 @pytest.mark.parametrize("labels", [LABELS, torch.full_like(LABELS, 1)], ids=["two-classes", "one-class"])
-def test_refresh_against_a_loop(labels):
-    method, context, step = build(), make_context(8, labels), 8
+def test_refresh_against_a_loop(labels, raw):
+    """`raw`: the paper's sentences, features averaged as they are and alpha of the nearest prototype."""
+    method = build(**({"unit_features": False, "alpha_of": "nearest"} if raw else {}))
+    context, step = make_context(8, labels), 8
     method.network(torch.randn(30, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(4)))  # BatchNorm's statistics
     method.refresh(context)
     network = copy.deepcopy(method.network).double().eval()
     labeled = [context.pool[i] for i in context.labeled.tolist()]
     unlabeled = [context.pool[i] for i in context.unlabeled.tolist()]
-    v = [unit_features(network, image) for image in labeled]
+    averaged = raw_features if raw else unit_features
+    v = [averaged(network, image) for image in labeled]
     u = [unit_features(network, image) for image in unlabeled]
     assigned = []
     for image in unlabeled:
@@ -336,7 +343,7 @@ def test_refresh_against_a_loop(labels):
             x, partner = labeled[members[c][a * len(members[c]) >> 32]], unlabeled[near[b * len(near) >> 32]]
             weight = (w >> 8) / 2**24
             mixed = (weight * x.double() + (1 - weight) * partner.double()).round()
-            refined[c].append(unit_features(network, mixed))
+            refined[c].append(averaged(network, mixed))
     mixtures = {c: len(refined[c]) - len(members[c]) for c in range(K)}
     assert any(mixtures.values()), "the case must have mixtures"
     for c in range(K):
@@ -344,7 +351,8 @@ def test_refresh_against_a_loop(labels):
         expected = normalized(sum(refined[c])) if members[c] else torch.zeros(64, dtype=torch.float64)
         torch.testing.assert_close(method.prototypes.vectors[c].double(), expected, rtol=0, atol=1e-5)
     for j, c in enumerate(assigned):
-        expected = max(0.0, float(u[j] @ normalized(sum(refined[c])))) if members[c] else 0.0
+        of = [k for k in range(K) if members[k]] if raw else [c] if members[c] else []
+        expected = max([0.0, *(float(u[j] @ normalized(sum(refined[k]))) for k in of)])
         assert method.prototypes.alpha[j].item() == pytest.approx(expected, abs=1e-5)
 
     # Labeled keys: the key encoder's, in evaluation mode; drawn from by class.

@@ -154,6 +154,32 @@ def test_calibration_against_a_loop(mode):
             assert result[j].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.parametrize("mode", ["ratio", "literal"])
+@pytest.mark.parametrize("similarity_is", ["softmax", "cosine"])
+@pytest.mark.parametrize("window_start", ["uniform", "empty"])
+def test_the_papers_readings_of_the_calibration_against_a_loop(mode, similarity_is, window_start):
+    classes, window, batch = 4, 3, 5
+    options = {"similarity": similarity_is, "window_start": window_start}
+    calibration = CoCalibration(classes, mode=mode, temperature=0.1, window=window, **options)
+    history = deque([[1 / classes] * classes] * window if window_start == "uniform" else [], maxlen=window)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(2 * window):
+        logits = 2 * torch.randn(batch, classes, generator=generator)
+        cosines = 2 * torch.rand(batch, classes, generator=generator) - 1
+        scores = [
+            softmax([s / 0.1 for s in row]) if similarity_is == "softmax" else [max(s, 1e-6) for s in row]
+            for row in cosines.tolist()
+        ]
+        history.append([sum(row[c] for row in scores) / batch for c in range(classes)])
+        mean = [sum(row[c] for row in history) / len(history) for c in range(classes)]
+        result = calibration(logits, cosines)
+        for j in range(batch):
+            p = softmax(logits[j].tolist())
+            scale = [scores[j][c] / (mean[c] + 1e-6) for c in range(classes)] if mode == "ratio" else mean
+            product = [p[c] * scale[c] for c in range(classes)]
+            assert result[j].tolist() == pytest.approx([v / sum(product) for v in product], rel=1e-4, abs=1e-7)
+
+
 def test_similarities_that_say_nothing_leave_the_prediction():
     calibration, logits = CoCalibration(3), torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
     for _ in range(5):
@@ -173,6 +199,8 @@ def test_the_two_readings_disagree_about_popular_classes():
 def test_calibration_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="mode: expected one of ratio, literal, found 'sum'"):
         CoCalibration(3, mode="sum")
+    with pytest.raises(ValueError, match="similarity: expected one of softmax, cosine, found 'dot'"):
+        CoCalibration(3, similarity="dot")
     with pytest.raises(ValueError, match="temperature: expected a number above 0, found 0"):
         CoCalibration(3, temperature=0)
 
@@ -222,6 +250,14 @@ def test_alpha_is_never_negative():
     prototypes = ClassPrototypes(2, 2, 1)
     prototypes.set_(torch.eye(2), torch.ones(2).bool(), torch.tensor([[-1.0, 0.0]]), torch.tensor([0]))
     assert prototypes.alpha.tolist() == [0.0]
+
+
+def test_alpha_of_the_nearest_prototype_passes_over_classes_without_one():
+    prototypes = ClassPrototypes(3, 2, 2, alpha_of="nearest")
+    vectors = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    unlabeled = torch.tensor([[0.6, 0.8], [-0.6, -0.8]])
+    prototypes.set_(vectors, torch.tensor([True, False, True]), unlabeled, torch.tensor([0, 1]))
+    assert prototypes.alpha.tolist() == pytest.approx([0.8, 0.0]), "of class 2, not of class 0; never below 0"
 
 
 def test_own_cosine_of_more_rows_than_one_chunk():
