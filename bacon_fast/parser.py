@@ -109,7 +109,7 @@ def _method(default: Config) -> tuple:
     for name in names:
         base, _, others = name.partition("+")
         added.setdefault(base, []).extend([f"+{others}"] if others else [])
-    help_text = "; ".join(f"{base} alone or {', '.join(others)}" if others else base for base, others in added.items())
+    help_text = "; ".join(f"{base} [{' '.join(others)}]" if others else base for base, others in added.items())
     kind = Annotated[Literal[names], tyro.conf.arg(metavar="METHOD", help=f"{help_text}.")]
     return "method", kind, dataclasses.field(default=default.method)
 

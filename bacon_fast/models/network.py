@@ -48,13 +48,16 @@ class DebiasedNetwork(Network):
         self.register_buffer("empty_image", torch.ones(3))
 
     def empty(self, images: Tensor) -> Tensor:
-        """The empty image, [1,3,H,W], of the size, dtype and device of images [N,3,H,W]."""
-        return self.empty_image.to(images.dtype)[None, :, None, None].expand(1, *images.shape[1:])
+        """The empty image, [1,3,H,W], of the size of images [N,3,H,W] and the dtype of the network."""
+        return self.empty_image[None, :, None, None].expand(1, *images.shape[1:])
 
     @torch.inference_mode()
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features [N,F], and logits [N,K] minus those of the empty image, at least float32, in evaluation mode."""
-        features, logits, _ = self(torch.cat([images, self.empty(images)]))  # rows do not see each other there
+        images = torch.cat(
+            [images, self.empty(images).to(images.dtype)]
+        )  # in evaluation mode rows do not see each other
+        features, logits, _ = self(images)
         logits = logits.to(accumulator_dtype(logits.dtype))
         return features[:-1], logits[:-1] - logits[-1:]
 

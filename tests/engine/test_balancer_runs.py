@@ -205,3 +205,19 @@ def test_simpro_with_fewer_views(tmp_path, strong_views, labeled_strong):
     losses, _ = trainer.train_step()
     trainer.logger.close()
     assert losses["total"].isfinite() and losses["supervised"] > 0
+
+
+@pytest.mark.parametrize("method", ["fixmatch+simpro", "fixmatch+cdmad", "remixmatch+cdmad"])
+def test_the_newer_balancers_run_in_half_precision(tmp_path, method):
+    """The answer to the empty image is computed in float32 whatever the images come in."""
+    trainer = Trainer(tiny(tmp_path, method=method, parts={"cdmad.start": 0.0}, precision="bf16"))
+    for _ in range(2):
+        losses, _ = trainer.train_step()
+        assert all(value.isfinite() for value in losses.values())
+    if "cdmad" in method:
+        trainer.batches.prepare(2)
+        balancer = trainer.method.balancer
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            answer = balancer.own_pass(trainer.batches.batch(torch.tensor(2)), True)
+        torch.testing.assert_close(answer, balancer.network(torch.ones(1, 3, 16, 16))[1].detach())
+    trainer.logger.close()
