@@ -92,7 +92,7 @@ class CDMAD(Balancer):
             return None
         network, images = self.network, batch.images
         with self._statistics(network), torch.autocast(images.device.type, enabled=False):
-            return wide(network(network.empty(images[:1].float()))[1])
+            return wide(network(network.empty(images))[1])
 
     def _statistics(self, network: nn.Module):
         if self.authors_passes is None:
