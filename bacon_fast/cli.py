@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 import tyro
 from torch.distributed import Store
 
+from bacon_fast.data.names import printable
 from bacon_fast.engine import distributed
 from bacon_fast.engine.build import resolve_device
 from bacon_fast.engine.checkpoint import CheckpointError
@@ -171,7 +172,7 @@ def _train(args: Sequence[str]) -> None:
         trainer = Trainer(config)
         distributed.mark_started(store, trainer.run_dir)
         if main:
-            print(f"run directory: {trainer.run_dir}", flush=True)
+            print(f"run directory: {printable(str(trainer.run_dir))}", flush=True)
         summary = trainer.fit()
     if main:
         _conclude(trainer, summary)
@@ -182,7 +183,7 @@ def _train_together(configs: Sequence[Config]) -> None:
         raise ValueError("seeds: expected plain python, found torchrun, whose processes train one run together")
     with run_directories(configs) as configs:
         for config in configs:
-            print(f"run directory: {config.run.run_dir}", flush=True)
+            print(f"run directory: {printable(str(config.run.run_dir))}", flush=True)
         outcomes = fit_together(configs)
     for trainer, summary, _ in outcomes:
         if summary is not None:
@@ -243,13 +244,13 @@ def with_clear_errors(main: Callable[[], None]) -> None:
 
 
 def _warning_line(message: Warning | str, *place: object) -> str:
-    return f"warning: {' '.join(str(message).split())}\n"
+    return f"warning: {printable(' '.join(str(message).split()))}\n"
 
 
 def _exit(message: str, status: int) -> NoReturn:
     if "RANK" in os.environ:  # torchrun mixes the output of its processes
         message = f"[rank {os.environ['RANK']}] {message}"
-    print(message, file=sys.stderr)
+    print("\n".join(map(printable, message.splitlines())), file=sys.stderr)
     sys.exit(status)
 
 
@@ -288,7 +289,7 @@ def format_summary(summary: dict, labeled_counts: Sequence[int], unlabeled_count
             lines.append(f"  ... {len(names) - 20} more, all in summary.json")
             continue
         recall = "-" if recalls[c] is None else f"{recalls[c]:.4f}"
-        lines.append(f"{names[c]:<20}{labeled_counts[c]:>10}{unlabeled[c]:>12}{recall:>10}")
+        lines.append(f"{printable(names[c]):<20}{labeled_counts[c]:>10}{unlabeled[c]:>12}{recall:>10}")
     return "\n".join(lines)
 
 

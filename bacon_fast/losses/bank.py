@@ -8,6 +8,14 @@ from ..ops.checks import check_integer
 from ..ops.snapshot import snapshot
 
 
+def _check_classes(bank: "MemoryBank", incompatible: object) -> None:
+    """Refuses a loaded state whose slots have classes that do not exist: on a GPU nothing looks at them later."""
+    last = len(bank.class_counts) - 1
+    low, high = (value.tolist() for value in bank.selected_label.aminmax())
+    if low < -1 or high > last:
+        raise ValueError(f"selected_label: expected classes in -1..{last}, found {low if low < -1 else high}")
+
+
 class MemoryBank(nn.Module):
     """Latest reliable feature and selected class of every training sample, class counts and centers (methods.md E.1).
 
@@ -57,6 +65,7 @@ class MemoryBank(nn.Module):
         self.register_buffer("class_sizes", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("centers", torch.zeros(num_classes, dim))
         self.register_buffer("has_center", torch.zeros(num_classes, dtype=torch.bool))
+        self.register_load_state_dict_post_hook(_check_classes)
 
     def _apply(self, fn, recurse=True):
         """Moves with the model but keeps its dtypes: the sums belong to the float32 features, bit for bit."""

@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from bacon_fast import predict
-from bacon_fast.cli import parse, parse_runs, run_directories, train, with_clear_errors
+from bacon_fast.cli import format_summary, parse, parse_runs, run_directories, train, with_clear_errors
 from bacon_fast.engine.checkpoint import list_checkpoints, save_checkpoint
 from bacon_fast.engine.config import FORMAT, GROUP_OF
 from bacon_fast.engine.presets import PRESETS
@@ -334,3 +334,18 @@ def test_evaluate_refuses_images_of_another_size(tmp_path):
         evaluate(Arguments(tmp_path / "run", data_dir=other))
     with pytest.raises(ValueError, match=r"data_dir: expected images of 8 x 8 pixels, .*, found 16 x 16"):
         evaluate(Arguments(tmp_path / "run", data_dir=large))
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(capsys):
+    names = ["cat", "\x1b[31mdog"]
+    row = {"top1": 0.5, "bacc": 0.5, "gm": 0.5}
+    summary = {"dataset": "folder", "method": "supervised", "steps": 1, "seed": 0, "steps_per_second": 1.0}
+    summary |= {"last": row, "mean_last_20": row, "best_on_test": row, "class_names": names, "per_class": [1.0, None]}
+    assert "\x1b" not in (text := format_summary(summary, [1, 1], None)) and "\\x1b[31mdog" in text
+
+    def fail() -> None:
+        raise ValueError("data_dir: \x1b[31mred\nsecond line")
+
+    with pytest.raises(SystemExit):
+        with_clear_errors(fail)
+    assert capsys.readouterr().err == "error: data_dir: \\x1b[31mred\nsecond line\n"

@@ -402,3 +402,15 @@ def test_slots_of_one_set_are_never_those_of_the_other(name, slot, last, backend
         module(**step, progress=0.5, active=True)
     for key, value in module.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("found", [-2, CLASSES, 10**12])
+def test_a_state_with_a_class_that_does_not_exist_is_refused(found):
+    """On a GPU the kernels index by it, and nothing else looks at it."""
+    module = BaConLoss(FEATURES, CLASSES, LABELED, UNLABELED)
+    state = module.state_dict()
+    state["bank.selected_label"] = state["bank.selected_label"].clone()
+    module.load_state_dict(state)
+    state["bank.selected_label"][3] = found
+    with pytest.raises(ValueError, match=rf"selected_label: expected classes in -1\.\.{CLASSES - 1}, found {found}"):
+        module.load_state_dict(state)
