@@ -126,7 +126,8 @@ class Batches:
         if self.window is not None:
             pool, labeled = self.window.images, torch.arange(len(labeled_slots), device=self.device)
         requests = [ViewRequest(labeled, Stream.LABELED_WEAK, strong=False, first_slot=part.start)]
-        first_labeled, unlabeled_slots, true_labels = part.start, labeled_slots[:0], labeled_slots[:0]
+        first_labeled = part.start
+        unlabeled_slots = true_labels = labeled_slots[:0]
         if self.unlabeled_sampler is not None:
             part = own_part(self.unlabeled_sampler.batch_size)
             unlabeled_slots, unlabeled, true_labels = self.unlabeled_sampler.rows(step, part)

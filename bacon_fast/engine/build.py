@@ -136,8 +136,8 @@ def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Sp
         changes = ", ".join(f"{name}={value}" for name, value in overrides.items())
         # Numbers of a changed protocol must not pass for numbers of the named one.
         named = {"name": f"{protocol.name} with {changes}", "source": f"changed on the command line: {changes}"}
-        protocol = dataclasses.replace(protocol, **overrides, **named)
         _refuse_without_effect(protocol, overrides)
+        protocol = dataclasses.replace(protocol, **overrides, **named)
     return make_split(dataset, protocol, config.seed)
 
 
@@ -147,12 +147,11 @@ def _refuse_without_effect(protocol: Protocol, overrides: dict) -> None:
     if protocol.unlabeled_all:
         reason = "in which every image is in the unlabeled set, the labeled ones too"
         reasons = dict.fromkeys(("unlabeled_head", "gamma_u", "lb_in_ulb"), reason)
-    if protocol.labeled_head is None:
+    if overrides.get("labeled_head", protocol.labeled_head) is None:
         reasons["gamma_l"] = "whose labeled set is not drawn by counts; --labeled-head makes it so"
     for name, reason in reasons.items():
         if name in overrides:
-            base = protocol.name.partition(" with ")[0]
-            raise ValueError(f"{name}: expected none for protocol {base}, {reason}; found {overrides[name]!r}")
+            raise ValueError(f"{name}: expected none for protocol {protocol.name}, {reason}; found {overrides[name]!r}")
 
 
 def split_overrides(config: Config) -> dict:

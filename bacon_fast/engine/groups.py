@@ -25,7 +25,7 @@ class RunOptions(Options):
     run_dir: Annotated[Path | None, _PATH] = None
     """Default: runs/PRESET-METHOD-seedSEED-TIME. All machines share it."""
     resume: bool = False
-    """Continue the run in --run-dir from its newest checkpoint."""
+    """Continue the run in --run-dir, by its own configuration if no preset is named."""
     device: str = "auto"
     """auto (cuda when there is one), cpu, cuda or cuda:N."""
 
@@ -72,7 +72,7 @@ class DataOptions(Options):
         self.require(self.dataset in DATASETS, "dataset", f"one of {', '.join(DATASETS)}")
         fits = self.image_size is None or 1 <= self.image_size <= MAX_IMAGE_SIZE
         self.require(fits, "image_size", f"1 to {MAX_IMAGE_SIZE} pixels")
-        self.require(not self.follow_links or self.dataset == "folder", "follow_links", "it for dataset folder only")
+        self.require(not self.follow_links or self.dataset == "folder", "follow_links", "False, but for dataset folder")
         if self.images == "mapped":
             self.require(self.dataset == "folder", "images", "memory, except for dataset folder")
             self.require(self.image_size is not None, "image_size", "a side in pixels for --images mapped")

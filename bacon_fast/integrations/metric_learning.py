@@ -17,7 +17,6 @@ also where the parent's reducer leaves its rows out. A second derivative, and `t
 import numbers
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 try:
@@ -31,7 +30,7 @@ except ImportError as error:
     ) from error
 
 from bacon_fast.ops.backends import choose_backend
-from bacon_fast.reference.values import accumulator_dtype
+from bacon_fast.reference.values import accumulator_dtype, normalize
 
 EPS = 1e-12  # of the normalization, as in torch.nn.functional.normalize
 TILE = 1 << 20  # entries of the largest temporary matrix
@@ -229,8 +228,8 @@ class NTXentLoss(_FromLabels, losses.NTXentLoss, parent=losses.NTXentLoss):
         soft = torch.where(pairs.negatives > 0, soft, 1)
         log_sum = soft + torch.log1p(-torch.exp(-soft)) - 1 / self.temperature
         log_sum = torch.where(pairs.negatives > 0, log_sum, torch.finfo(soft.dtype).min / 2)
-        unit = F.normalize(embeddings.to(soft.dtype), dim=1, eps=EPS)
-        columns = unit if ref_emb is None else F.normalize(ref_emb.to(soft.dtype), dim=1, eps=EPS)
+        unit = normalize(embeddings.to(soft.dtype), EPS)
+        columns = unit if ref_emb is None else normalize(ref_emb.to(soft.dtype), EPS)
         codes = (pairs.row_code, pairs.column_code, pairs.self_column)
         total = _sum_over_pairs if self.backend == "reference" else _positive_pairs
         total = total(unit, columns, log_sum, *codes, float(self.temperature))

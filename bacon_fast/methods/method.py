@@ -75,16 +75,16 @@ class Method(nn.Module):
         network: what is averaged and evaluated; has `predict(images) -> (features, logits)`.
         unlabeled_views: "weak" or "strong", one entry for each view of the U unlabeled rows; empty: a supervised step.
         balanced_view: the batch also holds B labeled images drawn class by class, strongly augmented.
+        labeled_strong_view: it also holds strong views of its labeled images.
         mixes_images: computes with its images, in float32, before they reach a network. Others' come in the network's
             half precision, to which autocast would cast them.
-        labeled_strong_view: it also holds strong views of its labeled images.
         regularizer: BaCon's loss, where the method has one; its class temperatures are reported.
     """
 
     unlabeled_views: tuple[str, ...] = ("weak", "strong")
     balanced_view: bool = False
-    mixes_images: bool = True
     labeled_strong_view: bool = False
+    mixes_images: bool = True
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -209,7 +209,7 @@ def test_what_is_no_configuration_is_refused(values):
     [
         ({"image_size": 100_000}, "image_size: expected 1 to 4096 pixels, found 100000"),
         ({"image_size": 0}, "image_size: expected 1 to 4096 pixels, found 0"),
-        ({"follow_links": True}, "follow_links: expected it for dataset folder only, found True"),
+        ({"follow_links": True}, "follow_links: expected False, but for dataset folder, found True"),
     ],
 )
 def test_images_are_bounded_and_links_are_those_of_a_folder(changes, expected):

@@ -158,7 +158,7 @@ def bacon_loss(draw: Draws, backends: Sequence[str]) -> int:
         "logits": draw.normal(rows - batch, classes) * draw.choice((1e-3, 1.0, 30.0)),
         "reliable": draw.mask(rows),
         "class_counts": draw.integers(0, draw.choice((0, 5, 2**40)), classes),
-        "progress": draw.choice((0, 0.3, 1.0, torch.tensor(0.5))),
+        "progress": draw.choice((0, 0.3, 1.0, torch.tensor(0.5, dtype=torch.float64))),
         "temperature": temperature,
         "bta": draw.choice((0.0, 0.005, 0.9)),
         "negative_weight": draw.choice((None, 1.0, 64.0)),

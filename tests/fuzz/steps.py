@@ -8,7 +8,7 @@ import torch
 from bacon_fast import functional
 from bacon_fast.losses import MemoryBank
 from tests.fuzz.draws import Draws
-from tests.fuzz.judge import Wrong, check_equal, check_value
+from tests.fuzz.judge import Wrong, check_equal, check_gradient, check_value
 
 
 def memory_bank(draw: Draws, backends: Sequence[str]) -> int:
@@ -163,7 +163,11 @@ def batch_norm_act(draw: Draws, backends: Sequence[str]) -> int:
             if found[0].isfinite().all():
                 raise Wrong(f"{backend}: finite where x is not")
             continue
-        for name, a, b in zip(("activated", "sum", "mean", "variance"), found, exact):
-            # Cancellation in x - mean; the sum of a half-precision residual is rounded before.
-            check_value(f"{backend} {name}", a, b, 30 * unit * (1 + 100 * shift))
+        # Cancellation in x - mean; the sum of a half-precision residual is rounded before.
+        tolerance = 30 * unit * (1 + 100 * shift)
+        of_values, of_gradients = (list(zip(found, exact))[part] for part in (slice(-3), slice(-3, None)))
+        for name, (a, b) in zip(("activated", "sum", "mean", "variance"), of_values):
+            check_value(f"{backend} {name}", a, b, tolerance)
+        for name, (a, b) in zip(("x", "weight", "bias"), of_gradients):
+            check_gradient(f"{backend} gradient of {name}", a.flatten(), b.flatten(), 10 * tolerance)
     return 1 + len(backends)

@@ -53,7 +53,7 @@ def test_equals_the_reference_bit_for_bit(rows, num_slots, num_classes, dim):
 
 @pytest.mark.parametrize("label", [4, -2, 10**12, -(10**12)])
 def test_a_slot_of_a_class_that_does_not_exist_is_left_alone_and_makes_the_centers_nan(label, monkeypatch):
-    monkeypatch.setattr("bacon_fast.reference.bank.check_values", lambda *_: None)
+    monkeypatch.setattr("bacon_fast.reference.memory_bank.check_values", lambda *_: None)
     generator = torch.Generator().manual_seed(0)
     expected = MemoryBank(30, 4, 5, backend="reference")
     apply(expected, *random_step(generator, 60, 30, 4, 5))

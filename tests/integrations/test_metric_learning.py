@@ -317,6 +317,15 @@ def test_nan_in_one_row_is_not_left_out_of_the_mean(name):
     assert getattr(ours, name)()(ref_emb, labels, ref_emb=embeddings, ref_labels=labels.clone()).isnan()
 
 
+@pytest.mark.parametrize("scale", [1e20, 1e30])
+@pytest.mark.parametrize("name", NAMES)
+def test_huge_embeddings_keep_their_norm(name, scale):
+    """Their squares are beyond float32; the loss looks at directions alone."""
+    embeddings, labels = embeddings_of(12).detach().float(), torch.tensor(LABELS["classes"])
+    expected = getattr(pml, name)()(embeddings, labels)
+    torch.testing.assert_close(getattr(ours, name)()(embeddings * scale, labels), expected)
+
+
 def replacement(name: str, module) -> type:
     """A user's subclass of the loss, the same of the original and of ours, that changes one method."""
     parent = getattr(module, {"mat_based_loss": "SupConLoss"}.get(name, "NTXentLoss"))

@@ -361,7 +361,7 @@ def test_a_slot_of_a_class_that_does_not_exist_is_named_and_nothing_changes(back
 @pytest.mark.parametrize("label", [4, -2, 10**12])
 def test_where_values_cannot_be_looked_at_it_is_left_alone_and_centers_are_nan(label, monkeypatch):
     """As on a GPU, and as in csrc/bank/cuda.cu, which tests/gpu compares with this."""
-    monkeypatch.setattr("bacon_fast.reference.bank.check_values", lambda *_: None)
+    monkeypatch.setattr("bacon_fast.reference.memory_bank.check_values", lambda *_: None)
     bank = damaged_bank(label, backend="reference")
     slots, gate = torch.tensor([1, 7]), torch.ones(2, dtype=torch.bool)
     kept = bank.features[7].clone()
