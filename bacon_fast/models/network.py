@@ -54,10 +54,8 @@ class DebiasedNetwork(Network):
     @torch.inference_mode()
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features [N,F], and logits [N,K] minus those of the empty image, at least float32, in evaluation mode."""
-        images = torch.cat(
-            [images, self.empty(images).to(images.dtype)]
-        )  # in evaluation mode rows do not see each other
-        features, logits, _ = self(images)
+        # In evaluation mode rows do not see each other.
+        features, logits, _ = self(torch.cat([images, self.empty(images).to(images.dtype)]))
         logits = logits.to(accumulator_dtype(logits.dtype))
         return features[:-1], logits[:-1] - logits[-1:]
 
