@@ -22,9 +22,9 @@ class BaConOptions(PartOptions):
     contrast_start: float = 0.5
     """Fraction of the run after which the loss is added."""
     variant: Literal["fixed", "official", "blog"] = "fixed"
-    """The specification, the released code, or the copied listing, corrected."""
+    """The specification, the released code, or the copied listing."""
     neg_mode: Literal["authors", "paper"] | None = None
-    """One denominator for all anchors of a class (authors), or one for each anchor (paper)."""
+    """One denominator for the anchors of a class (authors), or for each (paper)."""
     proj_dim: int = 32
     """D, width of the contrastive space."""
     proj_layers: int = 1
@@ -44,9 +44,9 @@ class BaConOptions(PartOptions):
     count_gate: Literal["prob", "logit"] | None = None
     """Compare --threshold with the largest probability or logit."""
     labeled_counts: Literal["always", "with_pseudo"] | None = None
-    """Count labeled images always, or only beside a selected unlabeled one."""
+    """Count labeled images always, or beside a selected unlabeled one."""
     center_slots: Literal["written", "selected"] | None = None
-    """Average into a center the slots with a feature, or all selected ones."""
+    """A center averages the slots with a feature, or all selected ones."""
 
     def check(self) -> None:
         self.require_weights("lambda_con", "bta")

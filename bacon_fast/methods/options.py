@@ -82,7 +82,7 @@ class SharedOptions(Options):
     epochs: int = 1000
     """E: ABC anneals, SAW counts and SsCL refreshes by epochs."""
     distribution_momentum: float = 0.999
-    """Momentum of the average prediction (ReMixMatch, CReST+, DebiasPL)."""
+    """Momentum of the mean prediction (ReMixMatch, CReST+, DebiasPL)."""
     usb_compat: bool = False
     """Bring back errors of USB's code that published numbers contain."""
     loss_backend: Literal["auto", "reference", "cpp", "triton"] = "auto"
