@@ -44,9 +44,9 @@ class BaConOptions(PartOptions):
     count_gate: Literal["prob", "logit"] | None = None
     """Compare --threshold with the largest probability or logit."""
     labeled_counts: Literal["always", "with_pseudo"] | None = None
-    """Count labeled images always, or only beside a selected unlabeled one."""
+    """Count labeled images always, or beside a selected unlabeled one."""
     center_slots: Literal["written", "selected"] | None = None
-    """Average into a center the slots with a feature, or all selected ones."""
+    """A center averages the slots with a feature, or all selected."""
 
     def check(self) -> None:
         self.require_weights("lambda_con", "bta")

@@ -78,11 +78,11 @@ class SharedOptions(Options):
     """
 
     threshold: float = 0.95
-    """Least confidence of a pseudo-label that is used, and of a row that BaCon counts."""
+    """Least confidence of a pseudo-label, and of a row that BaCon counts."""
     epochs: int = 1000
     """E: ABC anneals, SAW counts and SsCL refreshes by epochs."""
     distribution_momentum: float = 0.999
-    """Momentum of the average prediction (ReMixMatch, CReST+, DebiasPL)."""
+    """Of the average prediction (ReMixMatch, CReST+, DebiasPL)."""
     usb_compat: bool = False
     """Bring back errors of USB's code that published numbers contain."""
     loss_backend: Literal["auto", "reference", "cpp", "triton"] = "auto"
