@@ -26,8 +26,8 @@ from tests.run_cases import assert_equal_states, final_state, tiny
 
 METHODS = ("fixmatch+abc+bacon", "supervised", "fixmatch+crest+pda", "remixmatch+abc", "sscl", "fixmatch+cossl")
 TIMES = ("train_seconds", "steps_per_second")
-LATEST = 1.1
-"""Kills are drawn up to this many times the length of a whole run; those after the end of one are not counted."""
+LATER, SOONER = 1.1, 0.9
+"""Factors of the span in which kills are drawn: after one that hit, and after one that came when the run had ended."""
 
 
 def config(run_dir: Path, method: str) -> Config:
@@ -51,20 +51,28 @@ def start(config: Config) -> int:
     os._exit(0)
 
 
-def run_to_its_end(config: Config, moments: random.Random | None = None, length: float = 0.0) -> int:
-    """Starts the run until it ends, and kills it at one moment of each start but every third. Returns the kills."""
+def run_to_its_end(config: Config, moments: random.Random | None = None, spans: dict[str, float] | None = None) -> int:
+    """Starts the run until it ends, and kills it at one moment of each start but every third. Returns the kills.
+
+    spans: seconds from a start in which the kill is drawn, by method; kept so that about every second one hits.
+    """
     kills = starts = 0
     while True:
         child, starts = start(config), starts + 1
-        if moments is not None and starts % 3:
-            time.sleep(moments.uniform(0, LATEST * length))
+        kill = moments is not None and starts % 3
+        if kill:
+            time.sleep(moments.uniform(0, spans[config.method]))
             os.kill(child, signal.SIGKILL)  # one that ended waits to be asked for its status: it is still ours
         _, status = os.waitpid(child, 0)
-        if not os.WIFSIGNALED(status):
-            if status:
-                raise RuntimeError((config.run.run_dir.parent / "error").read_text())
+        hit = os.WIFSIGNALED(status)
+        if kill:
+            spans[config.method] *= LATER if hit else SOONER
+        if hit:
+            kills += 1
+        elif status:
+            raise RuntimeError((config.run.run_dir.parent / "error").read_text())
+        else:
             return kills
-        kills += 1
 
 
 def ends(run_dir: Path) -> dict:
@@ -88,18 +96,18 @@ def main() -> None:
     torch.set_num_threads(1)
     load_dataset("digits")  # what is imported late is imported before the first fork
     moments, begin, kills, runs = random.Random(options.seed), time.monotonic(), 0, 0
-    whole: dict[str, tuple[dict, float]] = {}
+    whole: dict[str, dict] = {}
+    spans: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         while kills < options.count and time.monotonic() - begin < options.seconds:
             method = METHODS[runs % len(METHODS)]
             if method not in whole:
                 started = time.monotonic()
                 run_to_its_end(config(Path(folder) / "whole" / method, method))
-                whole[method] = ends(Path(folder) / "whole" / method), time.monotonic() - started
+                whole[method], spans[method] = ends(Path(folder) / "whole" / method), time.monotonic() - started
             run_dir = Path(folder) / "killed" / method
-            expected, length = whole[method]
-            kills += run_to_its_end(config(run_dir, method), moments, length)
-            assert_equal_states(ends(run_dir), expected, method)
+            kills += run_to_its_end(config(run_dir, method), moments, spans)
+            assert_equal_states(ends(run_dir), whole[method], method)
             shutil.rmtree(run_dir)
             runs += 1
     seconds = time.monotonic() - begin

@@ -25,7 +25,7 @@ class RunOptions(Options):
     run_dir: Annotated[Path | None, _PATH] = None
     """Default: runs/PRESET-METHOD-seedSEED-TIME. All machines share it."""
     resume: bool = False
-    """Continue the run in --run-dir, by its own configuration if no preset is named."""
+    """Continue the run in --run-dir; its preset need not be named."""
     device: str = "auto"
     """auto (cuda when there is one), cpu, cuda or cuda:N."""
 
@@ -141,7 +141,7 @@ class OptimizerOptions(Options):
     weight_decay: float = 5e-4
     """Weight decay (adam: 0.02 in ABC's recipe)."""
     lr_schedule: Literal["constant", "cosine", "cosine_to_zero"] = "constant"
-    """cosine: FixMatch's, 7/16 of a period; cosine_to_zero: MoCo v2's."""
+    """cosine: FixMatch's, 7/16 of a period; cosine_to_zero: MoCo's."""
     ema: float = 0.999
     """Momentum of the parameter average that evaluation uses."""
     ema_buffers: Literal["copy", "average"] = "copy"
