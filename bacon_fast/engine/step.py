@@ -16,6 +16,7 @@ from bacon_fast.engine.schedule import set_learning_rate
 from bacon_fast.methods.gather import gather_batch, num_ranks
 from bacon_fast.methods.method import Method
 from bacon_fast.models.half import HalfCopies
+from bacon_fast.ops.checks import trusted_values
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -79,7 +80,7 @@ class TrainStep:
         """The static program of a phase."""
         config = self.config
         batch = self.batches.batch(self.counter)
-        with autocast(config, self.device), self.half:
+        with autocast(config, self.device), self.half, trusted_values():
             output = self.forward(batch, self.counter, phase)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(output.total).backward(self._one)
