@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch._subclasses import fake_tensor
 
-from bacon_fast import info, ops
+from bacon_fast import info
+from bacon_fast.ops import backends
 
 _C = pytest.importorskip("bacon_fast._C", reason="the native extension is not built")
 
@@ -37,7 +38,7 @@ def test_a_missing_extension_is_explained(monkeypatch):
 
 
 def test_an_extension_that_cannot_be_loaded_is_explained(monkeypatch):
-    monkeypatch.setattr(ops, "native_error", "the native extension bacon_fast._C is not usable: undefined symbol")
+    monkeypatch.setattr(backends, "native_error", "the native extension bacon_fast._C is not usable: undefined symbol")
     assert "undefined symbol; run `make setup`" in info.native_extension()
 
 

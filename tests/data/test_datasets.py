@@ -432,7 +432,7 @@ def test_arrays_that_are_no_npz(tmp_path):
     [
         ({"name": "mnist"}, f"dataset: expected one of {', '.join(DATASETS)}, found 'mnist'"),
         ({"name": "cifar10"}, "data_dir: expected where its files lie for dataset 'cifar10', found None"),
-        ({"name": "digits", "image_size": 0}, "image_size: expected at least 1, found 0"),
+        ({"name": "digits", "image_size": 0}, "image_size: expected 1 to 4096 pixels, found 0"),
         ({"name": "digits", "classes": ("a", "b")}, "classes: the class order can be chosen for dataset folder only"),
     ],
 )

@@ -52,7 +52,7 @@ def test_runs_that_take_turns_end_bit_for_bit_as_alone(tmp_path, alone, capsys):
         for name in ("summary.json", "metrics.csv", "metrics.jsonl", "config.json", "split.json"):
             assert (config.run.run_dir / name).exists()
     lines = capsys.readouterr().err.splitlines()
-    assert all(re.match(r"seed [03]: step \d", line) for line in lines)
+    assert all(re.match(r"seed [03]: (step \d|labeled \d)", line) for line in lines)
     for step in ("3/12", "12/12"):
         assert [line.split(":")[0] for line in lines if f"step {step} " in line] == ["seed 0", "seed 3"]
 

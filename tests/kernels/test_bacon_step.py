@@ -14,6 +14,7 @@ from bacon_fast.kernels.bacon_step_design import DESIGNS, use_design
 from bacon_fast.kernels.config import INTERPRETER, bacon_phases_config
 from bacon_fast.losses.bacon import VARIANTS
 from bacon_fast.ops.bacon_step import BUFFERS, fuses_bacon_step
+from bacon_fast.ops.checks import trusted_values
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -201,7 +202,8 @@ def test_a_label_or_slot_out_of_range_is_no_silent_zero():
         found = module(shape, "triton")
         step = batch(shape, 0)
         step[name][0] = value
-        assert take(found, step)[0].isnan()
+        with trusted_values():  # a GPU has no check before the kernels
+            assert take(found, step)[0].isnan()
         assert found.bank.selected_label.max() < shape[3]
 
 

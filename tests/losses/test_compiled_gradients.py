@@ -60,7 +60,8 @@ CASES = {
 
 
 def test_every_public_operation_is_covered():
-    assert {name.split()[0] for name in CASES} == set(functional.__all__) - WITHOUT_GRADIENT
+    functions = {name for name in functional.__all__ if not isinstance(getattr(functional, name), type)}
+    assert {name.split()[0] for name in CASES} == functions - WITHOUT_GRADIENT
 
 
 def compiled(function):
