@@ -239,6 +239,11 @@ TABLES: dict[str, Table] = {
         + _protocols("cdmad-remixmatch-cifar100", *(f"cdmad-disjoint-cifar100-{gamma}" for gamma in (20, 50, 100))),
         published.CDMAD_REMIXMATCH,
     ),
+    "cpu-cifar10": Table(
+        "A reduced CIFAR-10-LT for a CPU: WRN-10-1, 5,000 steps of 32 labeled images",
+        _methods("supervised", "fixmatch", "fixmatch+abc", "fixmatch+abc+bacon", "fixmatch+cdmad", "fixmatch+simpro"),
+        _protocols("cpu-cifar10", *(f"bacon-cifar10-100{order}" for order in ("", "-inverse", "-uniform"))),
+    ),
     "digits": Table("Every method on the built-in digits", _methods(*METHODS), _columns("digits")),
 }
 """Tables by name, as `python -m bacon_fast.reproduce NAME` takes them."""
