@@ -115,6 +115,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name).group(1)))
 
 
+def saved_step(folder: Path) -> int:
+    """Step of the newest checkpoint in `folder`, by its name; 0 without any."""
+    found = list_checkpoints(folder)
+    return int(_NAME.fullmatch(found[-1].name).group(1)) if found else 0
+
+
 def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dict:
     """The state in `path`.
 

@@ -90,8 +90,8 @@ def _digits() -> Preset:
 def _cpu_cifar10() -> Preset:
     """BaCon's CIFAR-10 protocol in a setting that two CPU cores can afford (no published source).
 
-    The network, the batch and the run are all smaller than [BC]'s, and the averages are as short as the run: compare its
-    numbers with each other only.
+    The network, the batch and the run are all smaller than [BC]'s, and the averages are as short as the run: compare
+    its numbers with each other only.
     """
     overrides = {
         **_data("cifar10", "bacon-cifar10-100"),

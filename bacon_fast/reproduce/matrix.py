@@ -9,6 +9,7 @@ from typing import Literal
 from bacon_fast.data.datasets import ImageDataset
 from bacon_fast.data.longtail import Split
 from bacon_fast.engine.build import build_dataset, split_overrides
+from bacon_fast.engine.checkpoint import saved_step
 from bacon_fast.engine.config import GROUP_OF, Config
 from bacon_fast.engine.directory import logged_step
 from bacon_fast.engine.presets import PRESETS
@@ -79,8 +80,8 @@ class Run:
             self.summary()
 
     def step(self) -> int:
-        """Steps completed according to the log; 0 before its first row."""
-        return logged_step(self.folder)
+        """Steps completed according to its log, or its newest checkpoint when it was stopped between two rows."""
+        return max(logged_step(self.folder), saved_step(self.folder / "checkpoints"))
 
     def summary(self) -> dict:
         """summary.json of a run that is done. Raises ValueError, which names the file, when it is not of this run."""

@@ -12,6 +12,7 @@ import pickle
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from bacon_fast.kernels import aot, launch
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPABILITY = (9, 0)
+PROPERTIES = SimpleNamespace(shared_memory_per_block_optin=227 * 1024)  # what a block of such a card may have
 GATE = (ROOT / "benchmarks/gpu_gate.txt").read_text().replace("\n", " ")
 
 
@@ -48,6 +50,7 @@ def pretend() -> None:
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
     torch.cuda.get_device_capability = lambda device=None: CAPABILITY
+    torch.cuda.get_device_properties = lambda device=None: PROPERTIES
     for name in ("synchronize", "set_sync_debug_mode", "empty_cache", "reset_peak_memory_stats"):
         setattr(torch.cuda, name, lambda *arguments: None)
     autocast = torch.autocast
@@ -57,7 +60,9 @@ def pretend() -> None:
 def run_gate(expression: str) -> None:
     command = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no", "-k", expression]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        pytest.main([*command, str(ROOT / "tests/gpu")])
+        status = pytest.main([*command, str(ROOT / "tests/gpu")])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise RuntimeError(f"the gate's tests did not run:\n{printed.getvalue()[-3000:]}")
     print(printed.getvalue().strip().splitlines()[-1])
 
 

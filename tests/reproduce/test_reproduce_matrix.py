@@ -394,6 +394,16 @@ def test_the_step_of_a_run_survives_a_half_written_line(tmp_path):
     assert run.step() == 4000
 
 
+def test_the_step_of_a_stopped_run_is_that_of_its_checkpoint(tmp_path):
+    run = cells_of("digits", out=tmp_path)[0].runs[0]
+    (run.folder / "checkpoints").mkdir(parents=True)
+    (run.folder / "metrics.jsonl").write_text('{"kind": "train", "step": 25}\n')
+    (run.folder / "checkpoints/step-00000027.pt").write_bytes(b"")
+    assert run.step() == 27  # the log has a row every 5 steps
+    (run.folder / "metrics.jsonl").write_text('{"kind": "train", "step": 30}\n')
+    assert run.step() == 30
+
+
 def test_two_calls_do_not_share_a_directory(tmp_path):
     with lock(tmp_path / "out"), pytest.raises(ValueError, match="is in use"), lock(tmp_path / "out"):
         pass
