@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bacon_fast.data.names import printable
 from bacon_fast.data.transparency import in_front_of_white
+from bacon_fast.system import usable_cores
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".avif"}
@@ -110,7 +111,7 @@ def image_files(folder: Path, *, follow_links: bool = True) -> tuple[list[Path],
 
 def is_inside(path: str, folder: str) -> bool:
     """Whether the real path `path` is the real path `folder` or below it."""
-    return os.path.commonpath([path, folder]) == folder
+    return Path(path).is_relative_to(folder)
 
 
 def require_targets(paths: Iterable[Path]) -> None:
@@ -195,5 +196,5 @@ def _size(image: np.ndarray) -> str:
 
 def in_threads(function: Callable, items: Iterable) -> list:
     """The function's results in order, computed by one thread a usable core."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         return list(pool.map(function, items))

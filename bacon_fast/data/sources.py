@@ -16,6 +16,7 @@ from bacon_fast.data.image_cache import FINGERPRINT, mapped_files
 from bacon_fast.data.images import as_rgb, image_files, is_inside, read_files, require_targets, resize
 from bacon_fast.data.names import distinct, printable, require_names
 from bacon_fast.data.philox import Stream, philox
+from bacon_fast.system import physical_memory
 
 # Normalization of USB (semilearn/datasets/cv_datasets), which the official BaCon code keeps; CIFAR-10 has ImageNet's.
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -184,8 +185,8 @@ def folder(
 def _require_memory(count: int, size: int | None) -> None:
     """Raises ValueError when `count` images at size x size need more memory than there is."""
     needed = 2 * count * 3 * (size or 0) ** 2  # decoded one by one, then put together
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > available:
+    available = physical_memory()
+    if available is not None and needed > available:
         raise ValueError(
             f"images: {count} images at {size}x{size} need {needed / 1e9:.0f} GB of memory to be decoded, and this "
             f"machine has {available / 1e9:.0f} GB; --images mapped keeps them in a file of half that size"

@@ -18,6 +18,7 @@ from bacon_fast.methods.method import Method
 from bacon_fast.methods.part import DataInfo, Setup
 from bacon_fast.models.spec import NetworkSpec, build_network
 from bacon_fast.ops.backends import choose_backend
+from bacon_fast.system import usable_cores
 
 
 def resolve_device(name: str) -> torch.device:
@@ -41,6 +42,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from error
+    if device.type == "mps":
+        raise ValueError("device: expected cpu on this machine, found mps, which has no float64 for the random draws")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -90,7 +93,7 @@ def use_threads(threads: int) -> None:
         raise ValueError(f"threads: expected at most {most} on this machine of {os.cpu_count()} cores, found {threads}")
     launch = Launch.from_environment()
     processes = 1 if launch is None else launch.local_world_size
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // processes))
+    torch.set_num_threads(threads or max(1, usable_cores() // processes))
 
 
 def seed_everything(seed: int) -> None:
