@@ -18,17 +18,15 @@ from bacon_fast.report.page import write_report
 
 @dataclass(frozen=True)
 class Arguments:
-    """Write report.html and its pictures again, from a run's newest checkpoint."""
+    """Write report.html and its pictures again, from a run's newest checkpoint, on the device of the run."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory."""
     data_dir: Path | None = None
     """Where the dataset lies now; default: where the run found it."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
 
 
-def redraw(directory: Path, data_dir: Path | None = None, device: str = "auto") -> Path:
+def redraw(directory: Path, data_dir: Path | None = None) -> Path:
     """Writes the report of the run in `directory` and returns the path of report.html.
 
     Raises:
@@ -38,7 +36,7 @@ def redraw(directory: Path, data_dir: Path | None = None, device: str = "auto") 
     file = directory / "config.json"
     if not file.exists():
         raise CheckpointError(f"run: expected a run directory, found no {file}")
-    config = Config.read(file).replace(run_dir=directory, resume=True, device=device, split=None)
+    config = Config.read(file).replace(run_dir=directory, resume=True, split=None)
     trainer = Trainer(config if data_dir is None else config.replace(data_dir=data_dir.resolve()))
     try:
         if not trainer.history.rows:
@@ -59,7 +57,7 @@ def redraw(directory: Path, data_dir: Path | None = None, device: str = "auto") 
 def main(args: Sequence[str] | None = None) -> None:
     """The command, with these words or those of the process."""
     arguments = tyro.cli(Arguments, prog="bacon-fast report", args=args)
-    with_clear_errors(lambda: print(redraw(arguments.run, arguments.data_dir, arguments.device)))
+    with_clear_errors(lambda: print(redraw(arguments.run, arguments.data_dir)))
 
 
 if __name__ == "__main__":

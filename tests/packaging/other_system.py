@@ -1,6 +1,6 @@
 """Run by test_other_systems.py: the package on a machine that has msvcrt's locks and lacks what Linux has.
 
-Arguments: an empty folder. The rest of the standard library and torch are loaded first: they know this machine's system.
+Arguments: an empty folder. The rest of the standard library and torch go first: they know this machine's system.
 """
 
 import errno
