@@ -33,7 +33,9 @@ class Run:
     Example:
         >>> import bacon_fast
         >>> options = {"steps": 2, "batch_size": 8, "backbone": "wrn-10-1", "threads": 1, "report": False}
-        >>> _ = bacon_fast.train("digits", method="supervised", run_dir="run", **options)
+        >>> _ = bacon_fast.train("digits", method="supervised", run_dir="run", **options)  # doctest: +ELLIPSIS
+        run directory: run
+        ...
         >>> run = bacon_fast.Run.open("run")
         >>> run.step, run.image_size, run.evaluate()["num_images"]
         (2, (16, 16), 723)

@@ -34,7 +34,9 @@ def train(preset: str | None = None, *, on_row: RowHook | None = None, **options
         ...     "digits", method="fixmatch+abc", steps=4, batch_size=8, backbone="wrn-10-1", threads=1, report=False,
         ...     log_every=2, eval_every=4, run_dir="run", on_row=lambda row: losses.append(row.get("loss/total")),
         ...     **{"abc.lambda_abc": 0.5},
-        ... )
+        ... )  # doctest: +ELLIPSIS
+        run directory: run
+        ...
         >>> run.step, len(losses)
         (4, 3)
     """

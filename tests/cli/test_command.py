@@ -1,5 +1,6 @@
 """`bacon-fast WORD`: every word leads to a command, and Python does the same by the same names."""
 
+import doctest
 import json
 import os
 import re
@@ -108,6 +109,13 @@ def test_a_run_goes_on_from_python(tmp_path):
     assert again.step == 6 and {row["step"] for row in rows} == {5, 6}
     with pytest.raises(ValueError, match=r"method: expected supervised, that of the run in .*, found fixmatch"):
         bacon_fast.train(run_dir=tmp_path, resume=True, method="fixmatch")
+
+
+@pytest.mark.parametrize("called", [bacon_fast.train, bacon_fast.Run], ids=["train", "Run"])
+def test_the_examples_run(called, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (test,) = (test for test in doctest.DocTestFinder().find(called, called.__name__) if test.examples)
+    assert doctest.DocTestRunner().run(test).failed == 0
 
 
 def test_an_error_in_the_hook_warns_once_and_costs_nothing(tmp_path):
