@@ -37,8 +37,9 @@ SAVING_MEMORY = (
     "less with --images mapped"
 )
 
-DESCRIPTION = """Train a class-imbalanced semi-supervised classifier: bacon-fast train [PRESET] [--option value ...]
-In a checkout, python train.py is the same."""
+DESCRIPTION = (
+    "Train a class-imbalanced semi-supervised classifier: bacon-fast train [PRESET] [--option value ...] (or train.py)"
+)
 SEEDS_HELP = "A run per seed, all at once; --run-dir X then names X-seedN."
 
 

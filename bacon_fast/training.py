@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from bacon_fast.cli import default_config, saved_config, settle, train_run
-from bacon_fast.engine.config import Config
+from bacon_fast.engine.config import GROUP_OF, GROUPS, Config
 from bacon_fast.engine.logger import RowHook
+from bacon_fast.methods.options import as_fields
 from bacon_fast.parser import with_variants
 from bacon_fast.run import Run
 
@@ -54,4 +55,7 @@ def configuration(preset: str | None, options: dict[str, object]) -> Config:
         default = saved_config(Path(options["run_dir"]), method)
     default = default or default_config(preset or "digits", method)
     default = with_variants(default, {name: options.get(f"{name}.variant") for name in default.parts})
-    return settle(default.replace(**options))
+    values = {}
+    for name, value in options.items():
+        values |= as_fields(GROUPS[GROUP_OF[name]], {name: value}) if name in GROUP_OF else {name: value}
+    return settle(default.replace(**values))

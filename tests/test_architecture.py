@@ -31,7 +31,7 @@ ARROWS = {
     "run": "engine methods models data",
     "parser": "engine methods data",
     "cli": "parser report engine methods data",
-    "training": "cli parser run engine",
+    "training": "cli parser run engine methods",
     "evaluate": "cli run engine files",
     "predict": "cli run engine files",
     "redraw": "cli report engine",

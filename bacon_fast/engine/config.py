@@ -16,7 +16,7 @@ from bacon_fast.engine.groups import (
     ViewOptions,
 )
 from bacon_fast.files import read_record, write_record
-from bacon_fast.methods.options import Options, SharedOptions, as_fields, from_json, to_json
+from bacon_fast.methods.options import Options, SharedOptions, from_json, to_json
 from bacon_fast.methods.part import PartOptions
 
 FORMAT = 2
@@ -123,8 +123,6 @@ class Config(Options):
     def replace(self, **changes: object) -> "Config":
         """The same configuration with other values, named as on the command line: seed, lr, bacon.top_k.
 
-        A string may stand for a path, and a list for a tuple.
-
         Raises ValueError for a part that the method does not have, TypeError for a name that is no field.
         """
         top, nested = {}, {}
@@ -138,10 +136,8 @@ class Config(Options):
                 nested.setdefault(part or GROUP_OF[name], {})[field_name] = value
             else:
                 raise TypeError(f"config: no field {name!r}")
-        changed = {k: getattr(self, k) for k in GROUPS if k in nested} | self.parts
-        changed = {k: dataclasses.replace(o, **as_fields(type(o), nested.get(k, {}))) for k, o in changed.items()}
-        groups = {k: options for k, options in changed.items() if k in GROUPS}
-        parts = {k: changed[k] for k in self.parts}
+        groups = {k: dataclasses.replace(getattr(self, k), **nested[k]) for k in GROUPS if k in nested}
+        parts = {k: dataclasses.replace(options, **nested.get(k, {})) for k, options in self.parts.items()}
         return dataclasses.replace(self, **top, **groups, parts=parts)
 
     def flat(self) -> dict[str, object]:
