@@ -37,9 +37,7 @@ SAVING_MEMORY = (
     "less with --images mapped"
 )
 
-DESCRIPTION = (
-    "Train a class-imbalanced semi-supervised classifier: bacon-fast train [PRESET] [--option value ...] (or train.py)"
-)
+DESCRIPTION = "Train a class-imbalanced semi-supervised classifier: bacon-fast train [PRESET] [--option value ...]"
 SEEDS_HELP = "A run per seed, all at once; --run-dir X then names X-seedN."
 
 
