@@ -49,8 +49,8 @@ def evaluate(arguments: Arguments) -> dict:
     dataset = build_dataset(config)
     if tuple(dataset.class_names) != run.class_names:
         raise ValueError(f"data_dir: expected the classes {run.class_names}, found {tuple(dataset.class_names)}")
-    if (size := tuple(dataset.test_images.shape[1:3])) != run.image_size:
-        expected, found = (f"{height} x {width}" for height, width in (run.image_size, size))
+    if (size := tuple(dataset.test_images.shape[1:3])) != run.stored_size:
+        expected, found = (f"{height} x {width}" for height, width in (run.stored_size, size))
         raise ValueError(f"data_dir: expected images of {expected} pixels, as the run was trained on, found {found}")
     evaluation = evaluate_network(run.network, run.normalize, dataset, run.device)
     split = Split.load(run.directory / "split.json")

@@ -45,7 +45,7 @@ def predictions(arguments: Arguments) -> Iterator[dict]:
         images, errors = {}, {}
         for file in files:
             try:
-                images[file] = read_files([file], run.image_size)[0]
+                images[file] = read_files([file], run.stored_size)[0]
             except ValueError as error:
                 errors[file] = str(error)
         answers = {}

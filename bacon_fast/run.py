@@ -19,7 +19,8 @@ from bacon_fast.models.spec import NetworkSpec, build_network
 class Run:
     """The averaged network of a run's newest checkpoint, in evaluation mode, and what it needs to read images.
 
-    saved: the run's configuration in the checkpoint, as `Config.to_dict` gives it. checkpoint: the file.
+    saved: the run's configuration in the checkpoint, as `Config.to_dict` gives it. checkpoint: the file. Images are
+    read at `stored_size`, and the network sees their center windows of `image_size`; `normalize` makes these.
     """
 
     directory: Path
@@ -29,6 +30,7 @@ class Run:
     network: nn.Module
     normalize: Augment
     class_names: tuple[str, ...]
+    stored_size: tuple[int, int]
     image_size: tuple[int, int]
     device: torch.device
 
@@ -53,13 +55,13 @@ def open_run(directory: Path | str, device: str = "auto") -> Run:
         network.load_state_dict({k.removeprefix(prefix): v for k, v in state["ema"].items() if k.startswith(prefix)})
         if broken := not_finite(network.state_dict().items()):
             raise ValueError(f"not finite: {', '.join(broken[:3])}")
-        size = tuple(info["image_size"])
-        check_image_size(*size)
-        normalize = Augment(image_size=size, mean=tuple(info["mean"]), std=tuple(info["std"])).to(target)
+        stored, size = tuple(info["stored_size"]), tuple(info["image_size"])
+        check_image_size(*stored, *size)
+        normalize = Augment(size, source_size=stored, mean=tuple(info["mean"]), std=tuple(info["std"])).to(target)
         class_names = tuple(info["class_names"])
         if len(class_names) != info["network"]["num_classes"] or not all(isinstance(n, str) for n in class_names):
             raise ValueError(f"class_names: expected {info['network']['num_classes']} names, found {class_names!r}")
     require_own(directory, path, state)
     network = network.to(target).eval()
     saved, step = state.get("config"), state["step"]
-    return Run(directory, path, saved, step, network, normalize, class_names, size, target)
+    return Run(directory, path, saved, step, network, normalize, class_names, stored, size, target)

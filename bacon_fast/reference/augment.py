@@ -30,8 +30,8 @@ MAGNITUDES: dict[str, tuple[float, float, str]] = {
     "rotate": (-30, 60, "one"),
 }
 CUTOUT_COLOR = (125, 123, 114)
-# Top, left, flip; strong views add Cutout's size and center, then (operation, magnitude) pairs, then (area, ratio) pairs
-# of a resized crop.
+# Top, left, flip; strong views add Cutout's size and center, then (operation, magnitude) pairs, then a resized crop's
+# (area, ratio) pairs.
 WEAK_WORDS = 3
 
 

@@ -1,4 +1,4 @@
-"""A random part of an image, resized: torchvision's RandomResizedCrop with Pillow's bilinear filter (augmentation.md, 2).
+"""A random part of an image, resized: torchvision's RandomResizedCrop on Pillow images (augmentation.md, section 2).
 
 csrc/augment/resized_crop.h holds the same arithmetic for the kernels.
 """

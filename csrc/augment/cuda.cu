@@ -34,11 +34,13 @@ __device__ Memory own_memory(const Sizes& sizes, Pixel* workspace) {
   return Memory(kShared ? shared : workspace + sizes.all() * blockIdx.x, sizes);
 }
 
-template <bool kShared, class Out>
-__global__ void __launch_bounds__(kMostThreads, 2)
+// kResized: the settings' resized_crop, known to the compiler, since views without it then need fewer registers.
+template <bool kShared, bool kResized, class Out>
+__global__ void __launch_bounds__(kMostThreads)
     views_kernel(Settings settings, Requests requests, Sizes sizes, const uint8_t* pool, int64_t pool_size,
                              const int64_t* step, const float* table, bool channels_last, Pixel* workspace, Out* out) {
   __shared__ Scratch scratch;
+  settings.resized_crop = kResized;
   make_rows(Block{scratch}, settings, requests, pool, pool_size, static_cast<uint32_t>(*step), table, channels_last,
             own_memory<kShared>(sizes, workspace), blockIdx.x, gridDim.x, out);
 }
@@ -57,39 +59,41 @@ int attribute(cudaDeviceAttr name) {
   return value;
 }
 
-// How to launch a kernel for up to `rows` rows.
+// How to launch a kernel whose blocks need memory of these sizes.
 class Plan {
  public:
-  Plan(const at::Tensor& like, const Sizes& sizes, int64_t pixels, int64_t rows) : threads(threads_for(pixels)) {
-    const int64_t bytes = sizes.all() * static_cast<int64_t>(sizeof(Pixel));
+  Plan(const Sizes& sizes, int64_t pixels) : threads(threads_for(pixels)), words_(sizes.all()) {
+    const int64_t bytes = words_ * static_cast<int64_t>(sizeof(Pixel));
     is_shared = bytes + kScratchBytes <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    shared_bytes = is_shared ? static_cast<int>(bytes) : 0;
+  }
+
+  // For up to `rows` rows: allows shared memory beyond the 48 KB that every kernel may use without asking, or takes
+  // global memory beside `like` for the blocks that the GPU runs at once.
+  template <class Kernel>
+  void prepare(Kernel kernel, int64_t rows, const at::Tensor& like) {
+    most_blocks_ = rows;
     if (is_shared) {
-      shared_bytes = bytes;
+      C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
       return;
     }
-    const int64_t at_once = int64_t{attribute(cudaDevAttrMultiProcessorCount)} *
-                            (attribute(cudaDevAttrMaxThreadsPerMultiProcessor) / threads);
-    most_blocks = std::max<int64_t>(1, std::min({rows, at_once, kMostGlobalBytes / bytes}));
-    workspace = at::empty({most_blocks * sizes.all()}, like.options().dtype(at::kInt));
+    int per_processor = 0;
+    C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, 0));
+    const int64_t at_once = int64_t{per_processor} * attribute(cudaDevAttrMultiProcessorCount);
+    const int64_t bytes = words_ * static_cast<int64_t>(sizeof(Pixel));
+    most_blocks_ = std::max<int64_t>(1, std::min({rows, at_once, kMostGlobalBytes / bytes}));
+    global_ = at::empty({most_blocks_ * words_}, like.options().dtype(at::kInt));
   }
 
-  int64_t blocks(int64_t rows) const { return is_shared ? rows : std::min(rows, most_blocks); }
-  Pixel* global() const { return is_shared ? nullptr : static_cast<Pixel*>(workspace.data_ptr()); }
-
-  // Allows shared memory beyond the 48 KB that every kernel may use without asking.
-  template <class Kernel>
-  void allow(Kernel kernel) const {
-    const int bytes = static_cast<int>(shared_bytes);
-    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  }
-
-  int threads;
+  int threads, shared_bytes;
   bool is_shared;
-  size_t shared_bytes = 0;
+
+  int64_t blocks(int64_t rows) const { return std::min(rows, most_blocks_); }
+  Pixel* workspace() const { return is_shared ? nullptr : static_cast<Pixel*>(global_.data_ptr()); }
 
  private:
-  int64_t most_blocks = 0;
-  at::Tensor workspace;
+  int64_t words_, most_blocks_ = 0;
+  at::Tensor global_;
 };
 
 template <class Out>
@@ -98,9 +102,11 @@ void launch_views(const at::Tensor& pool, at::TensorList indices, c10::IntArrayR
                   const Settings& settings, bool channels_last, int64_t all_rows, Out* out) {
   const int64_t pixels = int64_t{settings.height} * settings.width;
   const Sizes sizes = sizes_of(settings);
-  const Plan plan(pool, sizes, pixels, all_rows);
-  const auto kernel = plan.is_shared ? views_kernel<true, Out> : views_kernel<false, Out>;
-  plan.allow(kernel);
+  Plan plan(sizes, pixels);
+  const auto kernel = settings.resized_crop
+                          ? (plan.is_shared ? views_kernel<true, true, Out> : views_kernel<false, true, Out>)
+                          : (plan.is_shared ? views_kernel<true, false, Out> : views_kernel<false, false, Out>);
+  plan.prepare(kernel, all_rows, pool);
   for (size_t first = 0; first < indices.size(); first += kMaxRequests) {
     Requests requests{};
     for (size_t r = first; r < indices.size() && requests.count < kMaxRequests; ++r) {
@@ -115,7 +121,7 @@ void launch_views(const at::Tensor& pool, at::TensorList indices, c10::IntArrayR
     if (rows == 0) continue;
     kernel<<<plan.blocks(rows), plan.threads, plan.shared_bytes, c10::cuda::getCurrentCUDAStream()>>>(
         settings, requests, sizes, pool.const_data_ptr<uint8_t>(), pool.size(0), step.const_data_ptr<int64_t>(),
-        table.const_data_ptr<float>(), channels_last, plan.global(), out);
+        table.const_data_ptr<float>(), channels_last, plan.workspace(), out);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     out += 3 * pixels * rows;
   }
@@ -158,13 +164,13 @@ at::Tensor augment_ops(const at::Tensor& images, const at::Tensor& ops, const at
   if (images.size(0) == 0) return out;
   const int64_t pixels = images.size(1) * images.size(2);
   const Sizes sizes{pixels, pixels, 0};
-  const Plan plan(images, sizes, pixels, images.size(0));
+  Plan plan(sizes, pixels);
   const auto kernel = plan.is_shared ? ops_kernel<true> : ops_kernel<false>;
-  plan.allow(kernel);
+  plan.prepare(kernel, images.size(0), images);
   kernel<<<plan.blocks(images.size(0)), plan.threads, plan.shared_bytes, c10::cuda::getCurrentCUDAStream()>>>(
       images.const_data_ptr<uint8_t>(), ops.const_data_ptr<int64_t>(), magnitudes.const_data_ptr<double>(),
       images.size(0), ops.size(1), static_cast<int>(images.size(1)), static_cast<int>(images.size(2)), sizes,
-      plan.global(), out.mutable_data_ptr<uint8_t>());
+      plan.workspace(), out.mutable_data_ptr<uint8_t>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }

@@ -99,7 +99,7 @@ BACON_FAST_INLINE Pixel weighted(const int* taps, const Read& read) {
   uint64_t red_blue = half << 32 | half;
   uint32_t green = half;
 #if defined(__CUDA_ARCH__)
-#pragma unroll 1  // two or three taps as a rule; unrolled, the kernel needs registers that its small images lack
+#pragma unroll 1  // two or three taps as a rule
 #endif
   for (int k = 0; k < count; ++k) {
     const Pixel p = read(taps[0] + k);
