@@ -36,7 +36,7 @@ __device__ Memory own_memory(const Sizes& sizes, Pixel* workspace) {
 
 // kResized: the settings' resized_crop, known to the compiler, since views without it then need fewer registers.
 template <bool kShared, bool kResized, class Out>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, kResized ? 1 : 2)  // as many blocks as fit without spilling
     views_kernel(Settings settings, Requests requests, Sizes sizes, const uint8_t* pool, int64_t pool_size,
                              const int64_t* step, const float* table, bool channels_last, Pixel* workspace, Out* out) {
   __shared__ Scratch scratch;
