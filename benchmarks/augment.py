@@ -4,8 +4,8 @@
     python -m benchmarks.augment --device cuda
     python -m benchmarks.augment --sizes 224
 
-On a CPU: 256 weak and 256 strong views, on one thread, and torchvision's v2 transforms beside them. From 224 pixels on, 32
-views of photos: windows of squares of 8/7 of the size, and strong views from resized crops. On a GPU: the views of a
+On a CPU: 256 weak and 256 strong views, on one thread, and torchvision's v2 transforms beside them. From 224 pixels on,
+32 views of photos: windows of squares of 8/7 of the size, and strong views from resized crops. On a GPU: the views of a
 step, 64 + 128 weak and 128 strong, eager and as a CUDA graph. Weak views are crop, flip and normalization; strong ones
 add three operations and Cutout. The arms take turns, and a ratio is the median of the rounds' ratios.
 """

@@ -17,7 +17,7 @@ def run(monkeypatch):
     """A run whose network calls an image by its brightness."""
     monkeypatch.setattr(predict, "use_threads", lambda count: None)
     opened = SimpleNamespace(
-        image_size=8, network=None, normalize=None, device=None, class_names=("dark", "\x1b[1mlight")
+        stored_size=8, network=None, normalize=None, device=None, class_names=("dark", "\x1b[1mlight")
     )
     monkeypatch.setattr(predict, "open_run", lambda directory, device: opened)
 
