@@ -28,7 +28,8 @@ from bacon_fast.models.spec import NetworkSpec, build_network
 class Run:
     """The averaged network of a run's newest checkpoint, in evaluation mode, and what it needs to read images.
 
-    saved: the run's configuration in the checkpoint, as `Config.to_dict` gives it. checkpoint: the file.
+    saved: the run's configuration in the checkpoint, as `Config.to_dict` gives it. checkpoint: the file. Images are
+    read at `stored_size`, and the network sees their center windows of `image_size`; `normalize` makes these.
 
     Example:
         >>> import bacon_fast
@@ -48,6 +49,7 @@ class Run:
     network: nn.Module
     normalize: Augment
     class_names: tuple[str, ...]
+    stored_size: tuple[int, int]
     image_size: tuple[int, int]
     device: torch.device
 
@@ -79,8 +81,8 @@ class Run:
         dataset = build_dataset(config)
         if tuple(dataset.class_names) != self.class_names:
             raise ValueError(f"data_dir: expected the classes {self.class_names}, found {tuple(dataset.class_names)}")
-        if (size := tuple(dataset.test_images.shape[1:3])) != self.image_size:
-            expected, found = (f"{height} x {width}" for height, width in (self.image_size, size))
+        if (size := tuple(dataset.test_images.shape[1:3])) != self.stored_size:
+            expected, found = (f"{height} x {width}" for height, width in (self.stored_size, size))
             raise ValueError(
                 f"data_dir: expected images of {expected} pixels, as the run was trained on, found {found}"
             )
@@ -117,7 +119,7 @@ class Run:
         images, errors = {}, {}
         for file in files:
             try:
-                images[file] = read_files([file], self.image_size)[0]
+                images[file] = read_files([file], self.stored_size)[0]
             except ValueError as error:
                 errors[file] = str(error)
         answers = {}
@@ -153,13 +155,13 @@ def open_run(directory: Path | str, device: str = "auto") -> Run:
         network.load_state_dict({k.removeprefix(prefix): v for k, v in state["ema"].items() if k.startswith(prefix)})
         if broken := not_finite(network.state_dict().items()):
             raise ValueError(f"not finite: {', '.join(broken[:3])}")
-        size = tuple(info["image_size"])
-        check_image_size(*size)
-        normalize = Augment(image_size=size, mean=tuple(info["mean"]), std=tuple(info["std"])).to(target)
+        stored, size = tuple(info["stored_size"]), tuple(info["image_size"])
+        check_image_size(*stored, *size)
+        normalize = Augment(size, source_size=stored, mean=tuple(info["mean"]), std=tuple(info["std"])).to(target)
         class_names = tuple(info["class_names"])
         if len(class_names) != info["network"]["num_classes"] or not all(isinstance(n, str) for n in class_names):
             raise ValueError(f"class_names: expected {info['network']['num_classes']} names, found {class_names!r}")
     require_own(directory, path, state)
     network = network.to(target).eval()
     saved, step = state.get("config"), state["step"]
-    return Run(directory, path, saved, step, network, normalize, class_names, size, target)
+    return Run(directory, path, saved, step, network, normalize, class_names, stored, size, target)

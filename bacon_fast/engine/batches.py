@@ -64,13 +64,16 @@ class Batches:
         self.unlabeled = torch.as_tensor(split.unlabeled).to(device)
         hidden = known.index_fill(0, torch.as_tensor(split.labeled), -1)
         self.true_labels = hidden.to(device)[self.unlabeled]
+        source = tuple(self.pool.shape[1:3])
         self.augment = Augment(
-            image_size=tuple(self.pool.shape[1:3]),
+            image_size=source if config.views.stored_size is None else config.data.image_size,
+            source_size=source,
             mean=dataset.mean,
             std=dataset.std,
             hflip=config.views.hflip,
             num_ops=config.views.randaugment_ops,
             cutout=config.views.cutout,
+            resized_crop=config.views.strong_crop == "resized",
         ).to(device)
         labeled = torch.as_tensor(split.labeled)
         self.set_labeled(labeled.to(device), known[labeled].to(device))

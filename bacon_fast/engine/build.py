@@ -109,7 +109,7 @@ def build_dataset(config: Config) -> ImageDataset:
         data.dataset,
         data_dir=data.data_dir,
         download=data.download,
-        image_size=data.image_size,
+        image_size=config.views.stored_size or data.image_size,
         classes=data.classes,
         mapped=data.images == "mapped",
         follow_links=data.follow_links,

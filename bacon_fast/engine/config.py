@@ -99,6 +99,14 @@ class Config(Options):
         mu = self.parts[words[0]].unlabeled_ratio
         if mu not in (None, self.views.unlabeled_ratio):
             raise ValueError(f"unlabeled_ratio: expected {mu} for {words[0]}, found {self.views.unlabeled_ratio}")
+        stored, size = self.views.stored_size, self.data.image_size
+        if stored is not None and (size is None or stored < size):
+            expected = "none without --image-size" if size is None else f"at least the image_size, {size}"
+            raise ValueError(f"stored_size: expected {expected}, found {stored}")
+        if self.views.strong_crop == "resized" and self.parts[words[0]].crops_strong_views:
+            raise ValueError(
+                f"strong_crop: expected window for {words[0]}, whose strong views have a resized crop of their own"
+            )
 
     @classmethod
     def of(cls, method: str, overrides: Mapping[str, object] | None = None) -> "Config":

@@ -33,7 +33,8 @@ class Evaluation:
 
 @torch.inference_mode()
 def predict(network: nn.Module, normalize: Augment, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Features float32 [N,F] and logits float32 [N,K] of uint8 images [N,H,W,3], in batches, in evaluation mode.
+    """Features float32 [N,F] and logits float32 [N,K] of uint8 images [N,H,W,3] as they are stored, in batches, in
+    evaluation mode: of their center windows.
 
     `network` has a method `predict(images) -> (features, logits)`. Its mode, training or evaluation, is left as it was.
     """
@@ -41,7 +42,7 @@ def predict(network: nn.Module, normalize: Augment, images: Tensor, device: torc
     network.eval()
     features, logits = [], []
     for chunk in images.split(EVALUATION_BATCH):
-        f, z = network.predict(normalize.normalize(chunk.to(device)))
+        f, z = network.predict(normalize.normalize(normalize.center(chunk).to(device)))
         features.append(f.float())
         logits.append(z.float())
     network.train(was_training)

@@ -84,12 +84,21 @@ class DataOptions(Options):
 
 @dataclass(frozen=True)
 class ViewOptions(Options):
-    """Batch and augmentation."""
+    """Batch and augmentation.
+
+    strong_crop: "window" is the crop of weak views, which moves only. "resized" is torchvision's RandomResizedCrop: a
+    random part of 8 to 100 % of the image's area, resized.
+    """
 
     batch_size: int = 64
     """B, labeled images a step, of all processes together."""
     unlabeled_ratio: int = 2
     """mu: unlabeled images a step are mu*B."""
+    stored_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Side in pixels that images are kept at; views are windows of --image-size (USB's photos: 256 and 224).
+    Default: --image-size, and views are windows of the image with a reflected border."""
+    strong_crop: Literal["window", "resized"] = "window"
+    """Crop of strong views: a window, or a random part, resized."""
     hflip: bool = True
     """Random horizontal flips."""
     randaugment_ops: int = 3
@@ -100,6 +109,8 @@ class ViewOptions(Options):
     def check(self) -> None:
         self.require_integers(1, "batch_size", "unlabeled_ratio")
         self.require_integers(0, "randaugment_ops")
+        fits = self.stored_size is None or 1 <= self.stored_size <= MAX_IMAGE_SIZE
+        self.require(fits, "stored_size", f"1 to {MAX_IMAGE_SIZE} pixels")
 
 
 @dataclass(frozen=True)

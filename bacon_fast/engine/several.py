@@ -51,8 +51,8 @@ def fit_together(configs: Sequence[Config]) -> list[Outcome]:
         StoppedError: a signal asked to stop; every run has saved its state.
         ValueError, CheckpointError: see `with_resume` and `Trainer`; or the configurations name different datasets.
     """
-    for name in ("dataset", "data_dir", "image_size", "classes", "follow_links"):
-        if len(found := {getattr(config.data, name) for config in configs}) > 1:
+    for name in ("dataset", "data_dir", "image_size", "stored_size", "classes", "follow_links"):
+        if len(found := {config.flat()[name] for config in configs}) > 1:
             raise ValueError(f"{name}: expected the same in all runs, found {', '.join(map(repr, found))}")
     configs, progress, trainers = with_resume(configs), Progress(), []
     try:

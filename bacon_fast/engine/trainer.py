@@ -288,11 +288,12 @@ class Trainer:
 
     def inference_info(self) -> dict:
         """What prediction needs beside the weights."""
-        spec = build.network_spec(self.config, self.dataset.num_classes)
+        spec, augment = build.network_spec(self.config, self.dataset.num_classes), self.batches.augment
         return {
             "network": dataclasses.asdict(spec),
             "class_names": list(self.dataset.class_names),
-            "image_size": list(self.batches.pool.shape[1:3]),
+            "stored_size": list(augment.source_size),
+            "image_size": [augment.height, augment.width],
             "mean": list(self.dataset.mean),
             "std": list(self.dataset.std),
         }
@@ -395,7 +396,7 @@ class Trainer:
             batches.labeled,
             batches.unlabeled,
             batches.labels,
-            batches.augment.normalize,
+            lambda images: batches.augment.normalize(batches.augment.center(images)),
             predict_images,
         )
 

@@ -17,6 +17,7 @@ class PartOptions(Options):
         part: its name.
         operation: the operation of `bacon_fast.ops` whose backend `loss_backend` chooses, or None.
         unlabeled_ratio: the only mu that a base takes; None: any.
+        crops_strong_views: a base that resizes random parts of the strong views itself.
         runs_on_length: the part follows t/T (it reads `Setup.steps`), so that a longer run differs from the first step.
         changes: other defaults that a part gives to the parts beside it, {part: {field: value}}.
         variants: other defaults that a value of the part's option `variant` gives to options of the run,
@@ -25,6 +26,7 @@ class PartOptions(Options):
 
     operation: ClassVar[str | None] = None
     unlabeled_ratio: ClassVar[int | None] = None
+    crops_strong_views: ClassVar[bool] = False
     runs_on_length: ClassVar[bool] = True
     changes: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     variants: ClassVar[Mapping[str, Mapping[str, object]]] = {}

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from bacon_fast.data.augment import Augment
 from bacon_fast.data.philox import Stream
 from bacon_fast.engine.evaluation import predict
 from bacon_fast.engine.trainer import Trainer
@@ -36,7 +37,7 @@ def collect(trainer: Trainer, summary: dict) -> ReportData:
             "name": dataset.name,
             "train images": len(dataset.train_images),
             "test images": len(dataset.test_images),
-            "image size": " x ".join(str(n) for n in trainer.batches.pool.shape[1:3]),
+            "image size": _size_words(trainer.batches.augment),
             "protocol": split.protocol.name,
             "protocol's source": split.protocol.source,
             "labeled images": len(split.labeled),
@@ -65,11 +66,18 @@ def collect(trainer: Trainer, summary: dict) -> ReportData:
     )
 
 
+def _size_words(augment: Augment) -> str:
+    """The size of the images, and of the views if it is another one."""
+    stored = " x ".join(map(str, augment.source_size))
+    size = f"{augment.height} x {augment.width}"
+    return stored if stored == size else f"{stored}, views of {size}"
+
+
 def _sample_views(trainer: Trainer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Some unlabeled images (labeled ones for a supervised run), and views as the training step drew them."""
     indices = trainer.batches.unlabeled if trainer.method.uses_unlabeled else trainer.batches.labeled
     chosen = indices[:: max(1, len(indices) // MAX_VIEWS)][:MAX_VIEWS]
-    images, seed = trainer.batches.pool[chosen], trainer.config.seed
-    weak = trainer.batches.augment.weak(images, seed, 0, Stream.UNLABELED_WEAK)
-    strong = trainer.batches.augment.strong(images, seed, 0, Stream.STRONG_0)
-    return tuple(t.cpu().numpy() for t in (images, weak, strong))
+    images, seed, augment = trainer.batches.pool[chosen], trainer.config.seed, trainer.batches.augment
+    weak = augment.weak(images, seed, 0, Stream.UNLABELED_WEAK)
+    strong = augment.strong(images, seed, 0, Stream.STRONG_0)
+    return tuple(t.cpu().numpy() for t in (augment.center(images), weak, strong))

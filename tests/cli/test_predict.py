@@ -22,7 +22,7 @@ def run(tmp_path, monkeypatch) -> Run:
 
     monkeypatch.setattr(bacon_fast.run, "predict", classify)
     names = ("dark", "\x1b[1mlight")
-    return Run(tmp_path, tmp_path, {}, 1, torch.nn.Identity(), None, names, (8, 8), torch.device("cpu"))
+    return Run(tmp_path, tmp_path, {}, 1, torch.nn.Identity(), None, names, (8, 8), (8, 8), torch.device("cpu"))
 
 
 def test_one_bad_file_never_costs_the_predictions_of_the_others(run, tmp_path, monkeypatch):
