@@ -71,6 +71,8 @@ def parse_runs(args: Sequence[str]) -> list[Config]:
     for field in ("data_dir", "split"):  # absolute, so that the run can be evaluated and resumed from anywhere
         if (path := getattr(config.data, field)) is not None:
             config = config.replace(**{field: path.resolve()})
+    for field in ("unlabeled", "test", "val"):
+        config = config.replace(**{field: tuple(path.resolve() for path in getattr(config.data, field))})
     if run_dir is None and config.run.resume:
         raise ValueError("resume: expected --run-dir to name the run to continue, found none")
     if seeds is None:

@@ -46,7 +46,7 @@ def evaluate(arguments: Arguments) -> dict:
         config = Config.from_dict(run.saved)
     if arguments.data_dir is not None:
         config = config.replace(data_dir=arguments.data_dir)
-    dataset = build_dataset(config)
+    dataset = build_dataset(config, run.device)
     if tuple(dataset.class_names) != run.class_names:
         raise ValueError(f"data_dir: expected the classes {run.class_names}, found {tuple(dataset.class_names)}")
     if (size := tuple(dataset.test_images.shape[1:3])) != run.image_size:

@@ -11,6 +11,7 @@ import torch
 from bacon_fast import methods
 from bacon_fast.data.datasets import ImageDataset, load_dataset
 from bacon_fast.data.longtail import PROTOCOLS, Protocol, Split, make_split
+from bacon_fast.data.sources import physical_memory
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.distributed import Launch
 from bacon_fast.engine.optimizers import SGD, Adam
@@ -100,7 +101,8 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def build_dataset(config: Config) -> ImageDataset:
+def build_dataset(config: Config, device: torch.device | None = None) -> ImageDataset:
+    """The images that the configuration names, for the device; None: a CPU."""
     data = config.data
     return load_dataset(
         data.dataset,
@@ -108,9 +110,26 @@ def build_dataset(config: Config) -> ImageDataset:
         download=data.download,
         image_size=data.image_size,
         classes=data.classes,
-        mapped=data.images == "mapped",
+        images=data.images,
+        most_in_memory=_most_in_memory(device),
         follow_links=data.follow_links,
+        unlabeled=data.unlabeled,
+        test=data.test,
+        val=data.val,
+        other_labels=data.other_labels,
+        unreadable=data.unreadable,
     )
+
+
+def _most_in_memory(device: torch.device | None) -> int | None:
+    """Bytes of images up to which "auto" keeps them in memory: a quarter of it, which the processes of a machine share,
+    and half of the GPU's."""
+    launch, memory = Launch.from_environment(), physical_memory()
+    quarter = None if memory is None else memory // 4 // (1 if launch is None else launch.local_world_size)
+    if device is None or device.type != "cuda":
+        return quarter
+    half = torch.cuda.get_device_properties(device).total_memory // 2
+    return half if quarter is None else min(half, quarter)
 
 
 def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Split:

@@ -13,6 +13,9 @@ from bacon_fast.engine.interrupt import StopRequest
 from bacon_fast.engine.logger import Progress
 from bacon_fast.engine.trainer import DivergedError, StoppedError, Trainer, refuse_used_run_dir
 
+_OF_IMAGES = ("dataset", "data_dir", "unlabeled", "test", "val", "image_size", "classes", "follow_links")
+_OF_IMAGES += ("other_labels", "unreadable")
+
 
 class Outcome(NamedTuple):
     """A run that came to its end: its summary, or why it has none."""
@@ -51,7 +54,7 @@ def fit_together(configs: Sequence[Config]) -> list[Outcome]:
         StoppedError: a signal asked to stop; every run has saved its state.
         ValueError, CheckpointError: see `with_resume` and `Trainer`; or the configurations name different datasets.
     """
-    for name in ("dataset", "data_dir", "image_size", "classes", "follow_links"):
+    for name in _OF_IMAGES:
         if len(found := {getattr(config.data, name) for config in configs}) > 1:
             raise ValueError(f"{name}: expected the same in all runs, found {', '.join(map(repr, found))}")
     configs, progress, trainers = with_resume(configs), Progress(), []

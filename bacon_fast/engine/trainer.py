@@ -45,6 +45,8 @@ from bacon_fast.methods.method import NewGeneration, RefreshContext
 from bacon_fast.methods.part import DataInfo
 from bacon_fast.models.batchnorm import synchronize
 
+_PLACES = ("data_dir", "unlabeled", "test", "val")  # may differ from machine to machine
+
 
 class DivergedError(RuntimeError):
     """The loss, or a tensor that the run would save, is no longer finite."""
@@ -103,7 +105,7 @@ class Trainer:
         alone = self.device.type == "cuda" and distributed.num_ranks() == 1
         self.stream = torch.cuda.Stream(self.device) if alone else None
         distributed.own_part(config.views.batch_size)  # refuses a batch that does not divide among the ranks
-        distributed.require_equal({k: v for k, v in config.flat().items() if k != "data_dir"})
+        distributed.require_equal({k: v for k, v in config.flat().items() if k not in _PLACES})
         self._lock: DirectoryLock | None = None  # rank 0's, on the run directory
         try:
             self._open(dataset, progress, name)
@@ -123,8 +125,8 @@ class Trainer:
         torch.set_float32_matmul_precision("highest")  # the losses' similarities are products of matrices
         torch.backends.cudnn.benchmark = self.device.type == "cuda"  # shapes never change: time each convolution once
 
-        load_dataset = functools.partial(build.build_dataset, config)
-        writes_files = config.data.download or config.data.images == "mapped"
+        load_dataset = functools.partial(build.build_dataset, config, self.device)
+        writes_files = config.data.download or (config.data.dataset == "folder" and config.data.images != "memory")
         if dataset is None:
             dataset = distributed.leader_first(load_dataset) if writes_files else load_dataset()
         self.dataset = dataset
