@@ -21,7 +21,7 @@ from bacon_fast.engine.checkpoint import CheckpointError
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.logger import format_speed
 from bacon_fast.engine.memory import is_out_of_memory
-from bacon_fast.engine.metrics import READINGS
+from bacon_fast.engine.metrics import CHOSEN, READINGS
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.engine.several import fit_together
 from bacon_fast.engine.trainer import DivergedError, StoppedError, Trainer
@@ -191,7 +191,7 @@ def _train_together(configs: Sequence[Config]) -> None:
         if summary is not None:
             _conclude(trainer, summary)
     summaries = [summary for _, summary, _ in outcomes if summary is not None]
-    if len(summaries) > 1:
+    if len(summaries) > 1 and outcomes[0].trainer.parts:
         print(format_seeds(summaries), flush=True)
     failures = [f"{trainer.logger.name}: {error}" for trainer, _, error in outcomes if error is not None]
     if failures:
@@ -261,7 +261,9 @@ def format_seeds(summaries: Sequence[dict]) -> str:
     seeds = ", ".join(str(summary["seed"]) for summary in summaries)
     lines = ["", f"mean ± standard deviation over {len(summaries)} seeds ({seeds})", ""]
     lines.append(f"{'':<32}" + "".join(f"{title:>18}" for title in ("top-1", "bACC", "GM")))
-    for key, title in READINGS.items():
+    for key, title in (READINGS | CHOSEN).items():
+        if not all(key in summary for summary in summaries):
+            continue
         line = f"{title:<32}"
         for name in ("top1", "bacc", "gm"):
             values = [summary[key][name] for summary in summaries]
@@ -276,15 +278,19 @@ def format_summary(summary: dict, labeled_counts: Sequence[int], unlabeled_count
         "",
         f"{summary['dataset']}, {summary['method']}, {summary['steps']} steps, seed {summary['seed']}, "
         f"{format_speed(summary['steps_per_second'])}",
+        summary["choice"],
         "",
-        f"{'':<32}{'top-1':>8}{'bACC':>8}{'GM':>8}",
     ]
-    for key, title in READINGS.items():
+    readings = {key: title for key, title in (READINGS | CHOSEN).items() if key in summary}
+    if readings:
+        lines.append(f"{'':<32}{'top-1':>8}{'bACC':>8}{'GM':>8}")
+    for key, title in readings.items():
         row = summary[key]
         lines.append(f"{title:<32}{row['top1']:>8.4f}{row['bacc']:>8.4f}{row['gm']:>8.4f}")
-    lines += ["", f"{'class':<20}{'labeled':>10}{'unlabeled':>12}{'recall':>10}"]
+    lines += [*([""] if readings else []), f"{'class':<20}{'labeled':>10}{'unlabeled':>12}{'recall':>10}"]
     unlabeled = ["?"] * len(labeled_counts) if unlabeled_counts is None else unlabeled_counts
-    names, recalls = summary["class_names"], summary["per_class"]
+    names = summary["class_names"]
+    recalls = summary.get("per_class", [None] * len(names))
     shown = range(len(names)) if len(names) <= 20 else [*range(10), None, *range(len(names) - 10, len(names))]
     for c in shown:
         if c is None:

@@ -1,4 +1,4 @@
-"""`python -m bacon_fast.evaluate RUN`: the averaged network of a run on the test part of its dataset."""
+"""`python -m bacon_fast.evaluate RUN`: the averaged network of a run on the test part of its data, or on validation."""
 
 import warnings
 from dataclasses import dataclass
@@ -12,16 +12,17 @@ from bacon_fast.data.longtail import Split
 from bacon_fast.engine.build import build_dataset, use_threads
 from bacon_fast.engine.checkpoint import content_of
 from bacon_fast.engine.config import Config
-from bacon_fast.engine.evaluation import calibration_error
+from bacon_fast.engine.evaluation import calibration_error, parts_of
 from bacon_fast.engine.evaluation import evaluate as evaluate_network
-from bacon_fast.engine.metrics import compute_metrics
+from bacon_fast.engine.metrics import compute_metrics, standard_error
 from bacon_fast.files import to_json
 from bacon_fast.run import open_run
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Evaluate a run's newest checkpoint on the full test part and print its metrics as one JSON object."""
+    """Evaluate a run's newest checkpoint on all test images, or else on the validation images, and print its metrics as
+    one JSON object."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory."""
@@ -32,7 +33,7 @@ class Arguments:
 
 
 def evaluate(arguments: Arguments) -> dict:
-    """Metrics of `compute_metrics`, calibration and spread, "step", the names of the classes in the order of
+    """Metrics of `compute_metrics`, calibration and spread, "step", the part, the names of the classes in the order of
     "per_class", and the confusion matrix (rows = truth).
 
     A warning says so when the images are not those of the run's split.
@@ -49,17 +50,24 @@ def evaluate(arguments: Arguments) -> dict:
     dataset = build_dataset(config, run.device)
     if tuple(dataset.class_names) != run.class_names:
         raise ValueError(f"data_dir: expected the classes {run.class_names}, found {tuple(dataset.class_names)}")
-    if (size := tuple(dataset.test_images.shape[1:3])) != run.image_size:
+    if (size := tuple(dataset.train_images.shape[1:3])) != run.image_size:
         expected, found = (f"{height} x {width}" for height, width in (run.image_size, size))
         raise ValueError(f"data_dir: expected images of {expected} pixels, as the run was trained on, found {found}")
-    evaluation = evaluate_network(run.network, run.normalize, dataset, run.device)
     split = Split.load(run.directory / "split.json")
-    if dataset.fingerprint != split.dataset_fingerprint:
+    same = dataset.fingerprint == split.dataset_fingerprint
+    parts = parts_of(dataset, split if same else None)
+    if not parts:
+        raise ValueError("data_dir: expected test images, or the run's validation images, found none")
+    evaluation = evaluate_network(run.network, run.normalize, parts[0], dataset.num_classes, run.device)
+    metrics = compute_metrics(evaluation.confusion, split.labeled_counts)
+    if not same:
         warnings.warn(f"data_dir: the images of {config.data.data_dir} are not those that the run had", stacklevel=1)
     return {
         "step": run.step,
         "class_names": list(run.class_names),
-        **compute_metrics(evaluation.confusion, split.labeled_counts),
+        "evaluated_on": parts[0].name,
+        **metrics,
+        "bacc_error": standard_error(metrics["per_class"], evaluation.confusion.sum(1).tolist()),
         "calibration_error": calibration_error(evaluation.calibration),
         "intra_class_variance": float(evaluation.intra_class_variance),
         "confusion": evaluation.confusion.tolist(),

@@ -17,8 +17,10 @@ from bacon_fast.models.spec import NetworkSpec, build_network
 
 @dataclass(frozen=True)
 class Run:
-    """The averaged network of a run's newest checkpoint, in evaluation mode, and what it needs to read images.
+    """The averaged network of a run's newest checkpoint, in evaluation mode, and what it needs to read images: the one
+    that validation chose (--select validation), else the newest.
 
+    step: after which the network had these weights.
     saved: the run's configuration in the checkpoint, as `Config.to_dict` gives it. checkpoint: the file.
     """
 
@@ -50,7 +52,8 @@ def open_run(directory: Path | str, device: str = "auto") -> Run:
         info = state["inference"]
         network = build_network(NetworkSpec(**info["network"]))
         prefix = "network."
-        network.load_state_dict({k.removeprefix(prefix): v for k, v in state["ema"].items() if k.startswith(prefix)})
+        newest = {k.removeprefix(prefix): v for k, v in state["ema"].items() if k.startswith(prefix)}
+        network.load_state_dict(state["selected"] or newest)
         if broken := not_finite(network.state_dict().items()):
             raise ValueError(f"not finite: {', '.join(broken[:3])}")
         size = tuple(info["image_size"])
@@ -61,5 +64,5 @@ def open_run(directory: Path | str, device: str = "auto") -> Run:
             raise ValueError(f"class_names: expected {info['network']['num_classes']} names, found {class_names!r}")
     require_own(directory, path, state)
     network = network.to(target).eval()
-    saved, step = state.get("config"), state["step"]
+    saved, step = state.get("config"), info["selected_step"] or state["step"]
     return Run(directory, path, saved, step, network, normalize, class_names, size, target)

@@ -139,7 +139,7 @@ def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Sp
     """
     file = saved or config.data.split
     if file is not None:
-        overrides = split_overrides(config)
+        overrides = split_overrides(config) | ({"validation": config.data.validation} if config.data.validation else {})
         if overrides and saved is None:
             raise ValueError(f"split: expected no {', '.join(overrides)} beside --split, which fixes the split already")
         split = Split.load(file)
@@ -157,7 +157,9 @@ def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Sp
         named = {"name": f"{protocol.name} with {changes}", "source": f"changed on the command line: {changes}"}
         _refuse_without_effect(protocol, overrides)
         protocol = dataclasses.replace(protocol, **overrides, **named)
-    return make_split(dataset, protocol, config.seed)
+    if config.data.validation and dataset.val_images is not None:
+        raise ValueError("validation: expected 0, for the data have validation images of their own")
+    return make_split(dataset, protocol, config.seed, config.data.validation)
 
 
 def _refuse_without_effect(protocol: Protocol, overrides: dict) -> None:

@@ -80,6 +80,8 @@ class DataOptions(Options):
     """Imbalance of the unlabeled set, likewise."""
     lb_in_ulb: Annotated[bool | None, tyro.conf.arg(metavar="{True,False}")] = None
     """Put the labeled images into the unlabeled set too."""
+    validation: float = 0.0
+    """Share of each class's labeled images to hold out (or --val)."""
     split: Annotated[Path | None, _PATH] = None
     """Reuse this split.json of another run instead of drawing one."""
 
@@ -90,6 +92,8 @@ class DataOptions(Options):
         self.require(not self.follow_links or self.dataset == "folder", "follow_links", "False, but for dataset folder")
         for name in ("unlabeled", "test", "val"):
             self.require(self.dataset == "folder" or not getattr(self, name), name, "none, but for dataset folder")
+        self.require(0 <= self.validation < 1, "validation", "a number from 0 to below 1")
+        self.require(not (self.val and self.validation), "validation", "0 beside --val, which gives the images")
         if self.images == "mapped":
             self.require(self.dataset == "folder", "images", "auto or memory, except for dataset folder")
             self.require(self.image_size is not None, "image_size", "a side in pixels for --images mapped")
@@ -199,19 +203,28 @@ class EngineOptions(Options):
 
 @dataclass(frozen=True)
 class LogOptions(Options):
-    """What a run writes, and when."""
+    """What a run measures and writes, and when.
+
+    select: "validation" keeps, beside the newest weights, the averaged ones of the evaluation with the least
+    class-balanced log-loss on the validation images; evaluate and predict use them, and summary and report show them.
+    """
 
     eval_every: int = 1000
-    """Steps between evaluations of the averaged model on the test part."""
+    """Steps between evaluations of the averaged model."""
     log_every: int = 100
     """Steps between log rows; the only moments at which the host waits for the device."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    select: Literal["last", "validation"] = "last"
+    """The averaged weights to report and use: last, or best on validation."""
+    patience: int = 0
+    """Stop after so many evaluations without a better validation log-loss; 0: never."""
     report: bool = True
     """Write report.html at the end."""
 
     def check(self) -> None:
         self.require_integers(1, "eval_every", "log_every", "checkpoint_every")
+        self.require_integers(0, "patience")
         self.require(self.keep_checkpoints >= 2, "keep_checkpoints", "at least 2 (one may be damaged)")

@@ -72,7 +72,7 @@ def fit_together(configs: Sequence[Config]) -> list[Outcome]:
 
 def _take_turns(trainers: list[Trainer]) -> dict[Trainer, DivergedError]:
     """Runs all trainers to their ends. Returns the errors of those that diverged."""
-    running = [trainer for trainer in trainers if trainer.step < trainer.config.steps]
+    running = [trainer for trainer in trainers if not trainer.ended]
     errors: dict[Trainer, DivergedError] = {}
     stopped: list[StoppedError] = []
     with StopRequest() as stop, ExitStack() as streams:
@@ -90,7 +90,7 @@ def _take_turns(trainers: list[Trainer]) -> dict[Trainer, DivergedError]:
                     except StoppedError as error:
                         stopped.append(error)
                     else:
-                        if trainer.step < trainer.config.steps:
+                        if not trainer.ended:
                             continue
                 running.remove(trainer)
     if stopped:
