@@ -17,6 +17,7 @@ Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 BACKBONE_FORMS = "wrn-DEPTH-WIDTH, wrn-DEPTH-WIDTH-usb, resnet18 or resnet50"
 
 _PATH = tyro.conf.arg(metavar="PATH")
+_WORD = tyro.conf.arg(metavar="WORD")
 _PATHS = tyro.conf.arg(metavar="PATH...")
 
 
@@ -60,10 +61,10 @@ class DataOptions(Options):
     """Side in pixels to resize to; default: the dataset's own."""
     classes: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME...")] = None
     """Classes of a folder, head first; default: classes.txt, or sorted."""
-    other_labels: OtherLabels = "error"
-    """What becomes of images whose label is not among --classes."""
-    unreadable: Literal["skip", "error"] = "skip"
-    """What becomes of unlabeled files that cannot be read."""
+    other_labels: Annotated[OtherLabels, _WORD] = "error"
+    """Images of other classes than --classes: error, drop or unlabeled."""
+    unreadable: Annotated[Literal["skip", "error"], _WORD] = "skip"
+    """Unlabeled files that cannot be read: skip or error."""
     images: Literal["auto", "memory", "mapped"] = "auto"
     """In memory, or decoded once into a file; auto: by their size."""
     follow_links: bool = False

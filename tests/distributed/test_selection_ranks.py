@@ -9,8 +9,8 @@ import torch
 from bacon_fast.engine import distributed, selection
 from bacon_fast.engine.trainer import Trainer
 
-CHANGES = {"validation": 0.3, "eval_every": 1, "ema": 0.0, "lr": 0.5, "method": "fixmatch+abc", "log_every": 100}
-CHANGES |= {"select": "validation", "patience": 2}
+CHANGES = {"validation": 0.3, "eval_every": 1, "ema": 0.0, "lr": 0.1, "bn_momentum": 0.5, "log_every": 100}
+CHANGES |= {"method": "fixmatch+abc", "select": "validation", "patience": 2}
 
 
 def test_ranks_keep_the_same_weights_and_end_together(tmp_path):
