@@ -201,7 +201,12 @@ def decode(
                     "image_size: expected one, because the image files differ in size: "
                     f"{same} is {width}x{height}, {shown(path)} is {found[0]}x{found[1]}"
                 )
-    return {i: f"{shown(files[i])} ({printable(str(e) or type(e).__name__)})" for i, e in failed.items()}
+    return {i: f"{shown(files[i])} ({printable(_reason(error))})" for i, error in failed.items()}
+
+
+def _reason(error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) else None  # without the name, which stands before it
+    return reason or str(error) or type(error).__name__
 
 
 def _first_size(files: Sequence[Path]) -> tuple[int, int] | None:
