@@ -131,7 +131,7 @@ def _bacon_never_acted(data: ReportData) -> str:
     if any(row.get("loss/contrastive") for row in data.train_history):
         return ""
     begin, steps = data.config.get("bacon.contrast_start"), data.config.get("steps")
-    last = data.train_history[-1]["step"]
+    last = (data.history or data.train_history)[-1]["step"]
     if begin is not None and steps is not None and last <= begin * steps:
         why = f"it begins after step {begin * steps:,.0f} (--bacon.contrast-start), and the run has {last:,}"
     elif not any(row.get("stats/reliable") for row in data.train_history):
