@@ -1,12 +1,10 @@
 """Images that do not fit into memory: decoded once into one file, which is then mapped."""
 
 import errno
-import fcntl
 import hashlib
 import json
-import os
 import warnings
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +13,8 @@ import torch
 from torch import Tensor
 
 from bacon_fast.data.images import decode, decoding, in_threads, require_readable
+from bacon_fast.files import write_atomically
+from bacon_fast.system import lock_file
 
 FOLDER = ".bacon_fast"
 """Where the file lies, below the image folder."""
@@ -84,7 +84,7 @@ def _left_out(path: Path) -> dict[int, str]:
 
 def remember(path: Path, text: str) -> None:
     """Writes one line to `path`, with its digest; whole or not at all."""
-    _write_whole(path, lambda temporary: temporary.write_text(f"{text} {_seal(path, text)}\n"))
+    write_atomically(path, lambda temporary: temporary.write_text(f"{text} {_seal(path, text)}\n"))
 
 
 def recall(path: Path) -> str | None:
@@ -106,7 +106,7 @@ def remove_left_behind(folder: Path) -> None:
         return
     try:
         with open(folder / _LOCK, "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock.fileno())
             _remove_temporary(folder)
     except OSError as error:  # a writer at work, no locks, a file system that is read-only: leave them
         if error.errno not in _NOT_NOW:
@@ -119,10 +119,10 @@ def only_writer(folder: Path) -> Iterator[None]:
     with open(folder / _LOCK, "ab") as lock:
         locked = True
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock.fileno())
         except BlockingIOError:
             warnings.warn(f"{folder}: waiting for another process, which decodes images into it", stacklevel=4)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock_file(lock.fileno(), wait=True)
         except OSError:  # a file system without locks: two writers do the work twice, each into a file of its own
             locked = False
         if locked:
@@ -192,16 +192,4 @@ def _decode(files: Sequence[Path], size: int, path: Path, optional: Container[in
 
     left_out = path.with_suffix(UNREADABLE)
     path.with_suffix(FINGERPRINT).unlink(missing_ok=True)  # another version of Pillow may decode to other pixels
-    _write_whole(path, write)
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path and moves the file to `path` when it is written to the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, write)

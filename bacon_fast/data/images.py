@@ -17,6 +17,7 @@ from tqdm import tqdm
 from bacon_fast.data.deep_gray import gray_of_16_bits, is_deep_gray
 from bacon_fast.data.names import printable, shown
 from bacon_fast.data.transparency import in_front_of_white
+from bacon_fast.system import usable_cores
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".avif"}
@@ -116,7 +117,7 @@ def image_files(folder: Path, *, follow_links: bool = True) -> tuple[list[Path],
 
 def is_inside(path: str, folder: str) -> bool:
     """Whether the real path `path` is the real path `folder` or below it."""
-    return os.path.commonpath([path, folder]) == folder
+    return Path(path).is_relative_to(folder)
 
 
 def require_targets(paths: Iterable[Path]) -> None:
@@ -254,7 +255,7 @@ def _listed(lines: Sequence[str]) -> str:
 def in_threads(function: Callable, items: Iterable, done: Callable[[], object] = lambda: None) -> list:
     """The function's results in order, computed by one thread a usable core; `done` is called after each."""
     results = []
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         for result in pool.map(function, items):
             results.append(result)
             done()

@@ -1,6 +1,5 @@
 """Readers of the supported datasets. Each returns the fields of an `ImageDataset` except its name."""
 
-import os
 import warnings
 import zipfile
 import zlib
@@ -17,6 +16,7 @@ from bacon_fast.data.images import as_rgb, read_readable, require_readable, resi
 from bacon_fast.data.listing import list_images
 from bacon_fast.data.names import require_names
 from bacon_fast.data.philox import Stream, philox
+from bacon_fast.system import physical_memory
 
 # Normalization of USB (semilearn/datasets/cv_datasets), which the official BaCon code keeps; CIFAR-10 has ImageNet's.
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -176,13 +176,6 @@ def _require_memory(count: int, size: int | None) -> None:
             f"images: {count} images at {size}x{size} need {needed / 1e9:.0f} GB of memory, and this machine has "
             f"{available / 1e9:.0f} GB; --images mapped keeps them in a file of that size"
         )
-
-
-def physical_memory() -> int | None:
-    """Bytes of memory of this machine; None where the system does not say."""
-    if not hasattr(os, "sysconf"):  # Windows
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def arrays(path: Path, image_size: int | None) -> dict:

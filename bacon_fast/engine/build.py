@@ -11,7 +11,6 @@ import torch
 from bacon_fast import methods
 from bacon_fast.data.datasets import ImageDataset, load_dataset
 from bacon_fast.data.longtail import PROTOCOLS, Protocol, Split, make_split
-from bacon_fast.data.sources import physical_memory
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.distributed import Launch
 from bacon_fast.engine.optimizers import SGD, Adam
@@ -19,6 +18,7 @@ from bacon_fast.methods.method import Method
 from bacon_fast.methods.part import DataInfo, Setup
 from bacon_fast.models.spec import NetworkSpec, build_network
 from bacon_fast.ops.backends import choose_backend
+from bacon_fast.system import physical_memory, usable_cores
 
 
 def resolve_device(name: str) -> torch.device:
@@ -42,6 +42,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from error
+    if device.type == "mps":
+        raise ValueError("device: expected cpu on this machine, found mps, which has no float64 for the random draws")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -91,7 +93,7 @@ def use_threads(threads: int) -> None:
         raise ValueError(f"threads: expected at most {most} on this machine of {os.cpu_count()} cores, found {threads}")
     launch = Launch.from_environment()
     processes = 1 if launch is None else launch.local_world_size
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // processes))
+    torch.set_num_threads(threads or max(1, usable_cores() // processes))
 
 
 def seed_everything(seed: int) -> None:

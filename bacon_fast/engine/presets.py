@@ -303,4 +303,4 @@ def _presets() -> dict[str, Preset]:
 
 
 PRESETS: dict[str, Preset] = _presets()
-"""Presets by name, as `python train.py NAME` takes them."""
+"""Presets by name, as `bacon-fast train NAME` takes them."""

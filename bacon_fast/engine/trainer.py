@@ -34,7 +34,7 @@ from bacon_fast.engine.finite import not_finite
 from bacon_fast.engine.graph import CudaCapture, GraphedStep, use_graph
 from bacon_fast.engine.interrupt import StopRequest
 from bacon_fast.engine.lock import DirectoryLock
-from bacon_fast.engine.logger import Progress, Rows, RunLogger
+from bacon_fast.engine.logger import Progress, RowHook, Rows, RunLogger
 from bacon_fast.engine.meter import Meter
 from bacon_fast.engine.metrics import History, compute_metrics, standard_error
 from bacon_fast.engine.parallel import PhaseParallel
@@ -81,6 +81,7 @@ class Trainer:
         config: of the run.
         dataset: the one that `config` names, if it is loaded already.
         progress, name: a display that this run shares with others, and the run's name there.
+        on_row: called on rank 0 with each row of the log; see `RunLogger`.
 
     Raises:
         ValueError: a wrong setting, a split that does not fit the data, or a run directory that holds another run or
@@ -95,6 +96,7 @@ class Trainer:
         dataset: ImageDataset | None = None,
         progress: Progress | None = None,
         name: str = "",
+        on_row: RowHook | None = None,
     ) -> None:
         if config.run.run_dir is None:
             raise ValueError("run_dir: expected a directory, found None")
@@ -110,7 +112,7 @@ class Trainer:
         distributed.require_equal({k: v for k, v in config.flat().items() if k not in _PLACES})
         self._lock: DirectoryLock | None = None  # rank 0's, on the run directory
         try:
-            self._open(dataset, progress, name)
+            self._open(dataset, progress, name, on_row)
         except BaseException:
             if self._lock is not None:
                 self._lock.release()
@@ -118,7 +120,7 @@ class Trainer:
 
     # --- construction ----------------------------------------------------------------------------------------------
 
-    def _open(self, dataset: ImageDataset | None, progress: Progress | None, name: str) -> None:
+    def _open(self, dataset: ImageDataset | None, progress: Progress | None, name: str, on_row: RowHook | None) -> None:
         """Builds or restores the run, and its files on rank 0."""
         config = self.config
         build.use_threads(config.engine.threads)
@@ -154,7 +156,7 @@ class Trainer:
             return
         if not (saved and split_file.exists()):
             self.split.save(split_file)
-        self.logger = RunLogger(self.run_dir, config.steps, self.step, rows, progress, name, self._lock)
+        self.logger = RunLogger(self.run_dir, config.steps, self.step, rows, progress, name, self._lock, on_row)
         config.write(self.run_dir / "config.json")
         if not saved:
             self.logger.say(pool_line(self.split, self.dataset))

@@ -1,6 +1,7 @@
 """Options: frozen dataclasses that check themselves, for the groups of a configuration and the parts of a method."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -137,7 +138,7 @@ def _words(kind: object) -> str:
 
 
 def from_json(options: type[Options], values: dict) -> Options:
-    """Options from their JSON values. A string becomes a path, and a list a tuple, where the field takes one.
+    """Options from their JSON values: see `as_fields`.
 
     Raises ValueError for a missing or an unknown field, and for a value that does not fit.
     """
@@ -147,13 +148,18 @@ def from_json(options: type[Options], values: dict) -> Options:
     for what, names in (("unknown", set(values) - set(kinds)), ("missing", set(kinds) - set(values))):
         if names:
             raise ValueError(f"{label}: {what} fields {', '.join(sorted(names))}")
-    given = {}
+    return options(**as_fields(options, values))
+
+
+def as_fields(options: type[Options], values: Mapping[str, object]) -> dict[str, object]:
+    """The values with a path in the place of a string, and a tuple in that of a list, where the field takes one."""
+    kinds, given = _kinds(options), {}
     for name, value in values.items():
-        taken = (kinds[name], *get_args(kinds[name]))
-        if Path in taken:
-            value = _path(value) if not isinstance(value, list) else [_path(entry) for entry in value]
+        kind = kinds.get(name)
+        if Path in (kind, *get_args(kind)):
+            value = [_path(entry) for entry in value] if isinstance(value, (list, tuple)) else _path(value)
         given[name] = tuple(value) if isinstance(value, list) else value
-    return options(**given)
+    return given
 
 
 def _path(value: object) -> object:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..reference import augment as reference
 from ..reference.augment import OPS
-from .backends import BACKENDS, Backend, always, choose_backend, native_error
+from .backends import BACKENDS, Backend, always, choose_backend, why_not_native
 from .checks import as_step_tensor, check_images, check_integer, check_seed, check_stream
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -169,16 +169,12 @@ _SCRATCH_BYTES = 4 * 1024
 
 def why_not(images: Tensor) -> str | None:
     """None, or why the native code for the device of `images` ([N, H, W, 3]) cannot serve them."""
-    if native_error is not None:
-        return native_error
+    if (reason := why_not_native(images, images.device.type)) is not None:
+        return reason
     if not images.is_contiguous():
         return "it needs contiguous images"
     if images.device.type != "cuda":
         return None
-    from .. import _C
-
-    if not _C.built_with_cuda:
-        return "the native extension bacon_fast._C was built without CUDA"
     available = torch.cuda.get_device_properties(images.device).shared_memory_per_block_optin
     needed = _BYTES_PER_PIXEL * images.shape[1] * images.shape[2] + _SCRATCH_BYTES
     if needed > available:

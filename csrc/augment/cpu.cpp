@@ -13,6 +13,7 @@
 
 #include "augment/arguments.h"
 #include "augment/thread.h"
+#include "register.h"
 
 namespace bacon_fast::augment {
 namespace {
@@ -96,7 +97,7 @@ at::Tensor augment_ops(const at::Tensor& images, const at::Tensor& ops, const at
   return result;
 }
 
-TORCH_LIBRARY_IMPL(bacon_fast, CPU, m) {
+BACON_FAST_IMPL(CPU, m) {
   m.impl("augment_views", augment_views);
   m.impl("augment_ops", augment_ops);
 }

@@ -9,6 +9,7 @@
 
 #include "augment/arguments.h"
 #include "augment/block.h"
+#include "register.h"
 
 namespace bacon_fast::augment {
 namespace {
@@ -127,7 +128,7 @@ at::Tensor augment_ops(const at::Tensor& images, const at::Tensor& ops, const at
   return out;
 }
 
-TORCH_LIBRARY_IMPL(bacon_fast, CUDA, m) {
+BACON_FAST_IMPL(CUDA, m) {
   m.impl("augment_views", augment_views);
   m.impl("augment_ops", augment_ops);
 }

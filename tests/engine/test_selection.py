@@ -16,7 +16,6 @@ from bacon_fast.engine.interrupt import StopRequest
 from bacon_fast.engine.metrics import standard_error
 from bacon_fast.engine.selection import best_row, is_out_of_patience
 from bacon_fast.engine.trainer import StoppedError, Trainer
-from bacon_fast.evaluate import Arguments, evaluate
 from bacon_fast.files import read_record
 from bacon_fast.run import open_run
 
@@ -113,7 +112,7 @@ def test_the_best_of_all_evaluations_is_kept_reported_and_used(run):
     assert summary["best_on_validation"]["step"] == best + 1 and summary["step"] == 12
     _, logits = predict(opened.network, opened.normalize, trainer.dataset.test_images, opened.device)
     assert summary["bacc"] == pytest.approx(balanced_accuracy_score(trainer.dataset.test_labels, logits.argmax(1)))
-    again = evaluate(Arguments(trainer.run_dir, device="cpu"))
+    again = opened.evaluate()
     assert again["bacc"] == summary["bacc"] and again["step"] == best + 1 and again["evaluated_on"] == "test"
     error, n = row["validation_bacc_error"], len(held_out)
     assert summary["choice"] == f"chosen by validation log-loss ({n} images, bACC ±{error:.2f}), reported on test"

@@ -7,9 +7,9 @@ from run_cases import tiny
 
 from bacon_fast.cli import format_summary
 from bacon_fast.engine.trainer import Trainer
-from bacon_fast.evaluate import Arguments, evaluate
 from bacon_fast.report.collect import collect
 from bacon_fast.report.page import write_report
+from bacon_fast.run import Run
 
 
 def test_a_run_gives_the_values_of_its_report(tmp_path):
@@ -55,7 +55,7 @@ def test_the_report_says_what_was_measured_on(tmp_path, measured):
         assert "not evaluated" in (text := format_summary(summary, trainer.split.labeled_counts, None))
         assert "bee" in text and "top-1" not in text
         with pytest.raises(ValueError, match="expected test images, or the run's validation images, found none"):
-            evaluate(Arguments(tmp_path / "run", device="cpu"))
+            Run.open(tmp_path / "run", "cpu").evaluate()
         return
     assert summary["evaluated_on"] == measured and data.confusion.sum() == (30 if measured == "test" else 9)
     assert data.confusion.trace() / data.confusion.sum() == summary["top1"]
