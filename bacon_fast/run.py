@@ -67,8 +67,8 @@ class Run:
             data_dir: where the dataset lies now; None: where the run found it.
 
         Returns:
-            Metrics of `compute_metrics`, calibration and spread, "step", "evaluated_on", the names of the classes in the
-            order of "per_class", and the confusion matrix (rows = truth).
+            Metrics of `compute_metrics`, calibration and spread, "step", "evaluated_on", the names of the classes in
+            the order of "per_class", and the confusion matrix (rows = truth).
 
         Raises:
             ValueError: `data_dir` holds other classes, or images of another size, than the run was trained on, or no

@@ -136,8 +136,9 @@ def read_summary(path: Path, config: Config, split: str) -> dict[str, Any]:
         else:
             group = name.rpartition(".")[2] in GROUPS  # may have no test image
             _require(path, name, "a number between 0 and 1", found, _is_share(found) or (group and found is None))
-    evaluations = summary["mean_last_20"].get("evaluations")
-    _require(path, "mean_last_20.evaluations", "a count", evaluations, type(evaluations) is int and evaluations > 0)
+    if summary.get("evaluated_on", "test") is not None:
+        evaluations = summary["mean_last_20"].get("evaluations")
+        _require(path, "mean_last_20.evaluations", "a count", evaluations, type(evaluations) is int and evaluations > 0)
     for name in ("steps_per_second", "train_seconds"):
         found = summary.get(name)
         _require(path, name, "a number above 0", found, _is_number(found) and 0 < found < math.inf)
@@ -149,9 +150,15 @@ def read_summary(path: Path, config: Config, split: str) -> dict[str, Any]:
 
 
 def _accuracies(summary: dict[str, Any]) -> dict[str, Any]:
-    """The entries that hold accuracies, None for missing ones, by name: bacc, last.bacc, last.per_class, ..."""
+    """The entries that hold accuracies, None for missing ones, by name: bacc, last.bacc, last.per_class, ...
+
+    A run without a test part has no best one on it, and a run that measured nothing has none.
+    """
+    part = summary.get("evaluated_on", "test")
+    if part is None:
+        return {}
     found = {name: summary.get(name) for name in (*HEADLINE, "per_class")}
-    for reading in READINGS:  # of runs with a test part, as all published numbers have
+    for reading in READINGS if part == "test" else set(READINGS) - {"best_on_test"}:
         section = summary.get(reading)
         values = section if isinstance(section, dict) else {}
         found |= {f"{reading}.{name}": values.get(name) for name in (*HEADLINE, *GROUPS, "per_class")}

@@ -7,6 +7,7 @@ from run_cases import tiny
 
 from bacon_fast.cli import format_summary
 from bacon_fast.engine.trainer import Trainer
+from bacon_fast.redraw import redraw
 from bacon_fast.report.collect import collect
 from bacon_fast.report.page import write_report
 from bacon_fast.run import Run
@@ -32,6 +33,11 @@ def test_a_run_gives_the_values_of_its_report(tmp_path):
     assert not np.array_equal(data.weak_samples, data.strong_samples)
 
 
+def choice_of(page: str) -> str:
+    """The sentence under the header."""
+    return page.split('<p class="facts">')[2].partition("</p>")[0]
+
+
 @pytest.mark.parametrize("measured", ["nothing", "validation", "test"])
 def test_the_report_says_what_was_measured_on(tmp_path, measured):
     generator = np.random.default_rng(0)
@@ -48,6 +54,7 @@ def test_the_report_says_what_was_measured_on(tmp_path, measured):
     summary = trainer.fit()
     data = collect(trainer, summary)
     page = write_report(tmp_path / "run", data).read_text()
+    assert choice_of(redraw(tmp_path / "run").read_text()) == choice_of(page)
     if measured == "nothing":
         assert summary["evaluated_on"] is None and "bacc" not in summary and data.confusion is None
         assert "Last averaged weights, not evaluated: no test images (--test)" in page
