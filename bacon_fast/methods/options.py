@@ -158,6 +158,8 @@ def as_fields(options: type[Options], values: Mapping[str, object]) -> dict[str,
         kind = kinds.get(name)
         if Path in (kind, *get_args(kind)):
             value = [_path(entry) for entry in value] if isinstance(value, (list, tuple)) else _path(value)
+            if get_origin(kind) is tuple and isinstance(value, Path):  # one alone
+                value = (value,)
         given[name] = tuple(value) if isinstance(value, list) else value
     return given
 
