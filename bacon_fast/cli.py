@@ -22,7 +22,7 @@ from bacon_fast.engine.checkpoint import CheckpointError
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.logger import RowHook, format_speed
 from bacon_fast.engine.memory import is_out_of_memory
-from bacon_fast.engine.metrics import READINGS
+from bacon_fast.engine.metrics import CHOSEN, READINGS
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.engine.several import fit_together
 from bacon_fast.engine.trainer import DivergedError, StoppedError, Trainer
@@ -91,8 +91,11 @@ def settle(config: Config) -> Config:
     """
     if config.run.run_dir is None and config.run.resume:
         raise ValueError("resume: expected --run-dir to name the run to continue, found none")
-    paths = {name: getattr(config.data, name) for name in ("data_dir", "split")}
-    return config.replace(**{name: path.resolve() for name, path in paths.items() if path is not None})
+    places = {name: getattr(config.data, name) for name in ("data_dir", "split")}
+    lists = {
+        name: tuple(path.resolve() for path in getattr(config.data, name)) for name in ("unlabeled", "test", "val")
+    }
+    return config.replace(**{name: path.resolve() for name, path in places.items() if path is not None}, **lists)
 
 
 def _saved(words: Sequence[str]) -> Config | None:
@@ -214,7 +217,7 @@ def _train_together(configs: Sequence[Config]) -> None:
         if summary is not None:
             _conclude(trainer, summary)
     summaries = [summary for _, summary, _ in outcomes if summary is not None]
-    if len(summaries) > 1:
+    if len(summaries) > 1 and outcomes[0].trainer.parts:
         print(format_seeds(summaries), flush=True)
     failures = [f"{trainer.logger.name}: {error}" for trainer, _, error in outcomes if error is not None]
     if failures:
@@ -289,7 +292,9 @@ def format_seeds(summaries: Sequence[dict]) -> str:
     seeds = ", ".join(str(summary["seed"]) for summary in summaries)
     lines = ["", f"mean ± standard deviation over {len(summaries)} seeds ({seeds})", ""]
     lines.append(f"{'':<32}" + "".join(f"{title:>18}" for title in ("top-1", "bACC", "GM")))
-    for key, title in READINGS.items():
+    for key, title in (READINGS | CHOSEN).items():
+        if not all(key in summary for summary in summaries):
+            continue
         line = f"{title:<32}"
         for name in ("top1", "bacc", "gm"):
             values = [summary[key][name] for summary in summaries]
@@ -304,15 +309,19 @@ def format_summary(summary: dict, labeled_counts: Sequence[int], unlabeled_count
         "",
         f"{summary['dataset']}, {summary['method']}, {summary['steps']} steps, seed {summary['seed']}, "
         f"{format_speed(summary['steps_per_second'])}",
+        summary["choice"],
         "",
-        f"{'':<32}{'top-1':>8}{'bACC':>8}{'GM':>8}",
     ]
-    for key, title in READINGS.items():
+    readings = {key: title for key, title in (READINGS | CHOSEN).items() if key in summary}
+    if readings:
+        lines.append(f"{'':<32}{'top-1':>8}{'bACC':>8}{'GM':>8}")
+    for key, title in readings.items():
         row = summary[key]
         lines.append(f"{title:<32}{row['top1']:>8.4f}{row['bacc']:>8.4f}{row['gm']:>8.4f}")
-    lines += ["", f"{'class':<20}{'labeled':>10}{'unlabeled':>12}{'recall':>10}"]
+    lines += [*([""] if readings else []), f"{'class':<20}{'labeled':>10}{'unlabeled':>12}{'recall':>10}"]
     unlabeled = ["?"] * len(labeled_counts) if unlabeled_counts is None else unlabeled_counts
-    names, recalls = summary["class_names"], summary["per_class"]
+    names = summary["class_names"]
+    recalls = summary.get("per_class", [None] * len(names))
     shown = range(len(names)) if len(names) <= 20 else [*range(10), None, *range(len(names) - 10, len(names))]
     for c in shown:
         if c is None:

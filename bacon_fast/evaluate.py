@@ -1,4 +1,4 @@
-"""`bacon-fast evaluate RUN`: the averaged network of a run on the test part of its dataset."""
+"""`bacon-fast evaluate RUN`: the averaged network of a run on the test part of its data, or else on validation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ import tyro
 from bacon_fast import methods
 from bacon_fast.engine.config import GROUPS, Config
 
-# --help leaves these out: they change how a run is computed and logged, not its result.
+# --help leaves these out: how a run is computed, measured and logged.
 RARE = ("engine", "log")
 STEPS_HELP = "T, optimizer steps. Schedules run on t/T."
 SEED_HELP = "Of split, initialization, sampling order and augmentation draws."

@@ -39,16 +39,17 @@ def redraw(directory: Path, data_dir: Path | None = None) -> Path:
     config = Config.read(file).replace(run_dir=directory, resume=True, split=None)
     trainer = Trainer(config if data_dir is None else config.replace(data_dir=data_dir.resolve()))
     try:
-        if not trainer.history.rows:
+        if trainer.parts and not trainer.history.rows:
             raise CheckpointError(
                 f"run: expected a run that was evaluated, found none in the checkpoints of {directory}"
             )
         config, summary = trainer.config, directory / "summary.json"
-        if trainer.step == config.steps and summary.exists():
+        if trainer.ended and summary.exists():
             values = read_summary(summary, config, trainer.split.hash)
         else:
-            parts = (trainer.dataset, trainer.split, trainer.history, trainer.device, trainer.train_seconds)
-            values = summarize(config.replace(steps=trainer.step), *parts)
+            data = (trainer.dataset, trainer.split, trainer.parts, trainer.history)
+            time = (trainer.device, trainer.step, trainer.train_seconds)
+            values = summarize(config.replace(steps=trainer.step), *data, *time)
         return write_report(directory, collect(trainer, values))
     finally:
         trainer.logger.close()

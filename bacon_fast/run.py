@@ -17,17 +17,19 @@ from bacon_fast.engine.build import build_dataset, resolve_device
 from bacon_fast.engine.checkpoint import CheckpointError, content_of
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.directory import newest_state, require_own
-from bacon_fast.engine.evaluation import EVALUATION_BATCH, calibration_error, predict
+from bacon_fast.engine.evaluation import EVALUATION_BATCH, calibration_error, parts_of, predict
 from bacon_fast.engine.evaluation import evaluate as evaluate_network
 from bacon_fast.engine.finite import not_finite
-from bacon_fast.engine.metrics import compute_metrics
+from bacon_fast.engine.metrics import compute_metrics, standard_error
 from bacon_fast.models.spec import NetworkSpec, build_network
 
 
 @dataclass(frozen=True)
 class Run:
-    """The averaged network of a run's newest checkpoint, in evaluation mode, and what it needs to read images.
+    """The averaged network of a run's newest checkpoint, in evaluation mode, and what it needs to read images: the one
+    that validation chose (--select validation), else the newest.
 
+    step: after which the network had these weights.
     saved: the run's configuration in the checkpoint, as `Config.to_dict` gives it. checkpoint: the file. Images are
     read at `stored_size`, and the network sees their center windows of `image_size`; `normalize` makes these.
 
@@ -59,7 +61,7 @@ class Run:
         return open_run(directory, device)
 
     def evaluate(self, data_dir: Path | str | None = None) -> dict:
-        """Metrics on the test part of the run's dataset.
+        """Metrics on the test part of the run's data, or else on its validation images.
 
         A warning says so when the images are not those of the run's split.
 
@@ -67,34 +69,42 @@ class Run:
             data_dir: where the dataset lies now; None: where the run found it.
 
         Returns:
-            Metrics of `compute_metrics`, calibration and spread, "step", the names of the classes in the order of
-            "per_class", and the confusion matrix (rows = truth).
+            Metrics of `compute_metrics`, calibration and spread, "step", "evaluated_on", the names of the classes in
+            the order of "per_class", and the confusion matrix (rows = truth).
 
         Raises:
-            ValueError: `data_dir` holds other classes, or images of another size, than the run was trained on.
+            ValueError: `data_dir` holds other classes, or images of another size, than the run was trained on, or no
+                images to evaluate on.
             CheckpointError: the checkpoint's configuration cannot be read.
         """
         with content_of(self.checkpoint):
             config = Config.from_dict(self.saved)
         if data_dir is not None:
             config = config.replace(data_dir=Path(data_dir))
-        dataset = build_dataset(config)
+        dataset = build_dataset(config, self.device)
         if tuple(dataset.class_names) != self.class_names:
             raise ValueError(f"data_dir: expected the classes {self.class_names}, found {tuple(dataset.class_names)}")
-        if (size := tuple(dataset.test_images.shape[1:3])) != self.stored_size:
+        if (size := tuple(dataset.train_images.shape[1:3])) != self.stored_size:
             expected, found = (f"{height} x {width}" for height, width in (self.stored_size, size))
             raise ValueError(
                 f"data_dir: expected images of {expected} pixels, as the run was trained on, found {found}"
             )
-        evaluation = evaluate_network(self.network, self.normalize, dataset, self.device)
         split = Split.load(self.directory / "split.json")
-        if dataset.fingerprint != split.dataset_fingerprint:
+        same = dataset.fingerprint == split.dataset_fingerprint
+        parts = parts_of(dataset, split if same else None)
+        if not parts:
+            raise ValueError("data_dir: expected test images, or the run's validation images, found none")
+        evaluation = evaluate_network(self.network, self.normalize, parts[0], dataset.num_classes, self.device)
+        metrics = compute_metrics(evaluation.confusion, split.labeled_counts)
+        if not same:
             place = config.data.data_dir
             warnings.warn(f"data_dir: the images of {place} are not those that the run had", stacklevel=2)
         return {
             "step": self.step,
             "class_names": list(self.class_names),
-            **compute_metrics(evaluation.confusion, split.labeled_counts),
+            "evaluated_on": parts[0].name,
+            **metrics,
+            "bacc_error": standard_error(metrics["per_class"], evaluation.confusion.sum(1).tolist()),
             "calibration_error": calibration_error(evaluation.calibration),
             "intra_class_variance": float(evaluation.intra_class_variance),
             "confusion": evaluation.confusion.tolist(),
@@ -152,7 +162,8 @@ def open_run(directory: Path | str, device: str = "auto") -> Run:
         info = state["inference"]
         network = build_network(NetworkSpec(**info["network"]))
         prefix = "network."
-        network.load_state_dict({k.removeprefix(prefix): v for k, v in state["ema"].items() if k.startswith(prefix)})
+        newest = {k.removeprefix(prefix): v for k, v in state["ema"].items() if k.startswith(prefix)}
+        network.load_state_dict(state["selected"] or newest)
         if broken := not_finite(network.state_dict().items()):
             raise ValueError(f"not finite: {', '.join(broken[:3])}")
         stored, size = tuple(info["stored_size"]), tuple(info["image_size"])
@@ -163,5 +174,5 @@ def open_run(directory: Path | str, device: str = "auto") -> Run:
             raise ValueError(f"class_names: expected {info['network']['num_classes']} names, found {class_names!r}")
     require_own(directory, path, state)
     network = network.to(target).eval()
-    saved, step = state.get("config"), state["step"]
+    saved, step = state.get("config"), info["selected_step"] or state["step"]
     return Run(directory, path, saved, step, network, normalize, class_names, stored, size, target)

@@ -57,7 +57,7 @@ class Batches:
             raise ValueError(f"method: {config.method} needs unlabeled images, and the split holds none")
         self.config, self.device, self.unlabeled_views = config, device, unlabeled_views
         self.balanced_view, self.labeled_strong_view, self.dtype = balanced_view, labeled_strong_view, dtype
-        mapped = config.data.images == "mapped"
+        mapped = dataset.mapped
         self.pool = HostPool(dataset.pool(), device) if mapped else resident(dataset.pool(), device)
         known = torch.full((len(self.pool),), -1, dtype=torch.int64)
         known[: len(dataset.train_labels)] = dataset.train_labels

@@ -18,7 +18,7 @@ from bacon_fast.methods.method import Method
 from bacon_fast.methods.part import DataInfo, Setup
 from bacon_fast.models.spec import NetworkSpec, build_network
 from bacon_fast.ops.backends import choose_backend
-from bacon_fast.system import usable_cores
+from bacon_fast.system import physical_memory, usable_cores
 
 
 def resolve_device(name: str) -> torch.device:
@@ -103,7 +103,8 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def build_dataset(config: Config) -> ImageDataset:
+def build_dataset(config: Config, device: torch.device | None = None) -> ImageDataset:
+    """The images that the configuration names, for the device; None: a CPU."""
     data = config.data
     return load_dataset(
         data.dataset,
@@ -111,9 +112,26 @@ def build_dataset(config: Config) -> ImageDataset:
         download=data.download,
         image_size=config.views.stored_size or data.image_size,
         classes=data.classes,
-        mapped=data.images == "mapped",
+        images=data.images,
+        most_in_memory=_most_in_memory(device),
         follow_links=data.follow_links,
+        unlabeled=data.unlabeled,
+        test=data.test,
+        val=data.val,
+        other_labels=data.other_labels,
+        unreadable=data.unreadable,
     )
+
+
+def _most_in_memory(device: torch.device | None) -> int | None:
+    """Bytes of images up to which "auto" keeps them in memory: a quarter of it, which the processes of a machine share,
+    and half of the GPU's."""
+    launch, memory = Launch.from_environment(), physical_memory()
+    quarter = None if memory is None else memory // 4 // (1 if launch is None else launch.local_world_size)
+    if device is None or device.type != "cuda":
+        return quarter
+    half = torch.cuda.get_device_properties(device).total_memory // 2
+    return half if quarter is None else min(half, quarter)
 
 
 def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Split:
@@ -123,7 +141,7 @@ def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Sp
     """
     file = saved or config.data.split
     if file is not None:
-        overrides = split_overrides(config)
+        overrides = split_overrides(config) | ({"validation": config.data.validation} if config.data.validation else {})
         if overrides and saved is None:
             raise ValueError(f"split: expected no {', '.join(overrides)} beside --split, which fixes the split already")
         split = Split.load(file)
@@ -141,7 +159,9 @@ def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Sp
         named = {"name": f"{protocol.name} with {changes}", "source": f"changed on the command line: {changes}"}
         _refuse_without_effect(protocol, overrides)
         protocol = dataclasses.replace(protocol, **overrides, **named)
-    return make_split(dataset, protocol, config.seed)
+    if config.data.validation and dataset.val_images is not None:
+        raise ValueError("validation: expected 0, for the data have validation images of their own")
+    return make_split(dataset, protocol, config.seed, config.data.validation)
 
 
 def _refuse_without_effect(protocol: Protocol, overrides: dict) -> None:

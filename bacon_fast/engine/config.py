@@ -42,7 +42,7 @@ GROUP_OF: dict[str, str] = {f.name: group for group, options in GROUPS.items() f
 # Fields that do not change the result of a run, but where it happens and what it prints: a resumed run may change them.
 RESUME_MAY_CHANGE = {
     "run": ("run_dir", "resume"),
-    "data": ("data_dir", "download", "split", "images", "follow_links"),
+    "data": ("data_dir", "unlabeled", "test", "val", "unreadable", "download", "split", "images", "follow_links"),
     "engine": ("graph", "rank_timeout"),
     "log": ("log_every", "checkpoint_every", "keep_checkpoints", "report"),
 }

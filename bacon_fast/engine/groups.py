@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from bacon_fast.data.datasets import DATASETS, MAX_IMAGE_SIZE
+from bacon_fast.data.listing import OtherLabels
 from bacon_fast.data.longtail import PROTOCOLS
 from bacon_fast.methods.options import Options
 
@@ -16,6 +17,8 @@ Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 BACKBONE_FORMS = "wrn-DEPTH-WIDTH, wrn-DEPTH-WIDTH-usb, resnet18 or resnet50"
 
 _PATH = tyro.conf.arg(metavar="PATH")
+_WORD = tyro.conf.arg(metavar="WORD")
+_PATHS = tyro.conf.arg(metavar="PATH...")
 
 
 @dataclass(frozen=True)
@@ -34,23 +37,36 @@ class RunOptions(Options):
 class DataOptions(Options):
     """Images and split.
 
-    images: "memory" decodes all images into memory, and keeps them on the device. "mapped" (dataset folder with an
-    image size) decodes them once into a file in data_dir/.bacon_fast, 3 bytes a pixel; each step's images are sent from
-    there. You may delete files there that belong to another size, or to images that have changed since.
+    data_dir: of dataset folder an image folder (train/<class>/, maybe test/<class>/ and unlabeled/), a CSV file with
+    the columns image_path and label, or an .npz file.
+    images: "memory" decodes all images into memory, and keeps them on the device. "mapped" (image files, with an image
+    size) decodes them once into a file beside them, in .bacon_fast, 3 bytes a pixel; each step's images are sent from
+    there. You may delete files there that belong to another size, or to images that have changed since. "auto" maps
+    what needs more than a quarter of the memory, or than half of the GPU's.
     """
 
     dataset: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(DATASETS) + "}")] = "digits"
     """Source of the images."""
     data_dir: Annotated[Path | None, _PATH] = None
-    """Where the dataset lies (digits needs none)."""
+    """Where the dataset lies: a folder, a .csv or an .npz file."""
+    unlabeled: Annotated[tuple[Path, ...], _PATHS] = ()
+    """Further unlabeled images: folders and CSV files."""
+    test: Annotated[tuple[Path, ...], _PATHS] = ()
+    """Further test images: folders of class folders, CSV files."""
+    val: Annotated[tuple[Path, ...], _PATHS] = ()
+    """Validation images, likewise."""
     download: bool = False
     """Let torchvision download the dataset into --data-dir."""
     image_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Side in pixels to resize to; default: the dataset's own."""
     classes: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME...")] = None
     """Classes of a folder, head first; default: classes.txt, or sorted."""
-    images: Literal["memory", "mapped"] = "memory"
-    """In memory, or (folders) decoded once into a file in --data-dir."""
+    other_labels: Annotated[OtherLabels, _WORD] = "error"
+    """Images of other classes than --classes: error, drop or unlabeled."""
+    unreadable: Annotated[Literal["skip", "error"], _WORD] = "skip"
+    """Unlabeled files that cannot be read: skip or error."""
+    images: Literal["auto", "memory", "mapped"] = "auto"
+    """In memory, or decoded once into a file; auto: by their size."""
     follow_links: bool = False
     """Follow links in a class folder that lead out of it."""
     protocol: str = "digits"
@@ -65,6 +81,8 @@ class DataOptions(Options):
     """Imbalance of the unlabeled set, likewise."""
     lb_in_ulb: Annotated[bool | None, tyro.conf.arg(metavar="{True,False}")] = None
     """Put the labeled images into the unlabeled set too."""
+    validation: float = 0.0
+    """Share of each class's labeled images to hold out (or --val)."""
     split: Annotated[Path | None, _PATH] = None
     """Reuse this split.json of another run instead of drawing one."""
 
@@ -73,8 +91,12 @@ class DataOptions(Options):
         fits = self.image_size is None or 1 <= self.image_size <= MAX_IMAGE_SIZE
         self.require(fits, "image_size", f"1 to {MAX_IMAGE_SIZE} pixels")
         self.require(not self.follow_links or self.dataset == "folder", "follow_links", "False, but for dataset folder")
+        for name in ("unlabeled", "test", "val"):
+            self.require(self.dataset == "folder" or not getattr(self, name), name, "none, but for dataset folder")
+        self.require(0 <= self.validation < 1, "validation", "a number from 0 to below 1")
+        self.require(not (self.val and self.validation), "validation", "0 beside --val, which gives the images")
         if self.images == "mapped":
-            self.require(self.dataset == "folder", "images", "memory, except for dataset folder")
+            self.require(self.dataset == "folder", "images", "auto or memory, except for dataset folder")
             self.require(self.image_size is not None, "image_size", "a side in pixels for --images mapped")
         self.require(self.protocol in PROTOCOLS, "protocol", f"one of {', '.join(PROTOCOLS)}")
         for name in ("gamma_l", "gamma_u"):
@@ -193,19 +215,28 @@ class EngineOptions(Options):
 
 @dataclass(frozen=True)
 class LogOptions(Options):
-    """What a run writes, and when."""
+    """What a run measures and writes, and when.
+
+    select: "validation" keeps, beside the newest weights, the averaged ones of the evaluation with the least
+    class-balanced log-loss on the validation images; evaluate and predict use them, and summary and report show them.
+    """
 
     eval_every: int = 1000
-    """Steps between evaluations of the averaged model on the test part."""
+    """Steps between evaluations of the averaged model."""
     log_every: int = 100
     """Steps between log rows; the only moments at which the host waits for the device."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    select: Literal["last", "validation"] = "last"
+    """The averaged weights to report and use: last, or best on validation."""
+    patience: int = 0
+    """Stop after so many evaluations without a better validation log-loss; 0: never."""
     report: bool = True
     """Write report.html at the end."""
 
     def check(self) -> None:
         self.require_integers(1, "eval_every", "log_every", "checkpoint_every")
+        self.require_integers(0, "patience")
         self.require(self.keep_checkpoints >= 2, "keep_checkpoints", "at least 2 (one may be damaged)")

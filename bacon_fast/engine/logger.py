@@ -192,7 +192,10 @@ class RunLogger(Rows):
         self.say(f"step {row['step']}/{self.steps} {text} {speed} ETA {format_seconds(left)}")
 
     def show_eval(self, row: dict) -> None:
-        self.say(f"step {row['step']}: top-1 {row['top1']:.4f}  bACC {row['bacc']:.4f}  GM {row['gm']:.4f}")
+        text = f"step {row['step']}: top-1 {row['top1']:.4f}  bACC {row['bacc']:.4f}  GM {row['gm']:.4f}"
+        if (loss := row.get("validation_log_loss")) is not None:
+            text += f"  validation log-loss {loss:.4f}"
+        self.say(text)
 
     def close(self) -> None:
         try:

@@ -1,5 +1,6 @@
 """The training loop: one static-shape step, evaluations, checkpoints, and the files of a run."""
 
+import copy
 import dataclasses
 import functools
 import math
@@ -28,22 +29,25 @@ from bacon_fast.engine.config import Config
 from bacon_fast.engine.diagnostics import Diagnostics
 from bacon_fast.engine.directory import newest_state
 from bacon_fast.engine.ema import EMA
-from bacon_fast.engine.evaluation import Evaluation, calibration_error, evaluate, predict_together
+from bacon_fast.engine.evaluation import Evaluation, Part, calibration_error, evaluate, parts_of, predict_together
 from bacon_fast.engine.finite import not_finite
 from bacon_fast.engine.graph import CudaCapture, GraphedStep, use_graph
 from bacon_fast.engine.interrupt import StopRequest
 from bacon_fast.engine.lock import DirectoryLock
 from bacon_fast.engine.logger import Progress, RowHook, Rows, RunLogger
 from bacon_fast.engine.meter import Meter
-from bacon_fast.engine.metrics import History, compute_metrics
+from bacon_fast.engine.metrics import History, compute_metrics, standard_error
 from bacon_fast.engine.parallel import PhaseParallel
 from bacon_fast.engine.schedule import learning_rate
+from bacon_fast.engine.selection import LOSS, KeptWeights, best_row, is_out_of_patience, require_validation
 from bacon_fast.engine.step import AUTOCAST, TrainStep, autocast
 from bacon_fast.engine.summary import summarize
 from bacon_fast.files import remove_leftovers, write_record
 from bacon_fast.methods.method import NewGeneration, RefreshContext
 from bacon_fast.methods.part import DataInfo
 from bacon_fast.models.batchnorm import synchronize
+
+_PLACES = ("data_dir", "unlabeled", "test", "val")  # may differ from machine to machine
 
 
 class DivergedError(RuntimeError):
@@ -105,7 +109,7 @@ class Trainer:
         alone = self.device.type == "cuda" and distributed.num_ranks() == 1
         self.stream = torch.cuda.Stream(self.device) if alone else None
         distributed.own_part(config.views.batch_size)  # refuses a batch that does not divide among the ranks
-        distributed.require_equal({k: v for k, v in config.flat().items() if k != "data_dir"})
+        distributed.require_equal({k: v for k, v in config.flat().items() if k not in _PLACES})
         self._lock: DirectoryLock | None = None  # rank 0's, on the run directory
         try:
             self._open(dataset, progress, name, on_row)
@@ -125,8 +129,8 @@ class Trainer:
         torch.set_float32_matmul_precision("highest")  # the losses' similarities are products of matrices
         torch.backends.cudnn.benchmark = self.device.type == "cuda"  # shapes never change: time each convolution once
 
-        load_dataset = functools.partial(build.build_dataset, config)
-        writes_files = config.data.download or config.data.images == "mapped"
+        load_dataset = functools.partial(build.build_dataset, config, self.device)
+        writes_files = config.data.download or (config.data.dataset == "folder" and config.data.images != "memory")
         if dataset is None:
             dataset = distributed.leader_first(load_dataset) if writes_files else load_dataset()
         self.dataset = dataset
@@ -134,11 +138,15 @@ class Trainer:
         own_split = config.run.resume and split_file.exists()  # also of a run that has no checkpoint yet
         self.split = build.build_split(config, self.dataset, split_file if own_split else None)
         distributed.require_equal({"split": self.split.hash})
+        self.parts = parts_of(self.dataset, self.split)
+        validation = sum(len(part.labels) for part in self.parts if part.name == "validation")
+        require_validation(config.log.select, config.log.patience, validation)
         self._build()
         self.step, self.generation, self.train_seconds = 0, 0, 0.0
         self._window: tuple[int, float] | None = None  # the step and the time at which it began
         self._evaluation_seconds = 0.0  # of the last one; not known before the first
         self.history, rows = History(), []
+        self.kept = KeptWeights()
         if saved:
             path, state = saved
             with content_of(path):
@@ -279,6 +287,7 @@ class Trainer:
             "inference": self.inference_info(),
             "method": self.method.state_dict(),
             "ema": self.ema.state_dict(),
+            "selected": self.kept.tensors,
             "diagnostics": self.diagnostics.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.program.scaler.state_dict(),
@@ -294,6 +303,7 @@ class Trainer:
             "class_names": list(self.dataset.class_names),
             "stored_size": list(augment.source_size),
             "image_size": [augment.height, augment.width],
+            "selected_step": self.selected_step,
             "mean": list(self.dataset.mean),
             "std": list(self.dataset.std),
         }
@@ -317,6 +327,7 @@ class Trainer:
             for name, value in kept.items():
                 if value.dim() and value.shape != parameter.shape:
                     raise ValueError(f"optimizer: expected {name} {list(parameter.shape)}, found {list(value.shape)}")
+        self.kept.restore(state["selected"], self.ema.network, self.method.network)
         if broken := not_finite(self._saved_tensors()):
             raise ValueError(f"not finite: {', '.join(broken[:3])}")
         self.generation = state["generation"]
@@ -414,11 +425,33 @@ class Trainer:
         """
         try:
             with StopRequest(self.step) as stop, self.on_stream():
-                while self.step < self.config.steps:
+                while not self.ended:
                     self.advance(stop)
             return self.finish()
         finally:
             self.logger.close()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run came to its last step, or ran out of patience."""
+        return self.step >= self.config.steps or is_out_of_patience(self.history.rows, self.config.log.patience)
+
+    @property
+    def selected_step(self) -> int | None:
+        """Step of the evaluation whose averaged weights are kept; None if the newest are the ones to use."""
+        best = best_row(self.history.rows) if self.config.log.select == "validation" else None
+        return None if best is None else self.history.rows[best]["step"]
+
+    def chosen_network(self) -> nn.Module:
+        """The averaged network by which the run is reported, in evaluation mode: the best on validation, or the newest.
+
+        Its tensors may be the run's own.
+        """
+        if not self.kept.tensors:
+            return self.ema.network
+        chosen = copy.deepcopy(self.ema.network)
+        chosen.load_state_dict(self.kept.tensors)
+        return chosen
 
     def advance(self, stop: StopRequest) -> None:
         """One step, and what is due after it: log row, evaluation, checkpoint, stop. Raises what `fit` raises."""
@@ -438,6 +471,8 @@ class Trainer:
             self._log_train()
         if evaluating:
             self._evaluate()
+        last = self.ended
+        saving = saving or last
         # Read once: a signal that comes after this line is answered after the next step.
         signum = None if last else stop.agreed(self.step, now=True)
         if saving or signum is not None:
@@ -469,6 +504,7 @@ class Trainer:
         """The tensors of the method, its average and the optimizer that a checkpoint holds."""
         yield from self.method.state_dict().items()
         yield from ((f"average of {name}", tensor) for name, tensor in self.ema.state_dict().items())
+        yield from ((f"selected {name}", tensor) for name, tensor in self.kept.tensors.items())
         for parameter, state in self.optimizer.state_dict()["state"].items():
             yield from ((f"optimizer's {name} of parameter {parameter}", value) for name, value in state.items())
 
@@ -492,12 +528,18 @@ class Trainer:
         self.logger.show_train(row, left)
 
     def _evaluate(self) -> None:
+        """Logs the averaged network's accuracies on the first part, beside what the validation part says."""
+        if not self.parts:
+            return
         started = time.perf_counter()
         self._share_statistics()
-        evaluation = self.evaluation()
+        found = {part.name: self.evaluation(part) for part in self.parts}
+        evaluation = found[self.parts[0].name]
         metrics = compute_metrics(evaluation.confusion, self.split.labeled_counts)
         metrics["calibration_error"] = calibration_error(evaluation.calibration)
         metrics["intra_class_variance"] = float(evaluation.intra_class_variance)
+        if "validation" in found:
+            metrics |= self._on_validation(found["validation"])
         metrics |= self.diagnostics.read()
         if self.method.regularizer is not None:
             metrics["temperatures"] = self.method.regularizer.temperatures(self.step / self.config.steps).tolist()
@@ -505,17 +547,33 @@ class Trainer:
             metrics["generation"] = self.generation
         self._evaluation_seconds = time.perf_counter() - started
         self.history.append(self.step, metrics)
+        if self.selected_step == self.step:
+            self.kept.keep(self.ema.network, self.method.network)
         row = {"kind": "eval", "step": self.step, **metrics}
         self.logger.log(row)
         self.logger.show_eval(row)
 
-    def evaluation(self) -> Evaluation:
-        """The averaged network on the whole test part, which the ranks divide."""
-        return evaluate(self.ema.network, self.batches.augment, self.dataset, self.device)
+    def _on_validation(self, evaluation: Evaluation) -> dict[str, float | None]:
+        """What an evaluation's row says of the validation part. All ranks get rank 0's loss, for it decides."""
+        metrics = compute_metrics(evaluation.confusion, self.split.labeled_counts)
+        images = evaluation.confusion.sum(1).tolist()
+        loss = distributed.broadcast(float(evaluation.log_loss))
+        return {
+            LOSS: loss if math.isfinite(loss) else None,
+            "validation_bacc": metrics["bacc"],
+            "validation_bacc_error": standard_error(metrics["per_class"], images),
+            "validation_images": sum(images),
+        }
+
+    def evaluation(self, part: Part | None = None, network: nn.Module | None = None) -> Evaluation:
+        """A network, the average by default, on a whole part of the data, by default the first; the ranks divide it."""
+        part, network = part or self.parts[0], network or self.ema.network
+        return evaluate(network, self.batches.augment, part, self.dataset.num_classes, self.device)
 
     def finish(self) -> dict:
         """Writes and returns the summary of the whole run."""
-        summary = summarize(self.config, self.dataset, self.split, self.history, self.device, self.train_seconds)
+        run = self.dataset, self.split, self.parts, self.history
+        summary = summarize(self.config, *run, self.device, self.step, self.train_seconds)
         if distributed.is_main():
             write_record(self.run_dir / "summary.json", summary)
         return summary

@@ -131,7 +131,7 @@ def _words(kind: object) -> str:
     if origin is Literal:
         return f"one of {', '.join(of)}"
     if origin is tuple:
-        return "a tuple of strings"
+        return "a tuple of paths" if of[0] is Path else "a tuple of strings"
     if kind is type(None):
         return "None"
     return _WORDS.get(kind) or f"{(origin or kind).__name__}"
@@ -156,13 +156,24 @@ def as_fields(options: type[Options], values: Mapping[str, object]) -> dict[str,
     kinds, given = _kinds(options), {}
     for name, value in values.items():
         kind = kinds.get(name)
-        if isinstance(value, str) and Path in (kind, *get_args(kind)):
-            value = Path(value)
+        if Path in (kind, *get_args(kind)):
+            value = [_path(entry) for entry in value] if isinstance(value, (list, tuple)) else _path(value)
+            if get_origin(kind) is tuple and isinstance(value, Path):  # one alone
+                value = (value,)
         given[name] = tuple(value) if isinstance(value, list) else value
     return given
 
 
+def _path(value: object) -> object:
+    return Path(value) if isinstance(value, str) else value
+
+
 def to_json(options: Options) -> dict:
     """Inverse of `from_json`: values that JSON has."""
-    values = {name: getattr(options, name) for name in _kinds(type(options))}
-    return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {name: _json_value(getattr(options, name)) for name in _kinds(type(options))}
+
+
+def _json_value(value: object) -> object:
+    if isinstance(value, tuple):
+        return [_json_value(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value

@@ -187,6 +187,7 @@ def check_images(runs: Sequence[Run]) -> None:
             continue
         size = config.views.stored_size, data.image_size
         source = data.dataset, data.data_dir, size, data.classes, data.images, data.follow_links
+        source += data.unlabeled, data.test, data.val, data.other_labels, data.unreadable
         if source not in datasets:
             datasets[source] = build_dataset(config)
         try:

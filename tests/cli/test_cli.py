@@ -333,7 +333,14 @@ def test_evaluate_refuses_images_of_another_size(tmp_path):
 def test_control_characters_in_names_do_not_reach_the_terminal(capsys):
     names = ["cat", "\x1b[31mdog"]
     row = {"top1": 0.5, "bacc": 0.5, "gm": 0.5}
-    summary = {"dataset": "folder", "method": "supervised", "steps": 1, "seed": 0, "steps_per_second": 1.0}
+    summary = {
+        "dataset": "folder",
+        "method": "supervised",
+        "steps": 1,
+        "seed": 0,
+        "steps_per_second": 1.0,
+        "choice": "",
+    }
     summary |= {"last": row, "mean_last_20": row, "best_on_test": row, "class_names": names, "per_class": [1.0, None]}
     assert "\x1b" not in (text := format_summary(summary, [1, 1], None)) and "\\x1b[31mdog" in text
 
