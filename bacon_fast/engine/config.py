@@ -18,6 +18,7 @@ from bacon_fast.engine.groups import (
 from bacon_fast.files import read_record, write_record
 from bacon_fast.methods.options import Options, SharedOptions, from_json, to_json
 from bacon_fast.methods.part import PartOptions
+from bacon_fast.models.timm_backbone import PREFIX
 
 FORMAT = 2
 """Number of the format in which config.json and checkpoints are written."""
@@ -96,6 +97,7 @@ class Config(Options):
             kind = methods.PARTS[name].options
             if type(options) is not kind:
                 raise ValueError(f"parts: expected {kind.__name__} for {name}, found {options!r}")
+        self._check_what_is_trained()
         mu = self.parts[words[0]].unlabeled_ratio
         if mu not in (None, self.views.unlabeled_ratio):
             raise ValueError(f"unlabeled_ratio: expected {mu} for {words[0]}, found {self.views.unlabeled_ratio}")
@@ -106,6 +108,19 @@ class Config(Options):
         if self.views.strong_crop == "resized" and self.parts[words[0]].crops_strong_views:
             raise ValueError(
                 f"strong_crop: expected window for {words[0]}, whose strong views have a resized crop of their own"
+            )
+
+    def _check_what_is_trained(self) -> None:
+        """Refuses what would have no effect."""
+        model = self.model
+        if model.train == "head":
+            for name, options in self.parts.items():
+                if reason := options.idle_on_frozen_features():
+                    raise ValueError(f"train: expected all, lora or bias beside {name}, {reason}; found 'head'")
+        if self.optimizer.layer_decay != 1 and (not model.backbone.startswith(PREFIX) or model.train == "head"):
+            raise ValueError(
+                "layer_decay: expected 1 where no layers of a timm backbone are trained, found "
+                f"{self.optimizer.layer_decay} with backbone {model.backbone}, train {model.train}"
             )
 
     @classmethod
@@ -160,6 +175,7 @@ class Config(Options):
         """What follows t/T, by name. With any, a run of more steps is another one from its start."""
         schedule = self.optimizer.lr_schedule
         names = [] if schedule == "constant" else [f"lr_schedule {schedule}"]
+        names += ["warmup"] if self.optimizer.warmup else []
         return names + [name for name, options in self.parts.items() if options.runs_on_length]
 
     def to_dict(self) -> dict:

@@ -11,10 +11,11 @@ from bacon_fast.data.datasets import DATASETS, MAX_IMAGE_SIZE
 from bacon_fast.data.listing import OtherLabels
 from bacon_fast.data.longtail import PROTOCOLS
 from bacon_fast.methods.options import Options
+from bacon_fast.models.tuning import Trained
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 
-BACKBONE_FORMS = "wrn-DEPTH-WIDTH, wrn-DEPTH-WIDTH-usb, resnet18 or resnet50"
+BACKBONE_FORMS = "wrn-DEPTH-WIDTH, wrn-DEPTH-WIDTH-usb, resnet18, resnet50 or timm/NAME"
 
 _PATH = tyro.conf.arg(metavar="PATH")
 _WORD = tyro.conf.arg(metavar="WORD")
@@ -137,53 +138,79 @@ class ViewOptions(Options):
 
 @dataclass(frozen=True)
 class ModelOptions(Options):
-    """The backbone.
+    """The backbone, its weights at the start, and what of it is trained.
 
-    A WRN's depth is 6n+4, or 8n+5 for 96x96 pixels. With -usb it is USB's, where the first block of each group but the
-    first reads its input without BatchNorm and LeakyReLU.
+    timm/NAME needs the extra timm; its image size (at most 224) and its normalization come with it. weights: "none",
+    "pretrained" (timm's own, which are downloaded) or a .safetensors or .pt file. train: "all"; "lora", matrices of
+    lora_rank beside the attention's (Hu et al., ICLR 2022); "bias"; or "head", the classifiers alone. A frozen
+    backbone's BatchNorm keeps its statistics. A WRN's depth is 6n+4, or 8n+5 for 96x96 pixels. With -usb it is USB's,
+    where the first block of each group but the first reads its input without BatchNorm and LeakyReLU.
     """
 
     backbone: str = "wrn-28-2"
-    """wrn-DEPTH-WIDTH[-usb], resnet18 or resnet50."""
-    bn_momentum: float = 0.001
-    """Weight of the newest batch in BatchNorm's statistics."""
+    """wrn-DEPTH-WIDTH[-usb], resnet18, resnet50 or timm/NAME."""
+    weights: Annotated[str, tyro.conf.arg(metavar="FILE")] = "none"
+    """Weights to start from: none, pretrained or a file."""
+    train: Trained = "all"
+    """What of the backbone is trained."""
+    lora_rank: int = 4
+    """Rank of LoRA's matrices."""
+    bn_momentum: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Weight of the newest batch in BatchNorm; None: the backbone's own."""
 
     def check(self) -> None:
-        backbones = r"wrn-\d+-\d+(-usb)?|resnet18|resnet50"
+        backbones = r"wrn-\d+-\d+(-usb)?|resnet18|resnet50|timm/[\w.-]+"
         self.require(bool(re.fullmatch(backbones, self.backbone)), "backbone", BACKBONE_FORMS)
         if self.backbone.startswith("wrn"):
             depth = int(self.backbone.split("-")[1])
             expected = "a WRN depth of 6n+4 (10, 16, 22, 28, ...) or 8n+5 (13, 21, 29, 37, ...)"
             self.require(depth >= 10 and (depth % 6 == 4 or depth % 8 == 5), "backbone", expected)
-        self.require(0 < self.bn_momentum <= 1, "bn_momentum", "a number above 0 and up to 1")
+        fits = self.bn_momentum is None or 0 < self.bn_momentum <= 1
+        self.require(fits, "bn_momentum", "a number above 0 and up to 1")
+        self.require(self.weights != "", "weights", "none, pretrained or a file")
+        starts = self.train == "all" or self.weights != "none"
+        self.require(starts, "train", "all with --weights none, as what is frozen would stay random")
+        self.require_integers(1, "lora_rank")
 
 
 @dataclass(frozen=True)
 class OptimizerOptions(Options):
     """The update of the parameters, and their average.
 
-    optimizer: "sgd" decays tensors of two or more dimensions; under "adam" parameters shrink by (1 - weight_decay*lr)
-    after each step. lr_schedule: "constant" (every imbalanced method of USB and BaCon), "cosine",
+    optimizer: "sgd" and "adamw" decay tensors of two or more dimensions; under "adam" parameters shrink by
+    (1 - weight_decay*lr) after each step. layer_decay: a layer of a timm backbone has the rate lr*layer_decay^d, d its
+    distance from the heads. warmup: the rate rises from 0 in this fraction of T, and lr_schedule runs over the rest.
+    lr_schedule: "constant" (every imbalanced method of USB and BaCon), "cosine",
     lr*max(0, cos(7*pi*t/(16*T))) (FixMatch), or "cosine_to_zero", lr*(1 + cos(pi*t/T))/2 (MoCo v2).
     """
 
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """sgd: Nesterov momentum 0.9; adam: ABC's recipe."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """sgd: Nesterov momentum 0.9; adam: ABC's recipe; adamw: torch's."""
     lr: float = 0.03
     """Learning rate."""
     weight_decay: float = 5e-4
     """Weight decay (adam: 0.02 in ABC's recipe)."""
     lr_schedule: Literal["constant", "cosine", "cosine_to_zero"] = "constant"
     """cosine: FixMatch's, 7/16 of a period; cosine_to_zero: MoCo's."""
+    warmup: float = 0.0
+    """Fraction of the run in which the learning rate rises from 0."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from layer to layer (timm/NAME)."""
     ema: float = 0.999
     """Momentum of the parameter average that evaluation uses."""
     ema_buffers: Literal["copy", "average"] = "copy"
     """Its BatchNorm statistics: copied (USB), averaged (ABC, CoSSL)."""
+    ema_warmup: bool = False
+    """Average with momentum min(ema, (1+t)/(10+t)), for short runs."""
 
     def check(self) -> None:
         self.require_positive("lr")
         self.require_weights("weight_decay")
         self.require_fractions("ema")
+        self.require_starts("warmup")
+        self.require(0 < self.layer_decay <= 1, "layer_decay", "a number above 0 and up to 1")
+        fits = self.layer_decay == 1 or self.optimizer != "adam"
+        self.require(fits, "layer_decay", "1 for adam, which shrinks all parameters by one rate")
 
 
 @dataclass(frozen=True)

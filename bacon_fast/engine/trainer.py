@@ -43,9 +43,10 @@ from bacon_fast.engine.selection import LOSS, KeptWeights, best_row, is_out_of_p
 from bacon_fast.engine.step import AUTOCAST, TrainStep, autocast
 from bacon_fast.engine.summary import summarize
 from bacon_fast.files import remove_leftovers, write_record
-from bacon_fast.methods.method import NewGeneration, RefreshContext
+from bacon_fast.methods.method import Method, NewGeneration, RefreshContext
 from bacon_fast.methods.part import DataInfo
 from bacon_fast.models.batchnorm import synchronize
+from bacon_fast.models.weights import find_weights
 
 _PLACES = ("data_dir", "unlabeled", "test", "val")  # may differ from machine to machine
 
@@ -133,7 +134,7 @@ class Trainer:
         writes_files = config.data.download or (config.data.dataset == "folder" and config.data.images != "memory")
         if dataset is None:
             dataset = distributed.leader_first(load_dataset) if writes_files else load_dataset()
-        self.dataset = dataset
+        self.dataset = build.normalized_for(config, dataset)
         split_file = self.run_dir / "split.json"
         own_split = config.run.resume and split_file.exists()  # also of a run that has no checkpoint yet
         self.split = build.build_split(config, self.dataset, split_file if own_split else None)
@@ -141,7 +142,8 @@ class Trainer:
         self.parts = parts_of(self.dataset, self.split)
         validation = sum(len(part.labels) for part in self.parts if part.name == "validation")
         require_validation(config.log.select, config.log.patience, validation)
-        self._build()
+        self._weights: dict | None = None  # where the backbone's came from
+        self._build(resumes=saved is not None)
         self.step, self.generation, self.train_seconds = 0, 0, 0.0
         self._window: tuple[int, float] | None = None  # the step and the time at which it began
         self._evaluation_seconds = 0.0  # of the last one; not known before the first
@@ -160,6 +162,8 @@ class Trainer:
         config.write(self.run_dir / "config.json")
         if not saved:
             self.logger.say(pool_line(self.split, self.dataset))
+            if self._weights is not None:
+                self.logger.say(build.weights_line(self._weights, self.method))
 
     def _saved_state(self) -> tuple[Path, dict] | None:
         """Checkpoint to resume from, and its content: rank 0 chooses the file, every rank reads it."""
@@ -220,13 +224,13 @@ class Trainer:
         if longer:
             print(f"steps: {own.steps} in the place of {saved.steps}; nothing else changes", flush=True)
 
-    def _build(self) -> None:
+    def _build(self, *, resumes: bool) -> None:
         config, split = self.config, self.split
         build.seed_everything(config.seed)
         counts = torch.as_tensor(split.labeled_counts)
         sizes, data = (len(split.labeled), len(split.unlabeled)), self.dataset
         self._info = DataInfo(data.num_classes, counts, *sizes, data.mean, data.std)
-        method = build.build_method(config, self._info)
+        method = self._fresh_method(load_weights=not resumes)
         memory_format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
         self.method = method.to(self.device, memory_format=memory_format)
         if config.engine.sync_batchnorm and distributed.num_ranks() > 1:
@@ -239,12 +243,22 @@ class Trainer:
         self.meter = Meter(self.device)
         self._start()
 
+    def _fresh_method(self, *, load_weights: bool) -> Method:
+        """The method at its start. `load_weights`: with the backbone's weights, which a checkpoint has too."""
+        weights = None
+        if load_weights and self.config.model.weights != "none":
+            model = self.config.model
+            weights = distributed.leader_first(lambda: find_weights(model.weights, model.backbone))
+            self._weights = weights.info()
+        return build.build_method(self.config, self._info, None if weights is None else weights.tensors)
+
     def _start(self) -> None:
         """Optimizer, average and step for the method's current parameters."""
         config = self.config
         distributed.copy_from_main(self.method)  # initialized from the same seed; this makes sure
         self.optimizer = build.build_optimizer(config, self.method)
-        self.ema = EMA(self.method.network, config.optimizer.ema, config.optimizer.ema_buffers)
+        options = config.optimizer
+        self.ema = EMA(self.method.network, options.ema, options.ema_buffers, warmup=options.ema_warmup)
         self.method.bind(self.ema.network)
         # Without inductor's own graphs: the whole step is one.
         plain = {"triton.cudagraphs": False}
@@ -262,7 +276,7 @@ class Trainer:
         """Starts again from fresh parameters, on another labeled set (CReST)."""
         self.generation += 1
         build.seed_everything((self.config.seed + self.generation) % 2**64)
-        fresh = build.build_method(self.config, self._info)
+        fresh = self._fresh_method(load_weights=True)
         with torch.no_grad():  # the method's own buffers stay, the network's do not
             for own, new_start in zip(self.method.parameters(), fresh.parameters(), strict=True):
                 own.copy_(new_start)
@@ -306,6 +320,7 @@ class Trainer:
             "selected_step": self.selected_step,
             "mean": list(self.dataset.mean),
             "std": list(self.dataset.std),
+            "weights": self._weights,
         }
 
     def _restore(self, state: dict) -> list[dict]:
@@ -330,6 +345,7 @@ class Trainer:
         self.kept.restore(state["selected"], self.ema.network, self.method.network)
         if broken := not_finite(self._saved_tensors()):
             raise ValueError(f"not finite: {', '.join(broken[:3])}")
+        self._weights = state["inference"]["weights"]
         self.generation = state["generation"]
         self.batches.set_labeled(state["labeled"].to(self.device), state["labels"].to(self.device))
         self.step, self.train_seconds = state["step"], state["train_seconds"]
@@ -517,7 +533,8 @@ class Trainer:
         if known:
             means["stats/pseudo_accuracy"] = right / known
         schedule = self.method.schedule(self.step - 1, self.config.steps)
-        rate = learning_rate(self.config.optimizer.lr_schedule, self.config.optimizer.lr, *schedule)
+        options = self.config.optimizer
+        rate = learning_rate(options.lr_schedule, options.lr, *schedule, options.warmup)
         row = {"kind": "train", "step": self.step, **means, "lr": rate, "train_seconds": self.train_seconds}
         row["steps_per_second"] = (self.step - first) / seconds
         self.logger.log(row)

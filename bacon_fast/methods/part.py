@@ -35,6 +35,10 @@ class PartOptions(Options):
         """What the part needs of the network: fields of `models.spec.NetworkSpec`."""
         return {}
 
+    def idle_on_frozen_features(self) -> str:
+        """Why the part has no effect on what predicts where the backbone gives fixed features; empty if it has one."""
+        return ""
+
 
 @dataclass(frozen=True)
 class DataInfo:
@@ -90,7 +94,8 @@ class Part:
         options: of the part; their class names it.
         build: (options, setup) -> module. For a base: (options, setup, network, balancer, regularizer) -> Method; a
             base without additions takes neither balancer nor regularizer. None for an extension.
-        alone: why nothing can be added to a base; empty if something can.
+        alone: why nothing can be added to a base, but for `takes`; empty if something can.
+        takes: what can be added to such a base.
         refuses: parts that a balancer does not go with, and why.
         beside: regularizers that a balancer goes with.
         extends: the part that an extension changes.
@@ -100,6 +105,7 @@ class Part:
     options: type[PartOptions]
     build: Callable | None = None
     alone: str = ""
+    takes: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
     beside: tuple[str, ...] = ()
     extends: str = ""
