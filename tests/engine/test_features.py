@@ -169,7 +169,7 @@ def test_the_file_is_known_by_weights_and_views_and_not_by_the_seed_of_the_run(t
         "views": {"cached_views": 1},
         "cutout": {"cutout": False},
     }.items():
-        trainer = Trainer(cached(tmp_path / name, weights, **changes))
+        trainer = Trainer(cached(tmp_path / name, changes.pop("weights", weights), **changes))
         trainer.logger.close()
         names[name] = trainer._features.file.name
     own = trained._features.file.name
