@@ -34,6 +34,7 @@ from .bacon_step_math import (
     read_labels,
     read_logits,
     read_slots,
+    similarities,
     to_fixed_point,
 )
 from .config import bacon_step_config
@@ -46,7 +47,6 @@ from .contrastive_math import (
     matches,
     norms,
     sigmoid,
-    similarities,
     store_vectors,
 )
 from .launch import TRITON_DTYPE, accumulator_dtype, architecture, dot_dtypes, launch

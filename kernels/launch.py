@@ -1,6 +1,5 @@
 """Shared by the launchers: the dtypes of a computation, the architecture it runs on, and the launch itself."""
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -8,9 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.values import accumulator_dtype as accumulator_dtype  # for the launchers
-from .config import INTERPRETER
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported, so a constant
+from .config import INTERPRETED, INTERPRETER
 
 TRITON_DTYPE = {
     torch.float16: tl.float16,
