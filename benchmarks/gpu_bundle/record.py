@@ -83,12 +83,13 @@ def run_tests_trainers() -> None:
 
 def run_losses() -> None:
     """Every arm of ours of benchmarks.loss."""
-    from benchmarks.loss import all_cases
+    from benchmarks.loss import all_cases, products_of
 
     for case in all_cases("cuda", quick=True):
         for name, build in case.arms.items():
             if name.startswith("bacon_fast"):
-                build()()
+                with products_of(case.numbers):
+                    build()()
 
 
 def run_steps() -> None:
