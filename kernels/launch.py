@@ -17,8 +17,14 @@ TRITON_DTYPE = {
 }
 
 
+# If set, the architecture whose tiles all launches get: what is recorded for a card that is not here.
+pretended: int | None = None
+
+
 def architecture(tensor: Tensor) -> int:
     """Compute capability as a number (90 for 9.0) of the tensor's device, `INTERPRETER` off the GPU."""
+    if pretended is not None:
+        return pretended
     if not tensor.is_cuda:
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(tensor.device)

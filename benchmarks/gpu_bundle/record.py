@@ -46,7 +46,11 @@ class OnPaper(TorchFunctionMode):
 
 
 def pretend() -> None:
-    """Makes torch.cuda look as if there were a GPU, where tests and benchmarks ask."""
+    """Makes torch.cuda look as if there were a GPU, where tests and benchmarks ask.
+
+    Within an op no tensor says that it is on a GPU: its launcher is told the architecture.
+    """
+    launch.pretended = 10 * CAPABILITY[0] + CAPABILITY[1]
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
     torch.cuda.get_device_capability = lambda device=None: CAPABILITY
