@@ -85,8 +85,11 @@ def _shipped() -> list[Time]:
 
 
 def fastest_on_gpu(vectors: Tensor, columns: int) -> str | None:
-    """The backend to prefer for rows [R,D] against so many columns; None on a CPU."""
-    if not vectors.is_cuda:
+    """The backend to prefer for rows [R,D] against so many columns.
+
+    None, no preference, on a CPU, and under torch.compile, which may not know the sizes.
+    """
+    if not vectors.is_cuda or torch.compiler.is_compiling():
         return None
     numbers = numbers_of(vectors.dtype, torch.backends.cuda.matmul.fp32_precision == "tf32")
     return _fastest_here(vectors.device, numbers, vectors.shape[0], columns, vectors.shape[1])

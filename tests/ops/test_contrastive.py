@@ -313,7 +313,7 @@ def op_arguments(case: Case, backend: str, dtype: torch.dtype = torch.float32):
     return arguments, options | {"form": "mean", "backend": backend}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("chunks", marks=needs("chunks"))])
 @pytest.mark.parametrize(
     "case",
     [
