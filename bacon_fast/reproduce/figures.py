@@ -29,7 +29,7 @@ SIDE_BY_SIDE = ("fixmatch", "fixmatch+abc", "fixmatch+abc+bacon")
 
 
 def accuracies(table: Table, results: Sequence[Result], theme: Theme) -> Figure:
-    """A bar a method: last evaluation with its deviation over the seeds, best evaluation, published number.
+    """A bar a method: last evaluation with its deviation over the seeds and a dot a seed, best evaluation, published.
 
     Args:
         results: of one column of the table, all with finished runs.
@@ -38,6 +38,7 @@ def accuracies(table: Table, results: Sequence[Result], theme: Theme) -> Figure:
     axes = figure.add_subplot()
     style.style_axes(axes, theme, None, None)
     axes.grid(axis="x", color=theme.grid, linewidth=0.8)
+    name = "top1" if table.metric == "error" else table.metric
     last = [result.accuracy("last", table.metric) for result in results]
     means, deviations = [spread.mean for spread in last], [spread.deviation or 0.0 for spread in last]
     best = [result.accuracy("best_on_test", table.metric).mean for result in results]
@@ -45,8 +46,12 @@ def accuracies(table: Table, results: Sequence[Result], theme: Theme) -> Figure:
     position = np.arange(len(results))
     marks = {"capsize": 3, "elinewidth": 1.2, "ecolor": theme.ink}
     axes.barh(position, means, xerr=deviations, height=0.5, color=theme.series[0], error_kw=marks, label="last")
+    seeds = [(100 * s["last"][name], i) for i, result in enumerate(results) for s in result.summaries]
+    if table.metric == "error":
+        seeds = [(100 - value, i) for value, i in seeds]
+    axes.plot(*zip(*seeds), "o", color=theme.ink, markersize=2.5, alpha=0.8, label="a seed, last")
     axes.plot(best, position, "o", mfc="none", color=theme.ink, markersize=5, label="best, chosen on the test set")
-    shown = [*means, *best]
+    shown = [*means, *best, *(value for value, _ in seeds)]
     if values:  # below the bars, so that neither hides the other's deviation
         published = [value.mean for value in values.values()]
         spreads = [value.deviation or 0.0 for value in values.values()]
@@ -58,9 +63,9 @@ def accuracies(table: Table, results: Sequence[Result], theme: Theme) -> Figure:
     # A few points of difference are the subject: the axis is cut, and says so.
     low = max(0.0, min(shown) - 3 * max(deviations) - 0.15 * (max(shown) - min(shown)) - 1)
     axes.set_xlim(low, min(100.5, max(shown) + max(deviations) + 0.08 * (max(shown) - low)))
-    name = "error" if table.metric == "error" else "balanced accuracy"
+    title = "error" if table.metric == "error" else "balanced accuracy"
     note = f", axis from {low:.0f}" if low > 0 else ""
-    axes.set_xlabel(f"{name} on the test set (%{note})", color=theme.muted, fontsize=9.5)
+    axes.set_xlabel(f"{title} on the test set (%{note})", color=theme.muted, fontsize=9.5)
     axes.set_yticks(position, [result.cell.row.name for result in results])
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(8))

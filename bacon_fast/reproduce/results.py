@@ -1,11 +1,13 @@
 """Results of the runs of a table: each cell's accuracies over its seeds."""
 
+import json
 import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from bacon_fast.data.longtail import Split
 from bacon_fast.engine.config import Config
-from bacon_fast.engine.metrics import MEAN_WINDOW
+from bacon_fast.engine.metrics import MEAN_WINDOW, class_groups
 from bacon_fast.reproduce.matrix import Cell, Run
 from bacon_fast.reproduce.published import Source, Value
 from bacon_fast.reproduce.runner import log_file
@@ -67,6 +69,20 @@ class Result:
             return None
         return spread([100 - 100 * f if metric == "error" else 100 * f for f in fractions])
 
+    def pseudo_precision(self) -> Spread | None:
+        """Of the pseudo-labels of the rarest third of the classes in the last log window, over the seeds, in percent.
+
+        A seed counts with the mean over those of the classes that got pseudo-labels; None where no seed has any.
+        """
+        means = []
+        for run in self.finished:
+            classes = pseudo_precision(run)
+            counts = Split.load(run.folder / "split.json").labeled_counts
+            groups = class_groups(len(counts), counts)
+            if found := [p for p, group in zip(classes, groups) if group == "few" and p is not None]:
+                means.append(100 * statistics.fmean(found))
+        return spread(means)
+
     def recalls(self) -> list[float | None]:
         """Recall of each class [K] after the last step, mean over the seeds, as fractions; [] without runs."""
         columns = zip(*(summary["last"]["per_class"] for summary in self.summaries))
@@ -77,6 +93,13 @@ class Result:
         if source is None or self.cell.row.name != self.cell.row.method:
             return None
         return source.values.get(self.cell.protocol, {}).get(self.cell.row.method)
+
+
+def pseudo_precision(run: Run) -> list[float | None]:
+    """Precision of each class's pseudo-labels at the last evaluation [K]; None without any, [] without the record."""
+    rows = (json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines())
+    found = [row.get("pseudo_precision", []) for row in rows if row["kind"] == "eval"]
+    return found[-1] if found else []
 
 
 def collect(cells: Sequence[Cell], failed: Collection[str]) -> list[Result]:

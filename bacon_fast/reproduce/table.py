@@ -10,10 +10,11 @@ from bacon_fast.engine.presets import PRESETS
 from bacon_fast.methods import METHODS
 from bacon_fast.reproduce.matrix import Options
 from bacon_fast.reproduce.published import OTHER_PROTOCOLS, SOURCES, Source, Value
-from bacon_fast.reproduce.results import Result
+from bacon_fast.reproduce.results import Result, pseudo_precision
 from bacon_fast.reproduce.tables import Column, Table
 
 METRICS = {"bacc": "bACC", "top1": "top-1", "gm": "GM", "few": "recall of the rarest third", "error": "error"}
+GROUPS = {"many": "recall, most frequent third", "medium": "recall, middle", "few": "recall, rarest third"}
 
 
 def markdown(table: Table, results: Sequence[Result], options: Options, command: str) -> str:
@@ -59,6 +60,8 @@ def _section(table: Table, column: Column, results: Sequence[Result]) -> list[st
     lines += [_row(headers), _row("---" for _ in headers)]
     lines += [_row(_cells(table, result)) for result in results]
     lines += [_row(cells) for cells in _published_only(table, protocol, len(headers))]
+    if metric == "bacc" and any(result.summaries for result in results):
+        lines += ["", *_groups(results)]
     if problems := [f"- {result.cell.row.name}: {result.problem}" for result in results if result.problem]:
         lines += ["", "Not there:", "", *problems]
     if others := _also_published(table, protocol):
@@ -82,6 +85,22 @@ def _cells(table: Table, result: Result) -> list[str]:
     if table.source is None:
         return cells
     return cells + _published(table.source, result.published(table.source), result.cell.row.method)
+
+
+def _groups(results: Sequence[Result]) -> list[str]:
+    """By groups of classes, each the mean of the last 20 evaluations, with the pseudo-labels of the last one."""
+    titles = [
+        f"{METRICS['gm']}, {READINGS['mean_last_20']}",
+        *(f"{t}, {READINGS['mean_last_20']}" for t in GROUPS.values()),
+    ]
+    lines = [
+        _row(["method", *titles, "precision of pseudo-labels, rarest third, last"]),
+        _row(["---"] * (len(titles) + 2)),
+    ]
+    for result in results:
+        numbers = [result.accuracy("mean_last_20", name) for name in ("gm", *GROUPS)] + [result.pseudo_precision()]
+        lines.append(_row([result.cell.row.name, *("–" if number is None else str(number) for number in numbers)]))
+    return lines
 
 
 def _published(source: Source, value: Value | None, method: str) -> list[str]:
@@ -217,15 +236,23 @@ def runs_csv(results: Sequence[Result]) -> str:
     """One row a finished run; accuracies in percent, as their columns say."""
     rows = []
     for result in results:
-        for summary in result.summaries:
+        for run, summary in zip(result.finished, result.summaries):
             row = {"column": result.cell.column.name, "method": result.cell.row.name, "seed": summary["seed"]}
             row |= {"protocol": summary["protocol"], "steps": summary["steps"]}
-            for metric in ("bacc", "gm", "top1"):
-                row |= {f"{metric}_{reading}_percent": 100 * summary[reading][metric] for reading in READINGS}
+            for metric in ("bacc", "gm", "top1", *GROUPS):
+                values = {reading: summary[reading][metric] for reading in READINGS}
+                row |= {f"{metric}_{reading}_percent": "" if v is None else 100 * v for reading, v in values.items()}
+            row["recall_of_each_class_last_percent"] = _percents(summary["last"]["per_class"])
+            row["pseudo_precision_of_each_class_last_percent"] = _percents(pseudo_precision(run))
             row["evaluations_averaged"] = summary["mean_last_20"]["evaluations"]
             names = ("steps_per_second", "train_seconds", "device", "precision", "split")
             rows.append(row | {name: summary[name] for name in names})
     return _csv(rows)
+
+
+def _percents(fractions: Iterable[float | None]) -> str:
+    """One cell of a CSV file for all classes; "-" for a class without a number."""
+    return " ".join("-" if fraction is None else f"{100 * fraction:.2f}" for fraction in fractions)
 
 
 def _csv(rows: Sequence[Mapping]) -> str:

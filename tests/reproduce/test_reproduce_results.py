@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,12 @@ def write_run(run, rng, classes=CLASSES, **changes) -> dict:
     summary["mean_last_20"]["evaluations"] = 20
     summary = summary | {name: summary["last"][name] for name in ("top1", "bacc", "gm", "per_class")} | changes
     write_record(run.folder / "summary.json", summary)
+    precision = [None, *rng.uniform(size=len(classes) - 1).tolist()]
+    rows = [{"kind": "eval", "step": 1, "pseudo_precision": [0.0] * len(classes)}, {"kind": "train", "step": 2}]
+    rows += [
+        {"kind": "eval", "step": 2} | ({} if run.config.method == "supervised" else {"pseudo_precision": precision})
+    ]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return read_record(run.folder / "summary.json")
 
 
@@ -70,12 +77,15 @@ def filled(tmp_path):
     return table, options, cells, summaries
 
 
-def sections(text: str) -> dict[str, list[dict[str, str]]]:
-    """Rows of each section's table, as a reader of Markdown sees them."""
+def sections(text: str, table: int = 0) -> dict[str, list[dict[str, str]]]:
+    """Rows of each section's first table, or of a further one, as a reader of Markdown sees them."""
     found, header = {}, None
     for line in text.splitlines():
         if line.startswith("## "):
-            rows = found.setdefault(line[3:], [])
+            tables = found.setdefault(line[3:], [[]])
+            header = None
+        elif not line and header is not None:  # the end of a table
+            tables.append([])
             header = None
         elif line.startswith("| ") and set(line) != set("| -"):
             cells = [cell.strip() for cell in line.strip("|").split(" | ")]
@@ -83,8 +93,8 @@ def sections(text: str) -> dict[str, list[dict[str, str]]]:
                 header = cells
             else:
                 assert len(cells) == len(header)
-                rows.append(dict(zip(header, cells)))
-    return found
+                tables[-1].append(dict(zip(header, cells)))
+    return {name: tables[table] for name, tables in found.items() if table < len(tables)}
 
 
 def test_spread_is_numpys():
@@ -112,6 +122,44 @@ def test_table_against_numpy(filled):
         for metric, title in (("gm", "GM, last"), ("few", "recall of the rarest third, last")):
             values = 100 * np.array([run["last"][metric] for run in runs])
             assert row[title] == f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
+
+
+def test_groups_of_classes_and_their_pseudo_labels_against_numpy(filled):
+    table, options, cells, summaries = filled
+    results = collect(cells, [])
+    rows = sections(markdown(table, results, options, "command"), table=1)
+    runs = {(r.cell.column.name, r.cell.row.name): r.finished for r in results}
+    logged = list(csv.DictReader(io.StringIO(runs_csv(results))))
+    for (column, method), found in summaries.items():
+        (row,) = [row for row in rows[column] if row["method"] == method]
+        titles = {"gm": "GM", "many": "recall, most frequent third", "few": "recall, rarest third"}
+        for metric, title in titles.items():
+            values = 100 * np.array([run["mean_last_20"][metric] for run in found])
+            assert row[f"{title}, mean of last 20"] == f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
+        lines = [(run.folder / "metrics.jsonl").read_text().splitlines()[-1] for run in runs[column, method]]
+        precision = [json.loads(line)["pseudo_precision"] for line in lines]
+        # Of the classes a, b, c, d with 0, 1, 2, 3 labeled images the rarest third is a, without pseudo-labels.
+        assert row["precision of pseudo-labels, rarest third, last"] == "–"
+        seeds = [line for line in logged if (line["column"], line["method"]) == (column, method)]
+        cell = [line["pseudo_precision_of_each_class_last_percent"].split(" ") for line in seeds]
+        assert [words[0] for words in cell] == ["-"] * len(found)
+        expected = 100 * np.array([values[1:] for values in precision])
+        np.testing.assert_allclose(np.array([words[1:] for words in cell], dtype=float), expected, atol=0.006)
+
+
+def test_precision_of_the_rarest_classes_pseudo_labels(tmp_path):
+    table = Table("t", (Row("fixmatch", "fixmatch"), Row("supervised", "supervised")), (Column("digits"),))
+    cells = expand(table, [0, 1], Options(), tmp_path)
+    for cell in cells:
+        for run in cell.runs:
+            write_run(run, np.random.default_rng(run.config.seed), classes="abcdef")
+    fixmatch, supervised = collect(cells, [])
+    # Of six classes the rarest two are a, without pseudo-labels, and b.
+    lines = [(run.folder / "metrics.jsonl").read_text().splitlines()[-1] for run in fixmatch.finished]
+    values = [100 * json.loads(line)["pseudo_precision"][1] for line in lines]
+    found = fixmatch.pseudo_precision()
+    assert found.mean == pytest.approx(np.mean(values)) and found.deviation == pytest.approx(np.std(values, ddof=1))
+    assert supervised.pseudo_precision() is None
 
 
 def test_a_mean_of_fewer_evaluations_says_so(filled):
@@ -297,6 +345,9 @@ def test_accuracy_picture_shows_the_numbers(filled):
         for name, bar in zip(names, axes.patches):
             values = [100 * run["last"]["bacc"] for run in summaries[column.name, name]]
             assert bar.get_width() == pytest.approx(np.mean(values)) and low < np.mean(values) < high
+        (dots,) = (line for line in axes.lines if line.get_label() == "a seed, last")
+        seeds = [(i, 100 * run["last"]["bacc"]) for i, name in enumerate(names) for run in summaries[column.name, name]]
+        np.testing.assert_allclose(np.transpose(dots.get_data()), [(value, i) for i, value in seeds])
         (marks,) = (line for line in axes.lines if line.get_marker() == "D")
         published_values = table.source.values[inside[0].cell.protocol]
         assert list(marks.get_xdata()) == pytest.approx([published_values[name].mean for name in names])
