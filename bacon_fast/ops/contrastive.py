@@ -169,8 +169,8 @@ def _forward(*arguments: Any, backend: str, keep_mean: bool, **options: Any) -> 
     rows = arguments[0]
     if backend == "cpp":
         row_loss, stats = torch.ops.bacon_fast.contrastive_cpp(*_native_arguments(arguments), **options)
-        nothing = (rows.new_empty(0, 0, 0), row_loss.new_empty(0)) * 2
-        return row_loss, stats, *nothing, row_loss.new_empty(0, rows.shape[1])
+        empty, no_scale = partial(rows.new_empty, (0, 0, 0)), partial(row_loss.new_empty, 0)
+        return row_loss, stats, empty(), no_scale(), empty(), no_scale(), row_loss.new_empty(0, rows.shape[1])
     from ..kernels.contrastive_forward import contrastive_forward
 
     return contrastive_forward(
