@@ -572,9 +572,8 @@ def _gradient(
         gives = (as_column != EMPTY) & (column_weight != 0.0)[None, :]
         w += tl.where(gives, column_weight[None, :] * tl.exp(tl.where(gives, as_column - column_n[None, :], 0.0)), 0.0)
         finite = is_finite(inverse)
-        power = shortening(tl.where(finite, inverse, 1.0), features.dtype.element_ty)  # 1 / 1e38 has few bits
-        w = w * tl.where(finite, inverse / power, 0.0)[None, :]  # the NaN of a pair is in w already
-        y = tl.where(finite[:, None], y * power[:, None], 0.0)
+        # The NaN of a pair is in w already. Weights times the inverse norm of huge features would be too small for TF32.
+        y = tl.where(finite[:, None], y * inverse[:, None], 0.0)
         unit_gradient = tl.dot(w.to(DOT), y.to(DOT), unit_gradient, input_precision=PRECISION, out_dtype=ACC)
     unit_gradient = unit_gradient / TEMPERATURE - pull[:, None] * center
     norm, inverse = norms(x, EPS_COSINE)
