@@ -572,7 +572,7 @@ def _gradient(
         gives = (as_column != EMPTY) & (column_weight != 0.0)[None, :]
         w += tl.where(gives, column_weight[None, :] * tl.exp(tl.where(gives, as_column - column_n[None, :], 0.0)), 0.0)
         finite = is_finite(inverse)
-        # The NaN of a pair is in w already. Weights times the inverse norm of huge features would be too small for TF32.
+        # The NaN of a pair is in w already. Weights times the inverse norm of huge features would be too small.
         y = tl.where(finite[:, None], y * inverse[:, None], 0.0)
         unit_gradient = tl.dot(w.to(DOT), y.to(DOT), unit_gradient, input_precision=PRECISION, out_dtype=ACC)
     unit_gradient = unit_gradient / TEMPERATURE - pull[:, None] * center
