@@ -66,8 +66,8 @@ class DataOptions(Options):
     """Images of other classes than --classes: error, drop or unlabeled."""
     unreadable: Annotated[Literal["skip", "error"], _WORD] = "skip"
     """Unlabeled files that cannot be read: skip or error."""
-    images: Literal["auto", "memory", "mapped"] = "auto"
-    """In memory, or decoded once into a file; auto: by their size."""
+    images: Annotated[Literal["auto", "memory", "mapped"], _WORD] = "auto"
+    """memory, mapped (decoded once into a file), or auto: by size."""
     follow_links: bool = False
     """Follow links in a class folder that lead out of it."""
     protocol: str = "digits"

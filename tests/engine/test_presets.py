@@ -182,7 +182,7 @@ def test_photos_is_v_pets_recipe_on_dinov2():
     """The numbers of V-PET's configurations (arXiv 2503.09707), and of the model card of the weights."""
     config = PRESETS["photos"].config()
     assert (config.method, config.steps, config.data.dataset, config.data.image_size) == (
-        "fixmatch+abc", 3420, "folder", None,
+        "fixmatch+abc", 3420, "folder", 224,
     )  # fmt: skip
     assert (config.views.batch_size, config.views.unlabeled_ratio) == (32, 1)
     model, optimizer = config.model, config.optimizer
