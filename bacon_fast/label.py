@@ -20,8 +20,7 @@ class Arguments:
     file to train on, once its labels are checked."""
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN... IMAGES")]
-    """Run directories, whose probabilities are averaged; then a folder of images, at any depth, or a CSV file with a
-    column image_path."""
+    """Run directories, averaged if several; then a folder of images, or a CSV file with a column image_path."""
     out: Path
     """The new CSV file: image_path, label, probability, margin, entropy, the next classes, error."""
     per_class: int | None = None
