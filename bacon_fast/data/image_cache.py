@@ -151,10 +151,10 @@ def _is_whole(path: Path, files: int, size: int) -> bool:
         return False
     with open(path, "rb") as file:
         file.seek(pixels)
-        return file.read() == _digest(path, pixels)
+        return file.read() == digest_of(path, pixels)
 
 
-def _digest(path: Path, size: int) -> bytes:
+def digest_of(path: Path, size: int) -> bytes:
     """sha256 of the sha256s of blocks of the file's first `size` bytes, which one thread a core reads."""
 
     def of_block(start: int) -> bytes:
@@ -185,7 +185,7 @@ def _decode(files: Sequence[Path], size: int, path: Path, optional: Container[in
             # Only now: the user wants to know all of them.
             require_readable({i: reason for i, reason in failed.items() if i not in optional})
             output.flush()
-            output.write(_digest(temporary, output.tell()))
+            output.write(digest_of(temporary, output.tell()))
         left_out.unlink(missing_ok=True)
         if failed:  # before the images are there: with these, they are whole
             remember(left_out, json.dumps(failed))

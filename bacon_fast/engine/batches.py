@@ -1,6 +1,7 @@
 """The views of a step, made on the device from the step counter alone."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +17,21 @@ from bacon_fast.engine.distributed import own_part
 from bacon_fast.methods.outputs import Batch
 
 _STRONG = (Stream.STRONG_0, Stream.STRONG_1)
+
+
+def build_augment(config: Config, dataset: ImageDataset) -> Augment:
+    """What makes the views of the dataset's images."""
+    source = tuple(dataset.train_images.shape[1:3])
+    return Augment(
+        image_size=source if config.views.stored_size is None else config.data.image_size,
+        source_size=source,
+        mean=dataset.mean,
+        std=dataset.std,
+        hflip=config.views.hflip,
+        num_ops=config.views.randaugment_ops,
+        cutout=config.views.cutout,
+        resized_crop=config.views.strong_crop == "resized",
+    )
 
 
 class Batches:
@@ -57,24 +73,14 @@ class Batches:
             raise ValueError(f"method: {config.method} needs unlabeled images, and the split holds none")
         self.config, self.device, self.unlabeled_views = config, device, unlabeled_views
         self.balanced_view, self.labeled_strong_view, self.dtype = balanced_view, labeled_strong_view, dtype
-        mapped = dataset.mapped
-        self.pool = HostPool(dataset.pool(), device) if mapped else resident(dataset.pool(), device)
+        self.pool = self._open_pool(dataset)
+        mapped = isinstance(self.pool, HostPool)
         known = torch.full((len(self.pool),), -1, dtype=torch.int64)
         known[: len(dataset.train_labels)] = dataset.train_labels
         self.unlabeled = torch.as_tensor(split.unlabeled).to(device)
         hidden = known.index_fill(0, torch.as_tensor(split.labeled), -1)
         self.true_labels = hidden.to(device)[self.unlabeled]
-        source = tuple(self.pool.shape[1:3])
-        self.augment = Augment(
-            image_size=source if config.views.stored_size is None else config.data.image_size,
-            source_size=source,
-            mean=dataset.mean,
-            std=dataset.std,
-            hflip=config.views.hflip,
-            num_ops=config.views.randaugment_ops,
-            cutout=config.views.cutout,
-            resized_crop=config.views.strong_crop == "resized",
-        ).to(device)
+        self.augment = build_augment(config, dataset).to(device)
         labeled = torch.as_tensor(split.labeled)
         self.set_labeled(labeled.to(device), known[labeled].to(device))
         self.unlabeled_sampler = None
@@ -84,6 +90,14 @@ class Batches:
             sampler = IndexSampler(len(split.unlabeled), rows, config.seed, Stream.SAMPLER_UNLABELED, columns)
             self.unlabeled_sampler = sampler.to(device)
         self.window = Window(self.pool, len(self._rows_on_host(0))) if mapped else None
+
+    def _open_pool(self, dataset: ImageDataset) -> Tensor | HostPool:
+        return HostPool(dataset.pool(), self.device) if dataset.mapped else resident(dataset.pool(), self.device)
+
+    def _views(self, pool: Tensor, requests: Sequence[ViewRequest], step: Tensor) -> Tensor:
+        """All requested views of rows of `pool`, as one batch."""
+        options = {"dtype": self.dtype, "channels_last": self.config.engine.channels_last}
+        return self.augment.views(pool, requests, self.config.seed, step, **options)
 
     def set_labeled(self, labeled: Tensor, labels: Tensor) -> None:
         """Trains on these rows of the pool, int64 [n], with these labels, int64 [n], from the next step on."""
@@ -152,9 +166,7 @@ class Batches:
             requests.append(ViewRequest(balanced, Stream.LABELED_STRONG, strong=True, first_slot=part.start))
         if self.labeled_strong_view:
             requests.append(ViewRequest(labeled, Stream.LABELED_STRONG_VIEW, strong=True, first_slot=first_labeled))
-        images = self.augment.views(
-            pool, requests, self.config.seed, step, dtype=self.dtype, channels_last=self.config.engine.channels_last
-        )
+        images = self._views(pool, requests, step)
         # Behind the views of the step, in the order of their requests.
         balanced_images = labeled_strong_images = None
         if self.labeled_strong_view:

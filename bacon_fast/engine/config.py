@@ -117,6 +117,13 @@ class Config(Options):
             for name, options in self.parts.items():
                 if reason := options.idle_on_frozen_features():
                     raise ValueError(f"train: expected all, lora or bias beside {name}, {reason}; found 'head'")
+        if self.views.cached_views:
+            found = f"found {self.views.cached_views}"
+            if model.train != "head":
+                raise ValueError(f"cached_views: expected 0 unless train is head, as features would change; {found}")
+            for name, options in self.parts.items():
+                if reason := options.needs_images():
+                    raise ValueError(f"cached_views: expected 0 beside {name}, {reason}; {found}")
         if self.optimizer.layer_decay != 1 and (not model.backbone.startswith(PREFIX) or model.train == "head"):
             raise ValueError(
                 "layer_decay: expected 1 where no layers of a timm backbone are trained, found "

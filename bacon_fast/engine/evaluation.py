@@ -19,7 +19,10 @@ SUM_ROWS = 8192  # rows a product: its one-hot matrix has as many
 
 
 class Part(NamedTuple):
-    """Images to measure on, of which nothing is trained on: name, test or validation; uint8 [N,H,W,3]; int64 [N]."""
+    """Images to measure on, of which nothing is trained on: name, test or validation; uint8 [N,H,W,3]; int64 [N].
+
+    In a run on kept features, `images` are features [N,F].
+    """
 
     name: str
     images: Tensor
@@ -64,7 +67,7 @@ class Evaluation:
 @torch.inference_mode()
 def predict(network: nn.Module, normalize: Augment, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Features float32 [N,F] and logits float32 [N,K] of uint8 images [N,H,W,3] as they are stored, in batches, in
-    evaluation mode: of their center windows.
+    evaluation mode: of their center windows; or of features [N,F] that a frozen backbone gave for these.
 
     `network` has a method `predict(images) -> (features, logits)`. Its mode, training or evaluation, is left as it was.
     """
@@ -72,7 +75,10 @@ def predict(network: nn.Module, normalize: Augment, images: Tensor, device: torc
     network.eval()
     features, logits = [], []
     for chunk in images.split(EVALUATION_BATCH):
-        f, z = network.predict(normalize.normalize(normalize.center(chunk).to(device)))
+        if chunk.dim() == 2:
+            f, z = network.predict(chunk.to(device).float())
+        else:
+            f, z = network.predict(normalize.normalize(normalize.center(chunk).to(device)))
         features.append(f.float())
         logits.append(z.float())
     network.train(was_training)

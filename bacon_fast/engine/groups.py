@@ -110,7 +110,8 @@ class ViewOptions(Options):
     """Batch and augmentation.
 
     strong_crop: "window" is the crop of weak views, which moves only. "resized" is torchvision's RandomResizedCrop: a
-    random part of 8 to 100 % of the image's area, resized.
+    random part of 8 to 100 % of the image's area, resized. cached_views: the frozen backbone sees every image once, in
+    fixed augmentations, not fresh ones. Its features are kept in a file in .bacon_fast beside the images.
     """
 
     batch_size: int = 64
@@ -128,10 +129,12 @@ class ViewOptions(Options):
     """Operations drawn per strong view."""
     cutout: bool = True
     """One Cutout per strong view."""
+    cached_views: int = 0
+    """With --train head: weak, and as many strong, views of each image whose features are kept; 0: fresh views."""
 
     def check(self) -> None:
         self.require_integers(1, "batch_size", "unlabeled_ratio")
-        self.require_integers(0, "randaugment_ops")
+        self.require_integers(0, "randaugment_ops", "cached_views")
         fits = self.stored_size is None or 1 <= self.stored_size <= MAX_IMAGE_SIZE
         self.require(fits, "stored_size", f"1 to {MAX_IMAGE_SIZE} pixels")
 

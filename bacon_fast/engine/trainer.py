@@ -16,7 +16,7 @@ import bacon_fast
 from bacon_fast.data.datasets import ImageDataset
 from bacon_fast.data.longtail import pool_line
 from bacon_fast.engine import build, distributed
-from bacon_fast.engine.batches import Batches
+from bacon_fast.engine.batches import Batches, build_augment
 from bacon_fast.engine.checkpoint import (
     CheckpointError,
     content_of,
@@ -38,6 +38,7 @@ from bacon_fast.engine.evaluation import (
     parts_of,
     predict_together,
 )
+from bacon_fast.engine.features import FeatureBatches, Features, load_features
 from bacon_fast.engine.finite import not_finite
 from bacon_fast.engine.graph import CudaCapture, GraphedStep, use_graph
 from bacon_fast.engine.interrupt import StopRequest
@@ -152,7 +153,8 @@ class Trainer:
         validation = sum(len(part.labels) for part in self.parts if part.name == "validation")
         require_validation(config.log.select, config.log.patience, validation)
         self._weights: dict | None = None  # where the backbone's came from
-        self._build(resumes=saved is not None)
+        self._features: Features | None = None
+        self._build(saved)
         self.step, self.generation, self.train_seconds = 0, 0, 0.0
         self._window: tuple[int, float] | None = None  # the step and the time at which it began
         self._evaluation_seconds = 0.0  # of the last one; not known before the first
@@ -173,6 +175,10 @@ class Trainer:
             self.logger.say(pool_line(self.split, self.dataset))
             if self._weights is not None:
                 self.logger.say(build.weights_line(self._weights, self.method))
+            if self._features is not None:
+                count = config.views.cached_views
+                kind = f"{count}+{count} fixed augmentations of each image, not fresh ones"
+                self.logger.say(f"features {self._features.file}: {kind}")
 
     def _saved_state(self) -> tuple[Path, dict] | None:
         """Checkpoint to resume from, and its content: rank 0 chooses the file, every rank reads it."""
@@ -233,20 +239,31 @@ class Trainer:
         if longer:
             print(f"steps: {own.steps} in the place of {saved.steps}; nothing else changes", flush=True)
 
-    def _build(self, *, resumes: bool) -> None:
+    def _build(self, saved: tuple[Path, dict] | None) -> None:
         config, split = self.config, self.split
         build.seed_everything(config.seed)
         counts = torch.as_tensor(split.labeled_counts)
         sizes, data = (len(split.labeled), len(split.unlabeled)), self.dataset
         self._info = DataInfo(data.num_classes, counts, *sizes, data.mean, data.std)
-        method = self._fresh_method(load_weights=not resumes)
+        method = self._fresh_method(load_weights=saved is None)
         memory_format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
         self.method = method.to(self.device, memory_format=memory_format)
         if config.engine.sync_batchnorm and distributed.num_ranks() > 1:
             synchronize(self.method)
         half = None if method.mixes_images else AUTOCAST.get(config.engine.precision)
         views = method.unlabeled_views, method.balanced_view, method.labeled_strong_view, half or torch.float32
-        self.batches = Batches(config, split, self.dataset, self.device, *views)
+        inputs = config, split, self.dataset, self.device, *views
+        if config.views.cached_views:
+            if saved is not None:  # the frozen weights, by which the features are known
+                with content_of(saved[0]):
+                    self.method.load_state_dict(saved[1]["method"])
+            augment, backbone = build_augment(config, data).to(self.device), self.method.network.backbone
+            load = functools.partial(load_features, config, data, augment, backbone, self.device)
+            self._features = distributed.leader_first(load)
+            self.parts = [self._features.part(part, split) for part in self.parts]
+            self.batches = FeatureBatches(self._features, *inputs)
+        else:
+            self.batches = Batches(*inputs)
         bank = None if method.regularizer is None else method.regularizer.bank
         self.diagnostics = Diagnostics(self.dataset.num_classes, bank).to(self.device)
         self.meter = Meter(self.device)

@@ -39,6 +39,10 @@ class PartOptions(Options):
         """Why the part has no effect on what predicts where the backbone gives fixed features; empty if it has one."""
         return ""
 
+    def needs_images(self) -> str:
+        """Why the part cannot work with features in the place of images; empty if it can."""
+        return ""
+
 
 @dataclass(frozen=True)
 class DataInfo:

@@ -60,6 +60,9 @@ class ReMixMatchOptions(PartOptions):
         reason = "whose rotation task would train its own head alone (--remixmatch.lambda-rot 0 leaves it out)"
         return reason if self.lambda_rot else ""
 
+    def needs_images(self) -> str:
+        return "which mixes and rotates pixels"
+
 
 class ReMixMatch(ExtendedMethod):
     """MixUp of all views towards aligned, sharpened predictions, and a rotation task.

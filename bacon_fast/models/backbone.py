@@ -25,6 +25,10 @@ class Backbone(nn.Module):
         """The module whose names a file of weights has."""
         return self
 
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features of images [N,C,H,W]. A frozen network passes features [N,F] on, which it gave before."""
+        return images if self.frozen and images.dim() == 2 else super().__call__(images)
+
     def train(self, mode: bool = True) -> "Backbone":
         return super().train(mode and not self.frozen)
 

@@ -84,7 +84,9 @@ def _sample_views(trainer: Trainer) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     """Some unlabeled images (labeled ones for a supervised run), and views as the training step drew them."""
     indices = trainer.batches.unlabeled if trainer.method.uses_unlabeled else trainer.batches.labeled
     chosen = indices[:: max(1, len(indices) // MAX_VIEWS)][:MAX_VIEWS]
-    images, seed, augment = trainer.batches.pool[chosen], trainer.config.seed, trainer.batches.augment
+    # Of the dataset: a run on kept features has no images in its batches, and its views are others of the same kind.
+    images = trainer.dataset.pool()[chosen.cpu()].to(trainer.device)
+    seed, augment = trainer.config.seed, trainer.batches.augment
     weak = augment.weak(images, seed, 0, Stream.UNLABELED_WEAK)
     strong = augment.strong(images, seed, 0, Stream.STRONG_0)
     return tuple(t.cpu().numpy() for t in (augment.center(images), weak, strong))

@@ -194,5 +194,5 @@ def test_photos_is_v_pets_recipe_on_dinov2():
 
 def test_only_the_presets_of_ones_own_images_warm_the_average_up():
     warm = {name for name, preset in PRESETS.items() if preset.config().optimizer.ema_warmup}
-    assert warm == {"folder", "photos"}
+    assert warm == {"folder", "photos", "photos-cached"}
     assert PRESETS["folder"].config().model.bn_momentum == 0.01

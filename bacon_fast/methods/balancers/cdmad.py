@@ -41,6 +41,9 @@ class CDMADOptions(PartOptions):
     def network(self) -> dict[str, object]:
         return {"heads": "debiased"}
 
+    def needs_images(self) -> str:
+        return "whose empty image is made of pixels"
+
 
 class CDMAD(Balancer):
     """Takes the network's answer to an empty image out of the pseudo-labels, which are soft, and out of predictions.

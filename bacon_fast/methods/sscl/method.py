@@ -99,6 +99,9 @@ class SsCLOptions(PartOptions):
         self.require_positive("gamma", "temperature")
         self.require_fractions("momentum")
 
+    def needs_images(self) -> str:
+        return "which makes views of pixels for its momentum encoder"
+
     def choices(self) -> dict[str, str]:
         """The options that a variant sets: as given, else the variant's."""
         values = VARIANTS[self.variant]
