@@ -1,4 +1,4 @@
-"""Trains a model: `python train.py [PRESET] [--option value ...]`; see `python train.py --help`."""
+"""Trains a model: `python train.py [PRESET] [--option value ...]`, the same as `bacon-fast train`; see its --help."""
 
 from bacon_fast.cli import train
 

@@ -2,7 +2,8 @@
 
 - `functional`, `BaConLoss`, `MemoryBank`: the losses, for a training loop of your own.
 - `Config`, `PRESETS`, `Trainer`: a run, and `StoppedError`, `DivergedError`, `CheckpointError`, which end it.
-- `load_dataset`, `open_run`: images, and the network of a finished run.
+- `train`, `Run`: the same in one call, and the network of a finished run, which evaluates and predicts.
+- `load_dataset`: images.
 
 Each is loaded when it is first used: `import bacon_fast` alone loads nothing, not even torch.
 """
@@ -19,10 +20,12 @@ _HOMES = {
     "DivergedError": "bacon_fast.engine.trainer",
     "MemoryBank": "bacon_fast.losses.bank",
     "PRESETS": "bacon_fast.engine.presets",
+    "Run": "bacon_fast.run",
     "StoppedError": "bacon_fast.engine.trainer",
     "Trainer": "bacon_fast.engine.trainer",
     "load_dataset": "bacon_fast.data.datasets",
     "open_run": "bacon_fast.run",
+    "train": "bacon_fast.training",
 }
 __all__ = ["__version__", "functional", *_HOMES]
 

@@ -1,5 +1,6 @@
-"""The command line of train.py: a preset, overridden field by field, then one run, or one for each of several seeds."""
+"""`bacon-fast train`: a preset, overridden field by field, then one run, or one for each of several seeds."""
 
+import io
 import os
 import statistics
 import sys
@@ -19,9 +20,9 @@ from bacon_fast.engine import distributed
 from bacon_fast.engine.build import resolve_device
 from bacon_fast.engine.checkpoint import CheckpointError
 from bacon_fast.engine.config import Config
-from bacon_fast.engine.logger import format_speed
+from bacon_fast.engine.logger import RowHook, format_speed
 from bacon_fast.engine.memory import is_out_of_memory
-from bacon_fast.engine.metrics import READINGS
+from bacon_fast.engine.metrics import CHOSEN, READINGS
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.engine.several import fit_together
 from bacon_fast.engine.trainer import DivergedError, StoppedError, Trainer
@@ -36,7 +37,7 @@ SAVING_MEMORY = (
     "less with --images mapped"
 )
 
-DESCRIPTION = "Train a class-imbalanced semi-supervised classifier: train.py [PRESET] [--option value ...]"
+DESCRIPTION = "Train a class-imbalanced semi-supervised classifier: bacon-fast train [PRESET] [--option value ...]"
 SEEDS_HELP = "A run per seed, all at once; --run-dir X then names X-seedN."
 
 
@@ -57,22 +58,15 @@ def parse_runs(args: Sequence[str]) -> list[Config]:
     refuse_empty(args)
     named = bool(args) and not args[0].startswith("-")
     name = args.pop(0) if named else "digits"
-    if name not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, found {name!r}")
-    default = (None if named else _saved(args)) or PRESETS[name].config(value_in(args, "--method"))
+    default = (None if named else _saved(args)) or default_config(name, value_in(args, "--method"))
     config, more = override(
         default,
         args,
-        prog=f"train.py {name}",
+        prog=f"bacon-fast train {name}",
         description=f"{DESCRIPTION}\n\n{_presets(name if named else None)}",
         extra={"seeds": (Annotated[str | None, tyro.conf.arg(metavar="N,N,...", help=SEEDS_HELP)], None)},
     )
-    seeds, run_dir = more["seeds"], config.run.run_dir
-    for field in ("data_dir", "split"):  # absolute, so that the run can be evaluated and resumed from anywhere
-        if (path := getattr(config.data, field)) is not None:
-            config = config.replace(**{field: path.resolve()})
-    if run_dir is None and config.run.resume:
-        raise ValueError("resume: expected --run-dir to name the run to continue, found none")
+    seeds, run_dir, config = more["seeds"], config.run.run_dir, settle(config)
     if seeds is None:
         return [config]
     if config.seed != default.seed:
@@ -83,17 +77,46 @@ def parse_runs(args: Sequence[str]) -> list[Config]:
     ]
 
 
+def default_config(preset: str, method: str | None) -> Config:
+    """The configuration of a preset, for another method than its own if one is named."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, found {preset!r}")
+    return PRESETS[preset].config(method)
+
+
+def settle(config: Config) -> Config:
+    """The configuration with absolute paths to its data, so that the run can be evaluated and resumed from anywhere.
+
+    Raises ValueError under `resume` without a run directory.
+    """
+    if config.run.run_dir is None and config.run.resume:
+        raise ValueError("resume: expected --run-dir to name the run to continue, found none")
+    places = {name: getattr(config.data, name) for name in ("data_dir", "split")}
+    lists = {
+        name: tuple(path.resolve() for path in getattr(config.data, name)) for name in ("unlabeled", "test", "val")
+    }
+    return config.replace(**{name: path.resolve() for name, path in places.items() if path is not None}, **lists)
+
+
 def _saved(words: Sequence[str]) -> Config | None:
     """The configuration of the run that --resume --run-dir name, or of a first one under --seeds; None without one."""
     run_dir, seeds = value_in(words, "--run-dir"), value_in(words, "--seeds")
     if "--resume" not in words or run_dir is None:
         return None
     folders = [Path(run_dir)] if seeds is None else [Path(f"{run_dir}-seed{seed}") for seed in parse_seeds(seeds)]
-    folder = next((folder for folder in folders if (folder / "config.json").exists()), None)
-    if folder is None:
+    method = value_in(words, "--method")
+    return next((saved for folder in folders if (saved := saved_config(folder, method)) is not None), None)
+
+
+def saved_config(folder: Path, method: str | None) -> Config | None:
+    """The configuration of the run in a folder, to be resumed; None if there is no run.
+
+    Raises ValueError when it has another method than the one that is named.
+    """
+    if not (folder / "config.json").exists():
         return None
     saved = Config.read(folder / "config.json")
-    if (method := value_in(words, "--method")) not in (None, saved.method):
+    if method not in (None, saved.method):
         raise ValueError(f"method: expected {saved.method}, that of the run in {folder}, found {method}")
     # The run has its split; the file that it came from may be gone.
     return saved.replace(split=None) if (folder / "split.json").exists() else saved
@@ -102,7 +125,7 @@ def _saved(words: Sequence[str]) -> Config | None:
 def _presets(name: str | None) -> str:
     """The lines of --help about one preset, or about all."""
     if name is not None:
-        return f"Preset {name}: {PRESETS[name].help}\n\nAll presets: train.py --help"
+        return f"Preset {name}: {PRESETS[name].help}\n\nAll presets: bacon-fast train --help"
     return "Presets:\n" + "\n".join(f"  {key:<26}{preset.help}" for key, preset in PRESETS.items())
 
 
@@ -154,7 +177,7 @@ def _make_directory(path: Path) -> Path:
 
 
 def train(args: Sequence[str] | None = None) -> None:
-    """Entry point of train.py, under plain python or, for several GPUs or machines, under torchrun."""
+    """The command, also train.py; under plain python or, for several GPUs or machines, under torchrun."""
     with_clear_errors(lambda: _train(sys.argv[1:] if args is None else args))
 
 
@@ -163,19 +186,24 @@ def _train(args: Sequence[str]) -> None:
     if len(configs) > 1:
         _train_together(configs)
         return
-    config = configs[0]
+    train_run(configs[0])
+
+
+def train_run(config: Config, on_row: RowHook | None = None) -> Trainer:
+    """Trains one run to its end, in a process group under torchrun, and prints and writes what it came to."""
     with (
         distributed.process_group(resolve_device(config.run.device), config.engine.rank_timeout) as store,
         _same_run_everywhere(config, store) as config,
     ):
         main = distributed.is_main()
-        trainer = Trainer(config)
+        trainer = Trainer(config, on_row=on_row)
         distributed.mark_started(store, trainer.run_dir)
         if main:
             print(f"run directory: {printable(str(trainer.run_dir))}", flush=True)
         summary = trainer.fit()
     if main:
         _conclude(trainer, summary)
+    return trainer
 
 
 def _train_together(configs: Sequence[Config]) -> None:
@@ -189,7 +217,7 @@ def _train_together(configs: Sequence[Config]) -> None:
         if summary is not None:
             _conclude(trainer, summary)
     summaries = [summary for _, summary, _ in outcomes if summary is not None]
-    if len(summaries) > 1:
+    if len(summaries) > 1 and outcomes[0].trainer.parts:
         print(format_seeds(summaries), flush=True)
     failures = [f"{trainer.logger.name}: {error}" for trainer, _, error in outcomes if error is not None]
     if failures:
@@ -203,7 +231,10 @@ def _conclude(trainer: Trainer, summary: dict) -> None:
         # Imported here: matplotlib and scikit-learn take seconds, which a command that fails at once need not wait for.
         from bacon_fast.report.page import write_report
 
-        print(f"report: {write_report(trainer.run_dir, collect(trainer, summary))}", flush=True)
+        try:
+            print(f"report: {write_report(trainer.run_dir, collect(trainer, summary))}", flush=True)
+        except PermissionError as error:  # on Windows, a picture or the page is open in another program
+            warnings.warn(f"{error}; `bacon-fast report {trainer.run_dir}` writes the report again", stacklevel=2)
 
 
 @contextmanager
@@ -221,8 +252,10 @@ def _same_run_everywhere(config: Config, store: Store | None) -> Iterator[Config
 def with_clear_errors(main: Callable[[], None]) -> None:
     """Runs `main`. Errors that a user can cause become one line on stderr and a non-zero status, not a traceback.
 
-    Warnings become one line each.
+    Warnings become one line each, and characters that stdout cannot show become escapes, as on stderr.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     usual, warnings.formatwarning = warnings.formatwarning, _warning_line
     try:
         main()
@@ -259,7 +292,9 @@ def format_seeds(summaries: Sequence[dict]) -> str:
     seeds = ", ".join(str(summary["seed"]) for summary in summaries)
     lines = ["", f"mean ± standard deviation over {len(summaries)} seeds ({seeds})", ""]
     lines.append(f"{'':<32}" + "".join(f"{title:>18}" for title in ("top-1", "bACC", "GM")))
-    for key, title in READINGS.items():
+    for key, title in (READINGS | CHOSEN).items():
+        if not all(key in summary for summary in summaries):
+            continue
         line = f"{title:<32}"
         for name in ("top1", "bacc", "gm"):
             values = [summary[key][name] for summary in summaries]
@@ -274,15 +309,19 @@ def format_summary(summary: dict, labeled_counts: Sequence[int], unlabeled_count
         "",
         f"{summary['dataset']}, {summary['method']}, {summary['steps']} steps, seed {summary['seed']}, "
         f"{format_speed(summary['steps_per_second'])}",
+        summary["choice"],
         "",
-        f"{'':<32}{'top-1':>8}{'bACC':>8}{'GM':>8}",
     ]
-    for key, title in READINGS.items():
+    readings = {key: title for key, title in (READINGS | CHOSEN).items() if key in summary}
+    if readings:
+        lines.append(f"{'':<32}{'top-1':>8}{'bACC':>8}{'GM':>8}")
+    for key, title in readings.items():
         row = summary[key]
         lines.append(f"{title:<32}{row['top1']:>8.4f}{row['bacc']:>8.4f}{row['gm']:>8.4f}")
-    lines += ["", f"{'class':<20}{'labeled':>10}{'unlabeled':>12}{'recall':>10}"]
+    lines += [*([""] if readings else []), f"{'class':<20}{'labeled':>10}{'unlabeled':>12}{'recall':>10}"]
     unlabeled = ["?"] * len(labeled_counts) if unlabeled_counts is None else unlabeled_counts
-    names, recalls = summary["class_names"], summary["per_class"]
+    names = summary["class_names"]
+    recalls = summary.get("per_class", [None] * len(names))
     shown = range(len(names)) if len(names) <= 20 else [*range(10), None, *range(len(names) - 10, len(names))]
     for c in shown:
         if c is None:

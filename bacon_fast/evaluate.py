@@ -1,6 +1,6 @@
-"""`python -m bacon_fast.evaluate RUN`: the averaged network of a run on the test part of its dataset."""
+"""`bacon-fast evaluate RUN`: the averaged network of a run on the test part of its data, or else on validation."""
 
-import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -8,15 +8,9 @@ from typing import Annotated
 import tyro
 
 from bacon_fast.cli import with_clear_errors
-from bacon_fast.data.longtail import Split
-from bacon_fast.engine.build import build_dataset, use_threads
-from bacon_fast.engine.checkpoint import content_of
-from bacon_fast.engine.config import Config
-from bacon_fast.engine.evaluation import calibration_error
-from bacon_fast.engine.evaluation import evaluate as evaluate_network
-from bacon_fast.engine.metrics import compute_metrics
+from bacon_fast.engine.build import use_threads
 from bacon_fast.files import to_json
-from bacon_fast.run import open_run
+from bacon_fast.run import Run
 
 
 @dataclass(frozen=True)
@@ -31,44 +25,15 @@ class Arguments:
     """auto, cpu, cuda or cuda:N."""
 
 
-def evaluate(arguments: Arguments) -> dict:
-    """Metrics of `compute_metrics`, calibration and spread, "step", the names of the classes in the order of
-    "per_class", and the confusion matrix (rows = truth).
+def main(args: Sequence[str] | None = None) -> None:
+    """The command, with these words or those of the process."""
+    arguments = tyro.cli(Arguments, prog="bacon-fast evaluate", args=args)
 
-    A warning says so when the images are not those of the run's split.
+    def show() -> None:
+        use_threads(0)
+        print(to_json(Run.open(arguments.run, arguments.device).evaluate(arguments.data_dir)))
 
-    Raises ValueError when `data_dir` holds other classes, or images of another size, than the run was trained on, and
-    what `open_run` raises.
-    """
-    use_threads(0)
-    run = open_run(arguments.run, arguments.device)
-    with content_of(run.checkpoint):
-        config = Config.from_dict(run.saved)
-    if arguments.data_dir is not None:
-        config = config.replace(data_dir=arguments.data_dir)
-    dataset = build_dataset(config)
-    if tuple(dataset.class_names) != run.class_names:
-        raise ValueError(f"data_dir: expected the classes {run.class_names}, found {tuple(dataset.class_names)}")
-    if (size := tuple(dataset.test_images.shape[1:3])) != run.image_size:
-        expected, found = (f"{height} x {width}" for height, width in (run.image_size, size))
-        raise ValueError(f"data_dir: expected images of {expected} pixels, as the run was trained on, found {found}")
-    evaluation = evaluate_network(run.network, run.normalize, dataset, run.device)
-    split = Split.load(run.directory / "split.json")
-    if dataset.fingerprint != split.dataset_fingerprint:
-        warnings.warn(f"data_dir: the images of {config.data.data_dir} are not those that the run had", stacklevel=1)
-    return {
-        "step": run.step,
-        "class_names": list(run.class_names),
-        **compute_metrics(evaluation.confusion, split.labeled_counts),
-        "calibration_error": calibration_error(evaluation.calibration),
-        "intra_class_variance": float(evaluation.intra_class_variance),
-        "confusion": evaluation.confusion.tolist(),
-    }
-
-
-def main() -> None:
-    arguments = tyro.cli(Arguments, prog="python -m bacon_fast.evaluate")
-    with_clear_errors(lambda: print(to_json(evaluate(arguments))))
+    with_clear_errors(show)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,12 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
+REPLACE_AFTER = (0.05, 0.1, 0.2, 0.4)
+"""Seconds to wait before each further try to replace a file that is in use."""
 
 
 @contextlib.contextmanager
@@ -33,7 +37,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             write(temporary)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            _replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # some file systems cannot sync a folder; the rename is atomic all the same
@@ -42,6 +46,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Moves the file. On Windows that is refused while another program has `path` open, which may be over soon."""
+    for seconds in REPLACE_AFTER:
+        try:
+            os.replace(temporary, path)
+        except PermissionError:
+            time.sleep(seconds)
+        else:
+            return
+    os.replace(temporary, path)
 
 
 def remove_leftovers(*folders: Path) -> None:

@@ -1,22 +1,31 @@
-"""`python -m bacon_fast.info`: versions, devices, and which backends work here, with the reason where one does not."""
+"""`bacon-fast info`: versions, devices, and which backends work here, with the reason where one does not."""
 
 import importlib.metadata
 import os
 import platform
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
+import tyro
 
 import bacon_fast
 import bacon_fast.ops  # registers the operations' backends
 from bacon_fast.ops import backends
+from bacon_fast.system import usable_cores
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow", "scikit-learn", "tyro")
 
 
 # What every operation's `why_not` can judge: a batch of images, which has columns, like the batches of vectors.
 PROBE = (0, 32, 32, 3)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Print versions, devices, and which backends work here, with the reason where one does not."""
 
 
 def native_extension() -> str:
@@ -26,7 +35,7 @@ def native_extension() -> str:
         missing = f"the C++ compiler {compiler!r} is not there; install one, then" if not shutil.which(compiler) else ""
         return f"not built, operations are slower: {missing or 'to see why,'} run `python setup.py build_ext --inplace`"
     if backends.native_error is not None:
-        return f"{backends.native_error}; run `make setup`"
+        return f"{backends.native_error}; run `make setup`, or `pip install` again"
     from bacon_fast import _C
 
     cuda = "with CUDA" if _C.built_with_cuda else "without CUDA (`BACON_FAST_CUDA=1 make setup` compiles it)"
@@ -41,7 +50,7 @@ def report() -> str:
             lines.append(f"  {name:<14}{importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             lines.append(f"  {name:<14}not installed")
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     lines += ["devices", f"  cpu           {cores} cores usable, {torch.backends.cpu.get_cpu_capability()}"]
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
@@ -50,6 +59,8 @@ def report() -> str:
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         lines.append(f"  cuda          none usable (torch is {built}; no device or driver found)")
+    if torch.backends.mps.is_available():
+        lines.append("  mps           not used: it has no float64, which the random draws need; runs use the cpu")
     lines.append(f"native extension: {native_extension()}")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:
@@ -63,5 +74,11 @@ def report() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(args: Sequence[str] | None = None) -> None:
+    """The command, with these words or those of the process."""
+    tyro.cli(Arguments, prog="bacon-fast info", args=args)
     print(report())
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ import tyro
 from bacon_fast import methods
 from bacon_fast.engine.config import GROUPS, Config
 
-# --help leaves these out: they change how a run is computed and logged, not its result.
+# --help leaves these out: how a run is computed, measured and logged.
 RARE = ("engine", "log")
 STEPS_HELP = "T, optimizer steps. Schedules run on t/T."
 SEED_HELP = "Of split, initialization, sampling order and augmentation draws."
@@ -53,7 +53,7 @@ def override(
         ValueError: an option belongs to a part that the method does not have.
         SystemExit: tyro refused the words.
     """
-    default = _with_variants(default, {name: value_in(words, f"--{name}.variant") for name in default.parts})
+    default = with_variants(default, {name: value_in(words, f"--{name}.variant") for name in default.parts})
     extra, parts, groups = extra or {}, default.parts, list(GROUPS)
     if "--help-all" in words:
         parts = {name: part.options() for name, part in methods.PARTS.items()} | parts
@@ -81,7 +81,7 @@ def override(
 def words_of(config: Config, default: Config) -> list[str]:
     """The command-line words that turn `default` into `config`, which has the same method."""
     variants = {name: getattr(options, "variant", None) for name, options in config.parts.items()}
-    words, values = [], _with_variants(default, variants).flat()
+    words, values = [], with_variants(default, variants).flat()
     for name, value in config.flat().items():
         if value == values[name]:
             continue
@@ -96,7 +96,7 @@ def words_of(config: Config, default: Config) -> list[str]:
     return words
 
 
-def _with_variants(default: Config, variants: Mapping[str, str | None]) -> Config:
+def with_variants(default: Config, variants: Mapping[str, str | None]) -> Config:
     """The defaults beside these variants of the parts: a variant changes what its part's table says of it."""
     for part, variant in variants.items():
         default = default.replace(**default.parts[part].variants.get(variant, {}))

@@ -1,21 +1,17 @@
-"""`python -m bacon_fast.predict RUN FILE...`: class and probability of image files, as JSON lines."""
+"""`bacon-fast predict RUN FILE...`: class and probability of image files, as JSON lines."""
 
-import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
 from bacon_fast.cli import with_clear_errors
-from bacon_fast.data.images import read_files
 from bacon_fast.engine.build import use_threads
-from bacon_fast.engine.evaluation import EVALUATION_BATCH, predict
 from bacon_fast.files import to_json
-from bacon_fast.run import open_run
+from bacon_fast.run import Run
 
 
 @dataclass(frozen=True)
@@ -30,44 +26,14 @@ class Arguments:
     """auto, cpu, cuda or cuda:N."""
 
 
-def predictions(arguments: Arguments) -> Iterator[dict]:
-    """One dict a file, in order: {"file", "class", "probability"}, or {"file", "error"} for one that cannot be read or
-    classified.
-
-    Raises ValueError when there is no file.
-    """
-    if not arguments.files:
-        raise ValueError("files: expected at least one image file, found none")
-    use_threads(0)
-    run = open_run(arguments.run, arguments.device)
-    for start in range(0, len(arguments.files), EVALUATION_BATCH):
-        files = arguments.files[start : start + EVALUATION_BATCH]
-        images, errors = {}, {}
-        for file in files:
-            try:
-                images[file] = read_files([file], run.image_size)[0]
-            except ValueError as error:
-                errors[file] = str(error)
-        answers = {}
-        if images:
-            _, logits = predict(run.network, run.normalize, torch.stack(list(images.values())), run.device)
-            probabilities, classes = logits.softmax(1).max(1)
-            pairs = zip(probabilities.tolist(), classes.tolist())
-            for file, (probability, c) in zip(images, pairs):
-                if math.isfinite(probability):
-                    answers[file] = {"class": run.class_names[c], "probability": probability}
-                else:  # finite weights may overflow
-                    errors[file] = f"{file}: the network's output is not finite"
-        for file in files:
-            yield {"file": str(file), **(answers[file] if file in answers else {"error": errors[file]})}
-
-
-def main() -> None:
-    arguments = tyro.cli(Arguments, prog="python -m bacon_fast.predict")
+def main(args: Sequence[str] | None = None) -> None:
+    """The command, with these words or those of the process. Its status is 1 if a file could not be classified."""
+    arguments = tyro.cli(Arguments, prog="bacon-fast predict", args=args)
 
     def show() -> None:
+        use_threads(0)
         failed = 0
-        for row in predictions(arguments):
+        for row in Run.open(arguments.run, arguments.device).predictions(arguments.files):
             failed += "error" in row
             print(to_json(row), flush=True)
         if failed:

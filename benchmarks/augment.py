@@ -2,10 +2,12 @@
 
     python -m benchmarks.augment
     python -m benchmarks.augment --device cuda
+    python -m benchmarks.augment --sizes 224
 
-On a CPU: 256 weak and 256 strong views, on one thread. On a GPU: the views of a step, 64 + 128 weak and 128 strong,
-eager and as a CUDA graph. Weak views are crop, flip and normalization; strong ones add three operations
-and Cutout. The arms take turns, and a ratio is the median of the rounds' ratios.
+On a CPU: 256 weak and 256 strong views, on one thread, and torchvision's v2 transforms beside them. From 224 pixels on,
+32 views of photos: windows of squares of 8/7 of the size, and strong views from resized crops. On a GPU: the views of a
+step, 64 + 128 weak and 128 strong, eager and as a CUDA graph. Weak views are crop, flip and normalization; strong ones
+add three operations and Cutout. The arms take turns, and a ratio is the median of the rounds' ratios.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from bacon_fast.data.augment import Augment
 from bacon_fast.ops.augment import ViewRequest
@@ -34,6 +37,8 @@ from benchmarks.common import (
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 COUNT = 256  # images of a call on a CPU
+PHOTO_COUNT = 32  # of photos
+PHOTO_SIZE = 224  # from here on: what is smaller is padded and keeps its size
 
 # --- the peer: one image at a time through Pillow and torchvision, as USB's loader workers do -------------------------
 
@@ -75,9 +80,35 @@ def rand_augment(image: Image.Image) -> Image.Image:
 
 def pillow_pipeline(size: int, strong: bool) -> Callable:
     """The transform of one image, as torchvision composes it."""
-    steps = [transforms.RandomCrop(size, padding=size // 8, padding_mode="reflect"), transforms.RandomHorizontalFlip()]
-    steps += [rand_augment] if strong else []
+    if size < PHOTO_SIZE:
+        crop = transforms.RandomCrop(size, padding=size // 8, padding_mode="reflect")
+    else:
+        crop = transforms.RandomResizedCrop(size) if strong else transforms.RandomCrop(size)
+    steps = [crop, transforms.RandomHorizontalFlip(), *([rand_augment] if strong else [])]
     return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+
+
+def v2_pipeline(size: int, strong: bool) -> Callable:
+    """The same of one uint8 tensor [3, H, W] by torchvision's v2 transforms, which have other RandAugment and erasing:
+    three of 14 operations at a middle magnitude, and one rectangle of up to a quarter of the area.
+    """
+    if size < PHOTO_SIZE:
+        crop = v2.RandomCrop(size, padding=size // 8, padding_mode="reflect")
+    else:
+        crop = v2.RandomResizedCrop(size, antialias=True) if strong else v2.RandomCrop(size)
+    steps = [crop, v2.RandomHorizontalFlip(), *([v2.RandAugment(3, 15)] if strong else [])]
+    erase = [v2.RandomErasing(1.0, scale=(0.001, 0.25), ratio=(1.0, 1.0))] if strong else []
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD), *erase])
+
+
+def our_views(size: int) -> Augment:
+    photos = {"source_size": source_size(size), "resized_crop": True} if size >= PHOTO_SIZE else {}
+    return Augment(size, mean=MEAN, std=STD, **photos)
+
+
+def source_size(size: int) -> int:
+    """Side of the images that views of a size are made of."""
+    return size if size < PHOTO_SIZE else round(size / 0.875)
 
 
 # --- the arms ---------------------------------------------------------------------------------------------------------
@@ -92,18 +123,25 @@ def make_pool(size: int, count: int = 1000) -> torch.Tensor:
     return (noisy.clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
+def views_of_a_call(size: int) -> int:
+    return COUNT if size < PHOTO_SIZE else PHOTO_COUNT
+
+
 def cpu_arms(size: int, strong: bool) -> dict[str, Callable[[], object]]:
-    """Views of 256 images."""
-    pool, step = make_pool(size), torch.tensor(0)
-    pictures = [Image.fromarray(image.numpy()) for image in pool[:COUNT]]
-    pipeline, module = pillow_pipeline(size, strong), Augment(size, mean=MEAN, std=STD)
-    requests = [ViewRequest(torch.arange(COUNT), int(strong), strong)]
+    """Views of `views_of_a_call` images."""
+    count = views_of_a_call(size)
+    pool, step = make_pool(source_size(size), 4 * count), torch.tensor(0)
+    pictures = [Image.fromarray(image.numpy()) for image in pool[:count]]
+    tensors = list(pool[:count].permute(0, 3, 1, 2).contiguous())
+    pipeline, tensor_pipeline, module = pillow_pipeline(size, strong), v2_pipeline(size, strong), our_views(size)
+    requests = [ViewRequest(torch.arange(count), int(strong), strong)]
 
     def views(backend: str) -> Callable[[], object]:
         return lambda: module.views(pool, requests, 0, step, channels_last=True, backend=backend)
 
     return {
         "pillow": lambda: torch.stack([pipeline(picture) for picture in pictures]),
+        "torchvision v2": lambda: torch.stack([tensor_pipeline(tensor) for tensor in tensors]),
         "reference": views("reference"),
         "cpp": views("cpp"),
     }
@@ -111,7 +149,7 @@ def cpu_arms(size: int, strong: bool) -> dict[str, Callable[[], object]]:
 
 def gpu_arms(size: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """All views of a step."""
-    pool, module = make_pool(size).cuda(), Augment(size, mean=MEAN, std=STD).cuda()
+    pool, module = make_pool(source_size(size)).cuda(), our_views(size).cuda()
     labeled, unlabeled = torch.arange(64, device="cuda"), torch.arange(64, 192, device="cuda")
     step = torch.zeros((), dtype=torch.int64, device="cuda")
     requests = [ViewRequest(labeled, 0, False), ViewRequest(unlabeled, 1, False), ViewRequest(unlabeled, 2, True)]
@@ -174,7 +212,9 @@ def main() -> None:
         else:
             for views in ("weak", "strong"):
                 what = {"views": views, "size": size, "dtype": "float32"}
-                rows += measure(cpu_arms(size, views == "strong"), COUNT, device, arguments.rounds, **what)
+                rows += measure(
+                    cpu_arms(size, views == "strong"), views_of_a_call(size), device, arguments.rounds, **what
+                )
     append_csv(arguments.out or RESULTS / f"augment_{device}.csv", rows)
 
 

@@ -1,21 +1,20 @@
 """Images that do not fit into memory: decoded once into one file, which is then mapped."""
 
 import errno
-import fcntl
 import hashlib
-import math
-import os
+import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from bacon_fast.data.images import UnreadableImagesError, in_threads, read_files
+from bacon_fast.data.images import decode, decoding, in_threads, require_readable
+from bacon_fast.files import write_atomically
+from bacon_fast.system import lock_file
 
 FOLDER = ".bacon_fast"
 """Where the file lies, below the image folder."""
@@ -23,48 +22,69 @@ CHUNK = 1024
 """Files decoded at once."""
 FINGERPRINT = ".fingerprint"
 """Suffix of the file beside it, which keeps the fingerprint of the dataset."""
+UNREADABLE = ".unreadable"
+"""Suffix of the file beside it, if there is one, which names the files whose images are not in it."""
 _BLOCK, _PIECE = 1 << 26, 1 << 20
 _LOCK, _TEMPORARY = ".lock", ".*.tmp"
 _NOT_NOW = (errno.EWOULDBLOCK, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS, errno.EACCES, errno.EPERM)
-DECODING = 3
-"""Version of the decoding by `read_files`: a file of another version is not used."""
+DECODING = 4
+"""Version of the decoding by `decode`: a file of another version is not used."""
 
 
-def mapped_files(root: Path, files: Sequence[Path], size: int) -> tuple[Tensor, Path]:
-    """Files below `root`, decoded as RGB at size x size, as a memory-mapped tensor.
+def mapped_files(
+    root: Path, files: Sequence[Path], size: int, optional: Container[int] = ()
+) -> tuple[Tensor, dict[int, str], Path]:
+    """Files decoded as RGB at size x size, as a memory-mapped tensor.
 
     The first call writes root/.bacon_fast/<key>.images, N * size * size * 3 bytes and a digest of them. Calls with the
     same files, sizes and times of change find it again. They read it once, to compare the digest, and decode the images
     anew if it does not match. Files of earlier calls stay; they may be deleted when no run reads them. One process at a
     time writes, the others wait. Each call removes what killed writers have left.
 
+    Args:
+        root: files below it are known by their path from there.
+        optional: indices of files that may be unreadable, and are then left out.
+
     Returns:
-        uint8 [N, size, size, 3] on the CPU, read-only, of which only the parts that are read lie in memory; the file.
+        uint8 [N, size, size, 3] on the CPU, read-only, of which only the parts that are read lie in memory; name and
+        reason of each file left out, by index; the file.
 
     Raises:
-        ValueError: files that cannot be decoded. OSError: the file cannot be written, for lack of space for instance.
+        UnreadableImagesError: other files that cannot be decoded.
+        OSError: the file cannot be written, for lack of space for instance.
     """
     lines = [f"{DECODING} {size}"]
     for path in files:
-        status = path.stat()
-        lines.append(f"{path.relative_to(root)} {status.st_size} {status.st_mtime_ns}")
+        name = path.relative_to(root) if path.is_relative_to(root) else path
+        try:
+            status = path.stat()
+            lines.append(f"{name} {status.st_size} {status.st_mtime_ns}")
+        except FileNotFoundError:  # is unreadable
+            lines.append(f"{name} missing")
     key = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
     path = root / FOLDER / f"{key}.images"
-    shape = (len(files), size, size, 3)
     remove_left_behind(path.parent)
-    if not _is_whole(path, shape):
+    if not _is_whole(path, len(files), size):
         path.parent.mkdir(exist_ok=True)
         with only_writer(path.parent):
-            if not _is_whole(path, shape):  # else another process wrote it while this one waited
+            if not _is_whole(path, len(files), size):  # else another process wrote it while this one waited
                 if path.exists():
                     warnings.warn(f"{path}: damaged, decoding the images again", stacklevel=2)
-                _decode(files, size, path)
-    return _mapped(path, shape), path
+                _decode(files, size, path, optional)
+    failed = _left_out(path)
+    require_readable({i: reason for i, reason in failed.items() if i not in optional})
+    return _mapped(path, (len(files) - len(failed), size, size, 3)), failed, path
+
+
+def _left_out(path: Path) -> dict[int, str]:
+    """Name and reason of each file, by its index, whose image is not in `path`."""
+    text = recall(path.with_suffix(UNREADABLE))
+    return {} if text is None else {int(i): reason for i, reason in json.loads(text).items()}
 
 
 def remember(path: Path, text: str) -> None:
     """Writes one line to `path`, with its digest; whole or not at all."""
-    _write_whole(path, lambda temporary: temporary.write_text(f"{text} {_seal(path, text)}\n"))
+    write_atomically(path, lambda temporary: temporary.write_text(f"{text} {_seal(path, text)}\n"))
 
 
 def recall(path: Path) -> str | None:
@@ -86,7 +106,7 @@ def remove_left_behind(folder: Path) -> None:
         return
     try:
         with open(folder / _LOCK, "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock.fileno())
             _remove_temporary(folder)
     except OSError as error:  # a writer at work, no locks, a file system that is read-only: leave them
         if error.errno not in _NOT_NOW:
@@ -99,10 +119,10 @@ def only_writer(folder: Path) -> Iterator[None]:
     with open(folder / _LOCK, "ab") as lock:
         locked = True
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock.fileno())
         except BlockingIOError:
             warnings.warn(f"{folder}: waiting for another process, which decodes images into it", stacklevel=4)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock_file(lock.fileno(), wait=True)
         except OSError:  # a file system without locks: two writers do the work twice, each into a file of its own
             locked = False
         if locked:
@@ -122,9 +142,12 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
         return torch.from_numpy(np.memmap(path, np.uint8, "r", shape=shape))
 
 
-def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
-    pixels = math.prod(shape)
-    if not path.is_file() or path.stat().st_size != pixels + hashlib.sha256().digest_size:
+def _is_whole(path: Path, files: int, size: int) -> bool:
+    """Whether `path` holds the images of so many files, less those left out, and their digest."""
+    if not path.is_file():
+        return False
+    pixels = (files - len(_left_out(path))) * size * size * 3
+    if path.stat().st_size != pixels + hashlib.sha256().digest_size:
         return False
     with open(path, "rb") as file:
         file.seek(pixels)
@@ -146,31 +169,27 @@ def _digest(path: Path, size: int) -> bytes:
     return hashlib.sha256(b"".join(in_threads(of_block, range(0, size, _BLOCK)))).digest()
 
 
-def _decode(files: Sequence[Path], size: int, path: Path) -> None:
+def _decode(files: Sequence[Path], size: int, path: Path, optional: Container[int]) -> None:
+    """Writes `path`, and the files beside it."""
+    failed: dict[int, str] = {}
+
     def write(temporary: Path) -> None:
-        failed = []
-        with open(temporary, "wb") as output:
-            for start in tqdm(range(0, len(files), CHUNK), f"decoding {len(files)} images", leave=False):
-                try:
-                    output.write(read_files(files[start : start + CHUNK], size).numpy().data)
-                except UnreadableImagesError as error:  # go on: the user wants to know all of them
-                    failed += error.failed
-            if failed:
-                raise UnreadableImagesError(failed)
+        rows = np.empty((min(CHUNK, len(files)), size, size, 3), dtype=np.uint8)
+        with open(temporary, "wb") as output, decoding(len(files)) as done:
+            for start in range(0, len(files), CHUNK):
+                chunk = files[start : start + CHUNK]
+                broken = decode(chunk, rows, done=done)
+                readable = [i for i in range(len(chunk)) if i not in broken]
+                output.write(rows[readable].data if broken else rows[: len(chunk)].data)
+                failed.update({start + i: reason for i, reason in broken.items()})
+            # Only now: the user wants to know all of them.
+            require_readable({i: reason for i, reason in failed.items() if i not in optional})
             output.flush()
             output.write(_digest(temporary, output.tell()))
+        left_out.unlink(missing_ok=True)
+        if failed:  # before the images are there: with these, they are whole
+            remember(left_out, json.dumps(failed))
 
+    left_out = path.with_suffix(UNREADABLE)
     path.with_suffix(FINGERPRINT).unlink(missing_ok=True)  # another version of Pillow may decode to other pixels
-    _write_whole(path, write)
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path and moves the file to `path` when it is written to the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, write)

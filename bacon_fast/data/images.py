@@ -1,8 +1,10 @@
 """Decoding and resizing of images on the host, with one thread per usable core (Pillow releases the GIL)."""
 
+import contextlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,9 +12,12 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
+from tqdm import tqdm
 
-from bacon_fast.data.names import printable
+from bacon_fast.data.deep_gray import gray_of_16_bits, is_deep_gray
+from bacon_fast.data.names import printable, shown
 from bacon_fast.data.transparency import in_front_of_white
+from bacon_fast.system import usable_cores
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".avif"}
@@ -20,6 +25,8 @@ SUFFIXES = frozenset(
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "AVIF")
 """Formats of the suffixes, in Pillow's words. One of its other decoders starts a program: Ghostscript."""
 _MAX_NAMED = 100
+_MANY = 5000  # files that take long enough to decode for a line in a log
+_DRAFT = 2  # a reduced JPEG keeps at least this many times the sides asked for
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -110,7 +117,7 @@ def image_files(folder: Path, *, follow_links: bool = True) -> tuple[list[Path],
 
 def is_inside(path: str, folder: str) -> bool:
     """Whether the real path `path` is the real path `folder` or below it."""
-    return os.path.commonpath([path, folder]) == folder
+    return Path(path).is_relative_to(folder)
 
 
 def require_targets(paths: Iterable[Path]) -> None:
@@ -123,40 +130,96 @@ def read_files(files: Sequence[Path], size: int | tuple[int, int] | None) -> Ten
     """Decodes files as RGB: uint8 [N, H, W, 3], resized to size x size or (H, W) when `size` is given.
 
     A file may have any of `FORMATS`, whatever its suffix. Images are read as a viewer shows them: turned by their EXIF
-    orientation, transparent parts in front of white, and only the first picture of an animation.
+    orientation, transparent parts in front of white, gray of 16 bits scaled to 8, and only the first picture of an
+    animation.
 
     Raises:
         UnreadableImagesError: files that cannot be decoded. ValueError: without `size`, files of different sizes.
     """
-    size = (size, size) if isinstance(size, int) else size
-    if not files:
-        return torch.empty((0, *(size or (1, 1)), 3), dtype=torch.uint8)
+    images, failed = read_readable(files, size)
+    require_readable(failed)
+    return images
 
-    def decode(path: Path) -> np.ndarray | Exception:
+
+def read_readable(files: Sequence[Path], size: int | tuple[int, int] | None) -> tuple[Tensor, dict[int, str]]:
+    """As `read_files`, without the files that cannot be decoded: the images of the others, and name and reason of each
+    failed one by its index. One array holds all images from the start."""
+    size = (size, size) if isinstance(size, int) else size
+    shape = size or _first_size(files) or (1, 1)
+    rows = np.empty((len(files), *shape, 3), dtype=np.uint8)
+    with decoding(len(files)) as done:
+        failed = decode(files, rows, resized=size is not None, done=done)
+    if failed:  # the others move up, one by one: a copy would need the memory twice
+        readable = (i for i in range(len(files)) if i not in failed)
+        for row, i in enumerate(readable):
+            if row != i:
+                rows[row] = rows[i]
+    return torch.from_numpy(rows[: len(files) - len(failed)]), failed
+
+
+def require_readable(failed: Mapping[int, str]) -> None:
+    """Raises UnreadableImagesError if files failed."""
+    if failed:
+        raise UnreadableImagesError(list(failed.values()))
+
+
+def decode(
+    files: Sequence[Path], rows: np.ndarray, *, resized: bool = True, done: Callable[[], object] = lambda: None
+) -> dict[int, str]:
+    """Decodes file i into rows[i], uint8 [N, H, W, 3], as `read_files` says, in threads.
+
+    Args:
+        resized: resize to H x W; else the files must have this size.
+        done: is called after each file.
+
+    Returns:
+        Name and reason of each file that cannot be decoded, by its index, in order; its row is undefined.
+
+    Raises:
+        ValueError: with resized=False, for files of another size.
+    """
+    height, width = rows.shape[1:3]
+
+    def one(i: int) -> Exception | tuple[int, int] | None:
         try:
-            rgb = _read(path)
-            return np.asarray(rgb if size is None else rgb.resize(size[::-1], Image.Resampling.BILINEAR))
+            rgb = _read(files[i], max(height, width) if resized else None)
+            if resized:
+                rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
+            elif rgb.size != (width, height):
+                return rgb.size
+            rows[i] = np.asarray(rgb)
         except Exception as error:  # decoders raise many types for a damaged file
             return error
+        return None
 
-    decoded = in_threads(decode, files)
-    failed = [
-        f"{printable(str(path))} ({printable(str(image) or type(image).__name__)})"
-        for path, image in zip(files, decoded)
-        if isinstance(image, Exception)
-    ]
-    if failed:
-        raise UnreadableImagesError(failed)
-    for path, image in zip(files, decoded):
-        if image.shape != decoded[0].shape:
-            raise ValueError(
-                "image_size: expected one, because the image files differ in size: "
-                f"{printable(str(files[0]))} is {_size(decoded[0])}, {printable(str(path))} is {_size(image)}"
-            )
-    return torch.from_numpy(np.stack(decoded))
+    results = in_threads(one, range(len(files)), done)
+    failed = {i: error for i, error in enumerate(results) if isinstance(error, Exception)}
+    if not failed:
+        for path, found in zip(files, results):
+            if found is not None:
+                same = shown(files[results.index(None)])
+                raise ValueError(
+                    "image_size: expected one, because the image files differ in size: "
+                    f"{same} is {width}x{height}, {shown(path)} is {found[0]}x{found[1]}"
+                )
+    return {i: f"{shown(files[i])} ({printable(_reason(error))})" for i, error in failed.items()}
 
 
-def _read(path: Path) -> Image.Image:
+def _reason(error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) else None  # without the name, which stands before it
+    return reason or str(error) or type(error).__name__
+
+
+def _first_size(files: Sequence[Path]) -> tuple[int, int] | None:
+    """Height and width of the first file that can be decoded."""
+    for path in files:
+        with contextlib.suppress(Exception):
+            return _read(path).size[::-1]
+    return None
+
+
+def _read(path: Path, side: int | None = None) -> Image.Image:
+    """The upright image as RGB. With `side`, a JPEG may come reduced, to at least twice this many pixels a side."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("expected a file, found something else")  # opening a named pipe would wait for its writer
     with open(path, "rb") as file:  # given a path, Pillow maps some TIFFs with the sides of the turned image
@@ -165,9 +228,9 @@ def _read(path: Path) -> Image.Image:
         except UnidentifiedImageError:
             raise ValueError(f"expected an image, one of {', '.join(FORMATS)}") from None
         with image:
-            if image.mode.startswith(("I", "F")):  # Pillow would clip these to 0..255: a white or a black image
-                raise ValueError(f"expected 8 bits a channel, found mode {image.mode}")
-            rgb = in_front_of_white(image, file)
+            if side is not None:  # of the JPEG's frequencies only those that are needed are computed
+                image.draft(None, (_DRAFT * side, _DRAFT * side))
+            rgb = gray_of_16_bits(image) if is_deep_gray(image) else in_front_of_white(image, file)
             turn = _turn(image)
     return rgb if turn is None else rgb.transpose(turn)
 
@@ -189,11 +252,24 @@ def _listed(lines: Sequence[str]) -> str:
     return "".join(f"\n  {line}" for line in [*lines[:_MAX_NAMED], *more])
 
 
-def _size(image: np.ndarray) -> str:
-    return f"{image.shape[1]}x{image.shape[0]}"
+def in_threads(function: Callable, items: Iterable, done: Callable[[], object] = lambda: None) -> list:
+    """The function's results in order, computed by one thread a usable core; `done` is called after each."""
+    results = []
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for result in pool.map(function, items):
+            results.append(result)
+            done()
+    return results
 
 
-def in_threads(function: Callable, items: Iterable) -> list:
-    """The function's results in order, computed by one thread a usable core."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(function, items))
+@contextlib.contextmanager
+def decoding(count: int) -> Iterator[Callable[[], object]]:
+    """Shows on stderr that so many files are decoded: a bar on a terminal, else a line if they are many.
+
+    Yields a function to be called after each file.
+    """
+    bar = tqdm(total=count, desc="decoding images", unit="image", leave=False, delay=1, disable=None)
+    if bar.disable and count > _MANY:
+        print(f"decoding {count:,} images", file=sys.stderr, flush=True)
+    with bar:
+        yield bar.update

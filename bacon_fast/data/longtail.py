@@ -6,7 +6,8 @@ ABC, [CO] CoSSL, [SP] SimPro, [CD] CDMAD, [CP] CPG.
 
 import dataclasses
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -266,6 +267,7 @@ class Split:
         dataset_name, dataset_fingerprint: the images it was drawn from.
         labeled, unlabeled: int64 arrays of indices into `ImageDataset.pool()`.
         labeled_counts, unlabeled_counts: images per class; unlabeled_counts is None when unknown.
+        validation: int64 array of train images with a label that are held out: neither labeled nor unlabeled.
     """
 
     protocol: Protocol
@@ -276,13 +278,17 @@ class Split:
     unlabeled: np.ndarray
     labeled_counts: tuple[int, ...]
     unlabeled_counts: tuple[int, ...] | None
+    validation: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def _content(self) -> dict:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         # Without fields that change nothing, so that the hashes of older splits stay.
         protocol = dataclasses.asdict(self.protocol)
         fields["protocol"] = {k: v for k, v in protocol.items() if k not in _LATER or v != _LATER[k]}
-        return fields | {"labeled": self.labeled.tolist(), "unlabeled": self.unlabeled.tolist()}
+        indices = {name: getattr(self, name).tolist() for name in ("labeled", "unlabeled", "validation")}
+        if not indices["validation"]:
+            del fields["validation"], indices["validation"]
+        return fields | indices
 
     @property
     def hash(self) -> str:
@@ -309,6 +315,7 @@ class Split:
                     "protocol": Protocol(**content["protocol"]),
                     "labeled": np.asarray(content["labeled"], dtype=np.int64),
                     "unlabeled": np.asarray(content["unlabeled"], dtype=np.int64),
+                    "validation": np.asarray(content.get("validation", []), dtype=np.int64),
                     "labeled_counts": tuple(content["labeled_counts"]),
                     "unlabeled_counts": None if counts is None else tuple(counts),
                 }
@@ -324,14 +331,16 @@ class Split:
         texts = (self.dataset_name, self.dataset_fingerprint, self.protocol.name, self.protocol.source)
         if not all(isinstance(text, str) for text in texts) or type(self.seed) is not int:
             raise ValueError(f"expected names of protocol and dataset, and a seed, found {texts} and {self.seed!r}")
-        for name in ("labeled", "unlabeled"):
-            indices, counts = getattr(self, name), getattr(self, f"{name}_counts")
+        for name in ("labeled", "unlabeled", "validation"):
+            indices, counts = getattr(self, name), getattr(self, f"{name}_counts", None)
             if indices.ndim != 1 or (indices < 0).any() or len(np.unique(indices)) < indices.size:
                 raise ValueError(f"{name}: expected different indices of at least 0")
-            if counts is None and name == "unlabeled":
+            if counts is None and name != "labeled":
                 continue
             if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != len(indices):
                 raise ValueError(f"{name}_counts: expected a sum of {len(indices)}, found {counts}")
+        if np.isin(self.validation, np.concatenate([self.labeled, self.unlabeled])).any():
+            raise ValueError("validation: expected indices that are neither labeled nor unlabeled")
 
     def verify(self, dataset: ImageDataset) -> None:
         """Raises ValueError unless `dataset` holds the images this split was drawn from, with these counts."""
@@ -341,7 +350,9 @@ class Split:
                 f"{dataset.name!r} with fingerprint {dataset.fingerprint}"
             )
         train_labels = dataset.train_labels.numpy()
-        sizes = {"labeled": (self.labeled, len(train_labels)), "unlabeled": (self.unlabeled, dataset.pool_size)}
+        labeled = len(train_labels)
+        sizes = {"labeled": (self.labeled, labeled), "unlabeled": (self.unlabeled, dataset.pool_size)}
+        sizes["validation"] = (self.validation, labeled)
         for name, (indices, size) in sizes.items():
             if indices.size and indices.max() >= size:
                 raise ValueError(f"split: {name}: expected indices below {size}, found {indices.max()}")
@@ -362,7 +373,8 @@ def pool_line(split: Split, dataset: ImageDataset) -> str:
     unused = dataset.pool_size - len(dataset.train_images) - own
     parts = [(again, "the labeled images"), (unlabeled - again - own, "other training images")]
     parts = [f"{count:,} are {kind}" for count, kind in (*parts, (own, "images that come without a class")) if count]
-    line = f"labeled {labeled:,}, unlabeled {unlabeled:,}"
+    held_out = f", {len(split.validation):,} held out for validation" if len(split.validation) else ""
+    line = f"labeled {labeled:,}{held_out}, unlabeled {unlabeled:,}"
     if parts:
         line += f", of which {', '.join(parts)}"
     if unused:
@@ -370,11 +382,14 @@ def pool_line(split: Split, dataset: ImageDataset) -> str:
     return line
 
 
-def make_split(dataset: ImageDataset, protocol: Protocol, seed: int) -> Split:
+def make_split(dataset: ImageDataset, protocol: Protocol, seed: int, validation: float = 0.0) -> Split:
     """Draws a split (methods.md A.1): per class, shuffle the train images, label the first N_c, put the next M_c into
     the unlabeled set.
 
     The shuffle sorts Philox keys of (seed, image), so the same seed gives the same split on every machine.
+
+    Args:
+        validation: share of the labeled images of each class that is held out, see `validation_counts`.
 
     Raises:
         ValueError: a class has fewer than N_c + M_c train images (class, needed and found are named), or N_c = 0, or
@@ -404,6 +419,10 @@ def make_split(dataset: ImageDataset, protocol: Protocol, seed: int) -> Split:
                 f"found {available} in {dataset.name}"
             )
     labeled = [indices[:n] for indices, n in zip(shuffled, wanted_l)]
+    counts, held_out = wanted_l, np.empty(0, dtype=np.int64)
+    if validation:
+        labeled, held_out = _held_out(labeled, validation, seed)
+        counts = [len(indices) for indices in labeled]
     unlabeled_counts = None
     if protocol.unlabeled_all:
         unlabeled = np.arange(dataset.pool_size)
@@ -419,6 +438,7 @@ def make_split(dataset: ImageDataset, protocol: Protocol, seed: int) -> Split:
     else:
         start = [0 if protocol.lb_in_ulb else n for n in wanted_l]
         chosen = [indices[a : n + m] for indices, a, n, m in zip(shuffled, start, wanted_l, wanted_u)]
+        chosen = [indices[~np.isin(indices, held_out)] for indices in chosen]
         unlabeled = np.concatenate(chosen)
         unlabeled_counts = tuple(len(indices) for indices in chosen)
     return Split(
@@ -427,10 +447,37 @@ def make_split(dataset: ImageDataset, protocol: Protocol, seed: int) -> Split:
         dataset_name=dataset.name,
         dataset_fingerprint=dataset.fingerprint,
         labeled=np.concatenate(labeled),
-        unlabeled=unlabeled,
-        labeled_counts=tuple(wanted_l),
+        unlabeled=unlabeled[~np.isin(unlabeled, held_out)],
+        labeled_counts=tuple(counts),
         unlabeled_counts=unlabeled_counts,
+        validation=held_out,
     )
+
+
+def validation_counts(labeled_counts: Sequence[int], share: float) -> list[int]:
+    """Images of each class to hold out: round(share * n), but at least 1 and at most n-1; 0 of fewer than 2.
+
+    Example:
+        >>> validation_counts([40, 29, 22, 16, 12, 9, 7, 5, 4], 0.2)
+        [8, 6, 4, 3, 2, 2, 1, 1, 1]
+    """
+    return [max(0, min(n - 1, max(1, round(share * n)))) for n in labeled_counts]
+
+
+def _held_out(labeled: list[np.ndarray], share: float, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """The labeled images of each class without those held out, and these, by the order of Philox keys of (seed, image).
+
+    Raises ValueError if none can be held out.
+    """
+    kept, held_out = [], []
+    for indices, n in zip(labeled, validation_counts([len(indices) for indices in labeled], share)):
+        words = philox(seed, 0, Stream.VALIDATION, torch.from_numpy(indices), 2).numpy()
+        chosen = indices[np.lexsort((words[:, 1], words[:, 0]))[:n]]
+        held_out.append(chosen)
+        kept.append(indices[~np.isin(indices, chosen)])
+    if not any(map(len, held_out)):
+        raise ValueError("validation: expected a class with at least 2 labeled images, found none")
+    return kept, np.concatenate(held_out)
 
 
 def _shuffled_by_class(labels: torch.Tensor, num_classes: int, seed: int) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def printable(text: str) -> str:
@@ -11,6 +12,11 @@ def printable(text: str) -> str:
     a\\x1b[31m\\udcff b
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shown(path: Path) -> str:
+    """A path for a message."""
+    return printable(str(path))
 
 
 def distinct(*names: str) -> list[str]:

@@ -42,6 +42,7 @@ class Stream(IntEnum):
     COSSL_BLEND = 18
     COSSL_WARMUP = 19
     LABELED_STRONG_VIEW = 20  # of the batch's own labeled images; LABELED_STRONG is of those drawn class by class
+    VALIDATION = 21
 
 
 def uniform(seed: int, step: int | Tensor, view: int, slot: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,11 +1,10 @@
 """Readers of the supported datasets. Each returns the fields of an `ImageDataset` except its name."""
 
-import os
 import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,9 +12,11 @@ import torchvision
 from torch import Tensor
 
 from bacon_fast.data.image_cache import FINGERPRINT, mapped_files
-from bacon_fast.data.images import as_rgb, image_files, is_inside, read_files, require_targets, resize
-from bacon_fast.data.names import distinct, printable, require_names
+from bacon_fast.data.images import as_rgb, read_readable, require_readable, resize
+from bacon_fast.data.listing import list_images
+from bacon_fast.data.names import require_names
 from bacon_fast.data.philox import Stream, philox
+from bacon_fast.system import physical_memory
 
 # Normalization of USB (semilearn/datasets/cv_datasets), which the official BaCon code keeps; CIFAR-10 has ImageNet's.
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -34,6 +35,7 @@ _NORMALIZATION = {
 _STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 _DIGITS_TRAIN_SHARE = 0.6
 _DIGITS_SEED = 0
+_NAMED = 10  # unreadable files in a warning
 
 
 def digits(image_size: int | None) -> dict:
@@ -111,71 +113,55 @@ def torchvision_dataset(name: str, root: Path, download: bool, image_size: int |
 
 
 def folder(
-    root: Path, image_size: int | None, classes: Sequence[str] | None, mapped: bool, follow_links: bool = False
+    source: Path,
+    image_size: int | None,
+    *,
+    images: Literal["auto", "memory", "mapped"] = "memory",
+    most_in_memory: int | None = None,
+    unreadable: Literal["skip", "error"] = "skip",
+    **lists: object,
 ) -> dict:
-    """An image folder: train/<class>/, test/<class>/, optionally unlabeled/. Normalized with ImageNet's statistics.
+    """An image folder or a CSV file of images, normalized with ImageNet's statistics.
 
     Args:
-        mapped: decode into a file and map it, instead of into memory.
-        follow_links: follow links that lead out of a class folder.
+        images: decode into memory, or into a file that is then mapped; "auto": mapped above `most_in_memory` bytes.
+        unreadable: what becomes of unlabeled files that cannot be decoded: left out with a warning, or an error.
+        lists: see `list_images`.
 
     Raises:
-        FileNotFoundError: `root`, train/ or test/ is missing.
-        ValueError: class folders that do not fit the class list or share images, a class without train images,
-            unreadable files, links that lead elsewhere, more images than memory can hold.
+        FileNotFoundError, ValueError: see `list_images`; also unreadable files, and more images than memory can hold.
     """
-    for part in (root / "train", root / "test"):
-        if not part.is_dir():
-            raise FileNotFoundError(
-                "data_dir: expected an image folder with train/<class>/ and test/<class>/ in "
-                f"{printable(str(root.resolve()))}, found no directory {part.name}/"
-            )
-    _warn_of_unread_folders(root)
-    found, beside = {}, {}
-    for part in ("train", "test"):
-        found[part], beside[part] = _subfolders(root / part)
-    class_names = _class_order(root, found["train"], classes)
-    if unknown := sorted(set(found["test"]) - set(class_names)):
-        shown = ", ".join(distinct(*class_names, *unknown)[len(class_names) :])
-        raise ValueError(f"{_shown(root / 'test')}: expected only the classes of train/, found also {shown}")
-    if not follow_links:
-        _require_apart([root / part / name for part in ("train", "test") for name in found[part]])
-    files, labels = {}, {}
-    for part in ("train", "test"):
-        listed = [image_files(root / part / name, follow_links=follow_links) for name in class_names]
-        _warn_of_ignored(root / part, beside[part] + [path for _, others in listed for path in others])
-        per_class = [images for images, _ in listed]
-        if not follow_links:
-            _require_own_images(root, [(name, path) for name, paths in zip(class_names, per_class) for path in paths])
-        if part == "train" and (empty := [name for name, paths in zip(class_names, per_class) if not paths]):
-            raise ValueError(
-                f"{_shown(root / part)}: expected images of every class, found none of {', '.join(distinct(*empty))}"
-            )
-        files[part] = [path for paths in per_class for path in paths]
-        labels[part] = torch.repeat_interleave(
-            torch.arange(len(class_names)), torch.tensor([len(p) for p in per_class])
-        )
-    if not files["test"]:
-        raise ValueError(f"{_shown(root / 'test')}: expected image files in the class folders, found none")
-    files["unlabeled"], others = image_files(root / "unlabeled")
-    _warn_of_ignored(root / "unlabeled", others)
-    if not files["unlabeled"] and (root / "unlabeled").is_dir():
-        warnings.warn(f"{_shown(root / 'unlabeled')}: no image files in it", stacklevel=2)
-    parts = [files[part] for part in ("train", "unlabeled", "test")]
-    paths, file = [path for part in parts for path in part], None
-    if mapped:
-        images, file = mapped_files(root, paths, image_size)
+    listing = list_images(source, **lists)
+    labeled = {part: [path for path, _ in getattr(listing, part)] for part in ("train", "test", "val")}
+    # The unlabeled images right behind those of train: together they are the pool, which is not copied.
+    files = {"train": labeled["train"], "unlabeled": listing.unlabeled, "test": labeled["test"], "val": labeled["val"]}
+    paths, file = [path for part in files.values() for path in part], None
+    first = len(files["train"])
+    may_fail = range(first, first + len(files["unlabeled"])) if unreadable == "skip" else ()
+    pixels = 3 * len(paths) * (image_size or 0) ** 2
+    if images == "mapped" or (images == "auto" and most_in_memory is not None and pixels > most_in_memory):
+        root = source.parent if source.is_file() else source
+        found, failed, file = mapped_files(root, paths, image_size, may_fail)
     else:
         _require_memory(len(paths), image_size)
-        images = read_files(paths, image_size)
-    train, unlabeled, test = images.split([len(part) for part in parts])
+        found, failed = read_readable(paths, image_size)
+        require_readable({i: reason for i, reason in failed.items() if i not in may_fail})
+    if failed:
+        names = list(failed.values())
+        warnings.warn(
+            f"{len(failed)} of {len(files['unlabeled']):,} unlabeled images cannot be read and are left out: "
+            + "; ".join(names[:_NAMED])
+            + ("; ..." if len(names) > _NAMED else ""),
+            stacklevel=2,
+        )
+    sizes = [len(part) for part in files.values()]
+    sizes[1] -= len(failed)
+    pictures = {part: pixels if len(pixels) else None for part, pixels in zip(files, found.split(sizes), strict=True)}
+    labels = {part: torch.tensor(listing.labels(part)) if labeled[part] else None for part in labeled}
     return {
-        "train_images": train,
-        "train_labels": labels["train"],
-        "test_images": test,
-        "test_labels": labels["test"],
-        "unlabeled_images": unlabeled if len(unlabeled) else None,
-        "class_names": class_names,
+        **{f"{part}_images": pixels for part, pixels in pictures.items()},
+        **{f"{part}_labels": numbers for part, numbers in labels.items()},
+        "class_names": listing.class_names,
         "fingerprint_file": None if file is None else file.with_suffix(FINGERPRINT),
         **_IMAGENET,
     }
@@ -183,12 +169,12 @@ def folder(
 
 def _require_memory(count: int, size: int | None) -> None:
     """Raises ValueError when `count` images at size x size need more memory than there is."""
-    needed = 2 * count * 3 * (size or 0) ** 2  # decoded one by one, then put together
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > available:
+    needed = count * 3 * (size or 0) ** 2
+    available = physical_memory()
+    if available is not None and needed > available:
         raise ValueError(
-            f"images: {count} images at {size}x{size} need {needed / 1e9:.0f} GB of memory to be decoded, and this "
-            f"machine has {available / 1e9:.0f} GB; --images mapped keeps them in a file of half that size"
+            f"images: {count} images at {size}x{size} need {needed / 1e9:.0f} GB of memory, and this machine has "
+            f"{available / 1e9:.0f} GB; --images mapped keeps them in a file of that size"
         )
 
 
@@ -208,10 +194,11 @@ def arrays(path: Path, image_size: int | None) -> dict:
             content = {name: stored[name] for name in stored.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"data_dir: cannot read the arrays in {path}: {error}") from error
-    required = ("train_images", "train_labels", "test_images", "test_labels")
+    parts = ["train", *(part for part in ("test", "val") if {f"{part}_images", f"{part}_labels"} & set(content))]
+    required = [f"{part}_{what}" for part in parts for what in ("images", "labels")]
     if missing := [name for name in required if name not in content]:
         raise ValueError(f"{path}: expected arrays {', '.join(required)}, found no {', '.join(missing)}")
-    for name in ("train_labels", "test_labels"):
+    for name in (f"{part}_labels" for part in parts):
         if content[name].dtype.kind not in "iu" or content[name].ndim != 1:
             raise ValueError(f"{name}: expected integers [N], found {content[name].dtype} {list(content[name].shape)}")
     train_images = resize(as_rgb("train_images", content["train_images"]), image_size)
@@ -229,11 +216,15 @@ def arrays(path: Path, image_size: int | None) -> dict:
         )
     else:
         class_names = tuple(str(c) for c in range(highest + 1))
+    measured = {}
+    for part in parts[1:]:
+        images, labels = f"{part}_images", f"{part}_labels"
+        measured[images] = resize(as_rgb(images, content[images]), image_size)
+        measured[labels] = torch.from_numpy(content[labels].astype(np.int64))
     return {
         "train_images": train_images,
         "train_labels": torch.from_numpy(content["train_labels"].astype(np.int64)),
-        "test_images": resize(as_rgb("test_images", content["test_images"]), image_size),
-        "test_labels": torch.from_numpy(content["test_labels"].astype(np.int64)),
+        **measured,
         "unlabeled_images": None if unlabeled is None else resize(as_rgb("unlabeled_images", unlabeled), image_size),
         "class_names": class_names,
         **_statistics(train_images),
@@ -251,83 +242,3 @@ def _statistics(images: Tensor) -> dict[str, tuple[float, ...]]:
     mean = [float((h * levels).sum() / h.sum().clamp(min=1)) for h in counts]
     variance = [float((h * (levels - m) ** 2).sum() / h.sum().clamp(min=1)) for h, m in zip(counts, mean)]
     return {"mean": tuple(mean), "std": tuple(max(v**0.5, 1 / 255) for v in variance)}
-
-
-def _subfolders(path: Path) -> tuple[list[str], list[Path]]:
-    """Names of the folders in `path`, and of everything else there; hidden ones are passed over."""
-    entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
-    others = [p for p in entries if not p.is_dir()]
-    require_targets(others)
-    return [p.name for p in entries if p.is_dir()], others
-
-
-def _require_apart(folders: list[Path]) -> None:
-    """Raises ValueError if links make folders of different names one folder, or put one into another."""
-    outer, first = "", Path()
-    for inner, path in sorted(((os.path.realpath(p), p) for p in folders), key=lambda pair: Path(pair[0]).parts):
-        if outer and is_inside(inner, outer):
-            if path.name != first.name:
-                raise ValueError(
-                    f"{_shown(path)}: expected a class folder of its own, found a link into the images of "
-                    f"{_shown(first)}; --follow-links allows it"
-                )
-        else:
-            outer, first = inner, path
-
-
-def _require_own_images(root: Path, images: list[tuple[str, Path]]) -> None:
-    """Raises ValueError for links that stand in one class's folder and lead to images of another class."""
-    parts = [os.path.realpath(root / part) for part in ("train", "test")]
-    for name, path in images:
-        if not path.is_symlink():
-            continue
-        target = os.path.realpath(path)
-        own = [os.path.realpath(root / part / name) for part in ("train", "test")]
-        if any(is_inside(target, part) for part in parts) and not any(is_inside(target, folder) for folder in own):
-            raise ValueError(
-                f"{_shown(path)}: expected an image of its class, found a link to {printable(target)}; --follow-links "
-                "allows it"
-            )
-
-
-def _warn_of_unread_folders(root: Path) -> None:
-    read = ("train", "test", "unlabeled")
-    unread = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in read)
-    if unread:
-        names = ", ".join(f"{name}/" for name in distinct(*unread))
-        warnings.warn(f"{_shown(root)}: not read: {names}; only train/, test/ and unlabeled/ are", stacklevel=3)
-
-
-def _shown(path: Path) -> str:
-    return printable(str(path))
-
-
-def _warn_of_ignored(part: Path, files: list[Path]) -> None:
-    if files:
-        examples = ", ".join(_shown(path.relative_to(part)) for path in files[:3])
-        warnings.warn(
-            f"{_shown(part)}: {len(files)} ignored, without an image's suffix or beside the class folders: {examples}"
-            + (", ..." if len(files) > 3 else ""),
-            stacklevel=2,
-        )
-
-
-def _class_order(root: Path, found: list[str], classes: Sequence[str] | None) -> tuple[str, ...]:
-    listing, source = root / "classes.txt", "classes"
-    if classes is None and listing.is_file():
-        try:
-            text = listing.read_text(encoding="utf-8-sig")  # with or without a byte order mark
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{_shown(listing)}: expected UTF-8 text, found other bytes ({error})") from error
-        classes, source = [line.strip() for line in text.splitlines() if line.strip()], str(listing)
-    if classes is None:
-        classes, source = found, str(root / "train")
-    source = printable(source)
-    require_names(source, classes)
-    if set(classes) != set(found):
-        shown = distinct(*found, *classes)
-        raise ValueError(
-            f"{source}: expected the class folders of {_shown(root / 'train')}, which are "
-            f"{', '.join(shown[: len(found)]) or 'none'}; found {', '.join(shown[len(found) :]) or 'none'}"
-        )
-    return tuple(classes)

@@ -57,20 +57,23 @@ class Batches:
             raise ValueError(f"method: {config.method} needs unlabeled images, and the split holds none")
         self.config, self.device, self.unlabeled_views = config, device, unlabeled_views
         self.balanced_view, self.labeled_strong_view, self.dtype = balanced_view, labeled_strong_view, dtype
-        mapped = config.data.images == "mapped"
+        mapped = dataset.mapped
         self.pool = HostPool(dataset.pool(), device) if mapped else resident(dataset.pool(), device)
         known = torch.full((len(self.pool),), -1, dtype=torch.int64)
         known[: len(dataset.train_labels)] = dataset.train_labels
         self.unlabeled = torch.as_tensor(split.unlabeled).to(device)
         hidden = known.index_fill(0, torch.as_tensor(split.labeled), -1)
         self.true_labels = hidden.to(device)[self.unlabeled]
+        source = tuple(self.pool.shape[1:3])
         self.augment = Augment(
-            image_size=tuple(self.pool.shape[1:3]),
+            image_size=source if config.views.stored_size is None else config.data.image_size,
+            source_size=source,
             mean=dataset.mean,
             std=dataset.std,
             hflip=config.views.hflip,
             num_ops=config.views.randaugment_ops,
             cutout=config.views.cutout,
+            resized_crop=config.views.strong_crop == "resized",
         ).to(device)
         labeled = torch.as_tensor(split.labeled)
         self.set_labeled(labeled.to(device), known[labeled].to(device))

@@ -3,21 +3,26 @@
 import dataclasses
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from bacon_fast import methods
 from bacon_fast.data.datasets import ImageDataset, load_dataset
 from bacon_fast.data.longtail import PROTOCOLS, Protocol, Split, make_split
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.distributed import Launch
-from bacon_fast.engine.optimizers import SGD, Adam
+from bacon_fast.engine.optimizers import SGD, Adam, AdamW
 from bacon_fast.methods.method import Method
 from bacon_fast.methods.part import DataInfo, Setup
+from bacon_fast.models.batchnorm import batchnorms
 from bacon_fast.models.spec import NetworkSpec, build_network
+from bacon_fast.models.timm_backbone import PREFIX, pretrained_input
 from bacon_fast.ops.backends import choose_backend
+from bacon_fast.system import physical_memory, usable_cores
 
 
 def resolve_device(name: str) -> torch.device:
@@ -41,6 +46,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from error
+    if device.type == "mps":
+        raise ValueError("device: expected cpu on this machine, found mps, which has no float64 for the random draws")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -90,7 +97,7 @@ def use_threads(threads: int) -> None:
         raise ValueError(f"threads: expected at most {most} on this machine of {os.cpu_count()} cores, found {threads}")
     launch = Launch.from_environment()
     processes = 1 if launch is None else launch.local_world_size
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // processes))
+    torch.set_num_threads(threads or max(1, usable_cores() // processes))
 
 
 def seed_everything(seed: int) -> None:
@@ -100,17 +107,50 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def build_dataset(config: Config) -> ImageDataset:
+def build_dataset(config: Config, device: torch.device | None = None) -> ImageDataset:
+    """The images that the configuration names, for the device; None: a CPU."""
     data = config.data
     return load_dataset(
         data.dataset,
         data_dir=data.data_dir,
         download=data.download,
-        image_size=data.image_size,
+        image_size=config.views.stored_size or image_size(config),
         classes=data.classes,
-        mapped=data.images == "mapped",
+        images=data.images,
+        most_in_memory=_most_in_memory(device),
         follow_links=data.follow_links,
+        unlabeled=data.unlabeled,
+        test=data.test,
+        val=data.val,
+        other_labels=data.other_labels,
+        unreadable=data.unreadable,
     )
+
+
+def _most_in_memory(device: torch.device | None) -> int | None:
+    """Bytes of images up to which "auto" keeps them in memory: a quarter of it, which the processes of a machine share,
+    and half of the GPU's."""
+    launch, memory = Launch.from_environment(), physical_memory()
+    quarter = None if memory is None else memory // 4 // (1 if launch is None else launch.local_world_size)
+    if device is None or device.type != "cuda":
+        return quarter
+    half = torch.cuda.get_device_properties(device).total_memory // 2
+    return half if quarter is None else min(half, quarter)
+
+
+def image_size(config: Config) -> int | None:
+    """Side of the images: the configured one, else that of a timm backbone; None: the dataset's own."""
+    if config.data.image_size is None and config.model.backbone.startswith(PREFIX):
+        return pretrained_input(config.model.backbone).default_size
+    return config.data.image_size
+
+
+def normalized_for(config: Config, dataset: ImageDataset) -> ImageDataset:
+    """The dataset with the mean and the deviation of a timm backbone's training; others take its own."""
+    if not config.model.backbone.startswith(PREFIX):
+        return dataset
+    known = pretrained_input(config.model.backbone)
+    return dataclasses.replace(dataset, mean=known.mean, std=known.std)
 
 
 def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Split:
@@ -120,7 +160,7 @@ def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Sp
     """
     file = saved or config.data.split
     if file is not None:
-        overrides = split_overrides(config)
+        overrides = split_overrides(config) | ({"validation": config.data.validation} if config.data.validation else {})
         if overrides and saved is None:
             raise ValueError(f"split: expected no {', '.join(overrides)} beside --split, which fixes the split already")
         split = Split.load(file)
@@ -138,7 +178,9 @@ def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Sp
         named = {"name": f"{protocol.name} with {changes}", "source": f"changed on the command line: {changes}"}
         _refuse_without_effect(protocol, overrides)
         protocol = dataclasses.replace(protocol, **overrides, **named)
-    return make_split(dataset, protocol, config.seed)
+    if config.data.validation and dataset.val_images is not None:
+        raise ValueError("validation: expected 0, for the data have validation images of their own")
+    return make_split(dataset, protocol, config.seed, config.data.validation)
 
 
 def _refuse_without_effect(protocol: Protocol, overrides: dict) -> None:
@@ -163,12 +205,16 @@ def split_overrides(config: Config) -> dict:
 def network_spec(config: Config, num_classes: int) -> NetworkSpec:
     """The network of the method: the configured backbone, with the heads that its parts ask for."""
     asked = {name: value for part in config.parts.values() for name, value in part.network().items()}
-    return NetworkSpec(config.model.backbone, num_classes, config.model.bn_momentum, **asked)
+    model = config.model
+    size = image_size(config) if model.backbone.startswith(PREFIX) else None
+    own = {"image_size": size, "train": model.train, "lora_rank": model.lora_rank}
+    return NetworkSpec(model.backbone, num_classes, model.bn_momentum, **own, **asked)
 
 
-def build_method(config: Config, data: DataInfo) -> Method:
-    """The method of the configuration, on a fresh network."""
-    network = build_network(network_spec(config, data.num_classes))
+def build_method(config: Config, data: DataInfo, weights: Mapping[str, Tensor] | None = None) -> Method:
+    """The method of the configuration, on a fresh network, whose backbone has these weights."""
+    network = build_network(network_spec(config, data.num_classes), weights)
+    _refuse_batchnorm_options(config, network)
     setup = Setup(
         data,
         network.backbone.num_features,
@@ -183,12 +229,54 @@ def build_method(config: Config, data: DataInfo) -> Method:
     return methods.build_method(config.parts, setup, network)
 
 
-def build_optimizer(config: Config, method: Method) -> SGD | Adam:
-    """SGD with Nesterov momentum and no decay on one-dimensional parameters ([US]), or ABC's Adam."""
+def _refuse_batchnorm_options(config: Config, network: nn.Module) -> None:
+    """Raises ValueError for an option of BatchNorm's statistics where none change."""
+    backbone = network.backbone
+    if any(layer.training for layer in batchnorms(network)):
+        return
+    reason = f"backbone {config.model.backbone}, which has no BatchNorm"
+    if batchnorms(backbone):
+        reason = f"train {config.model.train}, where BatchNorm keeps the statistics of the weights"
+    options = {
+        "bn_momentum": (config.model.bn_momentum, None),
+        "ema_buffers": (config.optimizer.ema_buffers, "copy"),
+        "sync_batchnorm": (config.engine.sync_batchnorm, False),
+    }
+    for name, (found, expected) in options.items():
+        if found != expected:
+            raise ValueError(f"{name}: expected {expected} for {reason}; found {found!r}")
+
+
+def weights_line(weights: dict, method: Method) -> str:
+    """What a run says of its backbone's weights: file, licence, and how much is trained."""
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    licence = f", licence {weights['licence']}" if weights["licence"] else ""
+    own = sum(p.numel() for p in method.parameters())
+    source = f"{weights['source']} (SHA-256 {weights['sha256'][:12]}{licence})"
+    return f"weights {source}; trained {trained:,} of {own:,} parameters"
+
+
+def build_optimizer(config: Config, method: Method) -> SGD | Adam | AdamW:
+    """SGD with Nesterov momentum, or AdamW, without decay of one-dimensional parameters ([US]); or ABC's Adam.
+
+    With layer decay, a group for each rate; its `lr_scale` is the rate's factor.
+    """
     parameters = [p for p in method.parameters() if p.requires_grad]
     options = config.optimizer
     if options.optimizer == "adam":
         return Adam(parameters, options.lr, shrink=options.weight_decay)
-    matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    scale_of: dict[int, float] = {}
+    if options.layer_decay != 1:
+        backbone = method.network.backbone
+        scales = backbone.layer_scales(options.layer_decay)
+        scale_of = {id(p): scales[name] for name, p in backbone.body.named_parameters()}
+    groups = []
+    for scale in sorted({scale_of.get(id(p), 1.0) for p in parameters}, reverse=True):
+        own = [p for p in parameters if scale_of.get(id(p), 1.0) == scale]
+        matrices, vectors = [p for p in own if p.dim() > 1], [p for p in own if p.dim() <= 1]
+        for params, decay in ((matrices, options.weight_decay), (vectors, 0.0)):
+            groups.append({"params": params, "weight_decay": decay, "lr_scale": scale})
+    groups = [group for group in groups if group["params"]]
+    if options.optimizer == "adamw":
+        return AdamW(groups, options.lr)
     return SGD(groups, options.lr, momentum=0.9)

@@ -18,6 +18,7 @@ from bacon_fast.engine.groups import (
 from bacon_fast.files import read_record, write_record
 from bacon_fast.methods.options import Options, SharedOptions, from_json, to_json
 from bacon_fast.methods.part import PartOptions
+from bacon_fast.models.timm_backbone import PREFIX
 
 FORMAT = 2
 """Number of the format in which config.json and checkpoints are written."""
@@ -42,7 +43,7 @@ GROUP_OF: dict[str, str] = {f.name: group for group, options in GROUPS.items() f
 # Fields that do not change the result of a run, but where it happens and what it prints: a resumed run may change them.
 RESUME_MAY_CHANGE = {
     "run": ("run_dir", "resume"),
-    "data": ("data_dir", "download", "split", "images", "follow_links"),
+    "data": ("data_dir", "unlabeled", "test", "val", "unreadable", "download", "split", "images", "follow_links"),
     "engine": ("graph", "rank_timeout"),
     "log": ("log_every", "checkpoint_every", "keep_checkpoints", "report"),
 }
@@ -96,9 +97,31 @@ class Config(Options):
             kind = methods.PARTS[name].options
             if type(options) is not kind:
                 raise ValueError(f"parts: expected {kind.__name__} for {name}, found {options!r}")
+        self._check_what_is_trained()
         mu = self.parts[words[0]].unlabeled_ratio
         if mu not in (None, self.views.unlabeled_ratio):
             raise ValueError(f"unlabeled_ratio: expected {mu} for {words[0]}, found {self.views.unlabeled_ratio}")
+        stored, size = self.views.stored_size, self.data.image_size
+        if stored is not None and (size is None or stored < size):
+            expected = "none without --image-size" if size is None else f"at least the image_size, {size}"
+            raise ValueError(f"stored_size: expected {expected}, found {stored}")
+        if self.views.strong_crop == "resized" and self.parts[words[0]].crops_strong_views:
+            raise ValueError(
+                f"strong_crop: expected window for {words[0]}, whose strong views have a resized crop of their own"
+            )
+
+    def _check_what_is_trained(self) -> None:
+        """Refuses what would have no effect."""
+        model = self.model
+        if model.train == "head":
+            for name, options in self.parts.items():
+                if reason := options.idle_on_frozen_features():
+                    raise ValueError(f"train: expected all, lora or bias beside {name}, {reason}; found 'head'")
+        if self.optimizer.layer_decay != 1 and (not model.backbone.startswith(PREFIX) or model.train == "head"):
+            raise ValueError(
+                "layer_decay: expected 1 where no layers of a timm backbone are trained, found "
+                f"{self.optimizer.layer_decay} with backbone {model.backbone}, train {model.train}"
+            )
 
     @classmethod
     def of(cls, method: str, overrides: Mapping[str, object] | None = None) -> "Config":
@@ -152,6 +175,7 @@ class Config(Options):
         """What follows t/T, by name. With any, a run of more steps is another one from its start."""
         schedule = self.optimizer.lr_schedule
         names = [] if schedule == "constant" else [f"lr_schedule {schedule}"]
+        names += ["warmup"] if self.optimizer.warmup else []
         return names + [name for name, options in self.parts.items() if options.runs_on_length]
 
     def to_dict(self) -> dict:

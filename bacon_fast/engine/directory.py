@@ -36,7 +36,7 @@ def logged_step(run_dir: Path) -> int:
 def _summarized_step(run_dir: Path) -> int:
     """Steps of the finished run; 0 without a summary that can be read."""
     try:
-        step = read_record(run_dir / "summary.json").get("steps")
+        step = read_record(run_dir / "summary.json").get("step")
     except (OSError, ValueError):
         return 0
     return step if type(step) is int else 0

@@ -1,6 +1,7 @@
 """Running the averaged network over images."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from bacon_fast.data.augment import Augment
 from bacon_fast.data.datasets import ImageDataset
+from bacon_fast.data.longtail import Split
 from bacon_fast.engine.distributed import gather_rows, num_ranks, rank
 from bacon_fast.engine.metrics import confusion_matrix
 
@@ -16,24 +18,51 @@ CALIBRATION_BINS = 15
 SUM_ROWS = 8192  # rows a product: its one-hot matrix has as many
 
 
+class Part(NamedTuple):
+    """Images to measure on, of which nothing is trained on: name, test or validation; uint8 [N,H,W,3]; int64 [N]."""
+
+    name: str
+    images: Tensor
+    labels: Tensor
+
+
+def parts_of(dataset: ImageDataset, split: Split | None) -> list[Part]:
+    """The test part and the validation part, those that there are, in this order.
+
+    Validation images are the dataset's own, else those that the split holds out; without a split none.
+    """
+    parts = []
+    if dataset.test_images is not None:
+        parts.append(Part("test", dataset.test_images, dataset.test_labels))
+    if dataset.val_images is not None:
+        parts.append(Part("validation", dataset.val_images, dataset.val_labels))
+    elif split is not None and len(split.validation):
+        held_out = torch.as_tensor(split.validation)
+        parts.append(Part("validation", dataset.train_images[held_out], dataset.train_labels[held_out]))
+    return parts
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """A network on the test part.
+    """A network on a part of the data.
 
     Attributes:
         confusion: int64 [K,K], rows = truth.
         calibration: float64 [15, 3], for equal bins of confidence: images, sum of confidences, right predictions.
         intra_class_variance: mean over classes of the mean squared distance of unit features to their class mean, 0-d.
+        log_loss: class-balanced, see `balanced_log_loss`, 0-d.
     """
 
     confusion: Tensor
     calibration: Tensor
     intra_class_variance: Tensor
+    log_loss: Tensor
 
 
 @torch.inference_mode()
 def predict(network: nn.Module, normalize: Augment, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Features float32 [N,F] and logits float32 [N,K] of uint8 images [N,H,W,3], in batches, in evaluation mode.
+    """Features float32 [N,F] and logits float32 [N,K] of uint8 images [N,H,W,3] as they are stored, in batches, in
+    evaluation mode: of their center windows.
 
     `network` has a method `predict(images) -> (features, logits)`. Its mode, training or evaluation, is left as it was.
     """
@@ -41,7 +70,7 @@ def predict(network: nn.Module, normalize: Augment, images: Tensor, device: torc
     network.eval()
     features, logits = [], []
     for chunk in images.split(EVALUATION_BATCH):
-        f, z = network.predict(normalize.normalize(chunk.to(device)))
+        f, z = network.predict(normalize.normalize(normalize.center(chunk).to(device)))
         features.append(f.float())
         logits.append(z.float())
     network.train(was_training)
@@ -63,15 +92,27 @@ def predict_together(
     return gather_rows(F.pad(features, missing), len(images)), gather_rows(F.pad(logits, missing), len(images))
 
 
-def evaluate(network: nn.Module, normalize: Augment, dataset: ImageDataset, device: torch.device) -> Evaluation:
-    """The whole test part, on the device; divided over the ranks."""
-    features, logits = predict_together(network, normalize, dataset.test_images, device)
-    labels = dataset.test_labels.to(device)
+def evaluate(network: nn.Module, normalize: Augment, part: Part, num_classes: int, device: torch.device) -> Evaluation:
+    """The whole part, on the device; divided over the ranks."""
+    features, logits = predict_together(network, normalize, part.images, device)
+    labels = part.labels.to(device)
     return Evaluation(
-        confusion_matrix(labels, logits.argmax(1), dataset.num_classes),
+        confusion_matrix(labels, logits.argmax(1), num_classes),
         calibration_bins(logits, labels),
-        intra_class_variance(features, labels, dataset.num_classes),
+        intra_class_variance(features, labels, num_classes),
+        balanced_log_loss(logits, labels, num_classes),
     )
+
+
+def balanced_log_loss(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Mean over the classes that occur of the mean of -log p(label): 0-d float64.
+
+    Arguments: logits float [N,K], labels int64 [N].
+    """
+    losses = F.cross_entropy(logits.double(), labels, reduction="none")
+    sums = _sums(torch.stack([losses, torch.ones_like(losses)], dim=1), labels, num_classes)
+    means = sums[:, 0] / sums[:, 1].clamp(min=1)
+    return means.sum() / (sums[:, 1] > 0).sum()
 
 
 def calibration_bins(logits: Tensor, labels: Tensor) -> Tensor:

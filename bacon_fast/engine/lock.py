@@ -1,17 +1,14 @@
 """One user of a directory at a time."""
 
 import contextlib
-import errno
-import fcntl
 import os
 import warnings
 import weakref
 from pathlib import Path
 
-_FILE = ".lock"
+from bacon_fast.system import OPEN_FILES_CAN_BE_REMOVED, UNSUPPORTED, lock_file
 
-# Errors of file systems without locks, such as some that machines share.
-_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_FILE = ".lock"
 
 
 class DirectoryLock:
@@ -37,13 +34,13 @@ class DirectoryLock:
             self.descriptor = os.open(folder / _FILE, os.O_RDWR | os.O_CREAT, 0o666)
             self._close = weakref.finalize(self, os.close, self.descriptor)
             try:
-                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_file(self.descriptor)
             except BlockingIOError as error:
                 self._close()
                 message = f"{name}: {folder} is in use by another command, which may be saving its state"
                 raise ValueError(message) from error
             except OSError as error:
-                if error.errno not in _UNSUPPORTED:
+                if error.errno not in UNSUPPORTED:
                     self._close()
                     raise
                 text = f"{name}: cannot lock {folder} ({error.strerror}): see that no other command uses it"
@@ -63,6 +60,10 @@ class DirectoryLock:
         """Gives the directory back. If it was made for the lock and is otherwise empty, it goes, with new parents."""
         if not self._close.alive:
             return
+        # Where an open file can be removed, it goes while it is locked, so that nobody locks what is about to go. Where
+        # it cannot, it is closed first, and stays if another command has opened it by then.
+        if not OPEN_FILES_CAN_BE_REMOVED:
+            self._close()
         with contextlib.suppress(OSError):  # a parent may be in use by now
             if os.listdir(self.folder) == [_FILE]:
                 (self.folder / _FILE).unlink()

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from tqdm import tqdm
 
 from bacon_fast.engine.lock import DirectoryLock
 from bacon_fast.files import errors_name, write_atomically
+
+RowHook = Callable[[dict], object]
+"""Called with the rows of a run, as they are logged."""
 
 
 class Rows:
@@ -102,6 +106,8 @@ class RunLogger(Rows):
         rows: rows of the run up to `start`.
         progress: a display that runs share; `name` tells them apart. None: its own.
         lock: on `run_dir`; `close` releases it.
+        on_row: called with each new row, after it is written. An error in it does not stop the run: the first one is a
+            warning.
     """
 
     def __init__(
@@ -113,9 +119,11 @@ class RunLogger(Rows):
         progress: Progress | None = None,
         name: str = "",
         lock: DirectoryLock | None = None,
+        on_row: RowHook | None = None,
     ) -> None:
         super().__init__(rows)
         self.run_dir, self.steps, self.name, self._lock = run_dir, steps, name, lock
+        self._on_row, self._hook_failed = on_row, False
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(run_dir / "metrics.jsonl", lambda temporary: temporary.write_text(text))
         self._write_csv()
@@ -136,6 +144,17 @@ class RunLogger(Rows):
         self._add_to_board(row)
         if row["kind"] == "eval":
             self._write_csv()
+        if self._on_row is not None:
+            self._call_hook(dict(row))
+
+    def _call_hook(self, row: dict) -> None:
+        try:
+            self._on_row(row)
+        except Exception as error:  # whatever it is, the run is worth more
+            if not self._hook_failed:
+                text = f"on_row: {type(error).__name__}: {error}; the run goes on, and further errors are not shown"
+                warnings.warn(text, stacklevel=2)
+            self._hook_failed = True
 
     def _open_board(self) -> None:
         """Writes TensorBoard's events anew from the rows.
@@ -173,7 +192,10 @@ class RunLogger(Rows):
         self.say(f"step {row['step']}/{self.steps} {text} {speed} ETA {format_seconds(left)}")
 
     def show_eval(self, row: dict) -> None:
-        self.say(f"step {row['step']}: top-1 {row['top1']:.4f}  bACC {row['bacc']:.4f}  GM {row['gm']:.4f}")
+        text = f"step {row['step']}: top-1 {row['top1']:.4f}  bACC {row['bacc']:.4f}  GM {row['gm']:.4f}"
+        if (loss := row.get("validation_log_loss")) is not None:
+            text += f"  validation log-loss {loss:.4f}"
+        self.say(text)
 
     def close(self) -> None:
         try:
@@ -192,7 +214,11 @@ class RunLogger(Rows):
         writer = csv.DictWriter(buffer, names)
         writer.writeheader()
         writer.writerows(rows)
-        write_atomically(self.run_dir / "metrics.csv", lambda temporary: temporary.write_text(buffer.getvalue()))
+        text = buffer.getvalue()
+        try:
+            write_atomically(self.run_dir / "metrics.csv", lambda temporary: temporary.write_text(text, newline=""))
+        except PermissionError as error:  # a spreadsheet on Windows has it open; metrics.jsonl holds the rows
+            warnings.warn(f"{error}; the next evaluation writes it again", stacklevel=2)
 
 
 def _silence_board_threads(previous: Callable[[threading.ExceptHookArgs], object]) -> None:

@@ -16,6 +16,8 @@ READINGS = {
     "mean_last_20": "mean of last 20",
     "best_on_test": "best (chosen on the test set)",
 }
+CHOSEN = {"best_on_validation": "best (chosen on validation)"}
+"""A fourth one, of runs with --select validation."""
 
 
 def confusion_matrix(targets: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
@@ -134,6 +136,26 @@ def compute_metrics(confusion: Tensor, labeled_counts: Sequence[int] | Tensor | 
         "absent_classes": np.flatnonzero(~present).tolist(),
         "num_images": int(matrix.sum()),
     }
+
+
+def standard_error(per_class: Sequence[float | None], images: Sequence[int]) -> float:
+    """Standard error of the mean recall, from recalls [K] and images of each class [K]; None and 0 where there is none.
+
+    sqrt(sum_c r_c (1 - r_c) / n_c) / K over the classes that occur, of binomial counts. r_c is estimated as
+    (hits + 1) / (n_c + 2), Laplace's rule of succession: by hits / n_c, a class of one image would count as certain.
+    Raises ValueError without any image.
+
+    Example:
+        >>> round(standard_error([0.5, 1.0], [8, 1]), 3)
+        0.147
+    """
+    recall = np.array([0.0 if value is None else value for value in per_class])
+    images = np.asarray(images, dtype=np.float64)
+    recall, images = recall[images > 0], images[images > 0]
+    if not len(images):
+        raise ValueError("images: expected at least one, found none")
+    smoothed = (recall * images + 1) / (images + 2)
+    return float(np.sqrt((smoothed * (1 - smoothed) / images).sum()) / len(images))
 
 
 class History:

@@ -13,13 +13,19 @@ def _check(name: str) -> None:
         raise ValueError(f"lr_schedule: expected one of {', '.join(SCHEDULES)}, found {name!r}")
 
 
-def learning_rate(name: str, base: float, step: int, steps: int) -> float:
+def learning_rate(name: str, base: float, step: int, steps: int, warmup: float = 0.0) -> float:
     """Rate of the step after `step` completed ones.
+
+    In the first `warmup` of the steps it rises from 0, as base * step / their number; the schedule runs over the rest.
 
     constant: every imbalanced method of [US] and [BC]. cosine: base * max(0, cos(7 pi t / (16 T))), FixMatch's own
     (methods.md 0.3). cosine_to_zero: base * (1 + cos(pi t / T)) / 2, half a period down to 0, like MoCo v2's.
     """
     _check(name)
+    warm = int(warmup * steps)
+    if step < warm:
+        return base * (step / warm)
+    step, steps = step - warm, steps - warm
     if name == "constant":
         return base
     if name == "cosine":
@@ -27,15 +33,22 @@ def learning_rate(name: str, base: float, step: int, steps: int) -> float:
     return base * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
 
 
-def set_learning_rate(rate: Tensor, name: str, base: float, step: Tensor, steps: int) -> None:
+def set_learning_rate(rate: Tensor, name: str, base: float, step: Tensor, steps: int, warmup: float = 0.0) -> None:
     """Sets `rate`, 0-d float32, to `learning_rate` of a step counter, 0-d int64, which the host does not read.
 
-    `rate` is `base` at first; the constant rate is left alone.
+    `rate` is `base` at first; the constant rate without a warm-up is left alone.
     """
     _check(name)
-    if name == "constant":
+    warm = int(warmup * steps)
+    if name == "constant" and not warm:
         return
-    if name == "cosine":
-        rate.copy_(base * torch.cos(step.double() * (7 * math.pi / (16 * steps))).clamp_min(0))
-    else:
-        rate.copy_(base * (1 + torch.cos(math.pi * (step.double() / steps).clamp_max(1))) / 2)
+    current: float | Tensor = base
+    if name != "constant":
+        position, length = (step - warm).clamp_min(0).double() if warm else step.double(), steps - warm
+        if name == "cosine":
+            current = base * torch.cos(position * (7 * math.pi / (16 * length))).clamp_min(0)
+        else:
+            current = base * (1 + torch.cos(math.pi * (position / length).clamp_max(1))) / 2
+    if warm:
+        current = current * (step.double() / warm).clamp_max(1)
+    rate.copy_(current)

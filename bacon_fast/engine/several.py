@@ -13,6 +13,9 @@ from bacon_fast.engine.interrupt import StopRequest
 from bacon_fast.engine.logger import Progress
 from bacon_fast.engine.trainer import DivergedError, StoppedError, Trainer, refuse_used_run_dir
 
+_OF_IMAGES = ("dataset", "data_dir", "unlabeled", "test", "val", "image_size", "stored_size", "classes", "follow_links")
+_OF_IMAGES += ("other_labels", "unreadable")
+
 
 class Outcome(NamedTuple):
     """A run that came to its end: its summary, or why it has none."""
@@ -51,8 +54,8 @@ def fit_together(configs: Sequence[Config]) -> list[Outcome]:
         StoppedError: a signal asked to stop; every run has saved its state.
         ValueError, CheckpointError: see `with_resume` and `Trainer`; or the configurations name different datasets.
     """
-    for name in ("dataset", "data_dir", "image_size", "classes", "follow_links"):
-        if len(found := {getattr(config.data, name) for config in configs}) > 1:
+    for name in _OF_IMAGES:
+        if len(found := {config.flat()[name] for config in configs}) > 1:
             raise ValueError(f"{name}: expected the same in all runs, found {', '.join(map(repr, found))}")
     configs, progress, trainers = with_resume(configs), Progress(), []
     try:
@@ -69,7 +72,7 @@ def fit_together(configs: Sequence[Config]) -> list[Outcome]:
 
 def _take_turns(trainers: list[Trainer]) -> dict[Trainer, DivergedError]:
     """Runs all trainers to their ends. Returns the errors of those that diverged."""
-    running = [trainer for trainer in trainers if trainer.step < trainer.config.steps]
+    running = [trainer for trainer in trainers if not trainer.ended]
     errors: dict[Trainer, DivergedError] = {}
     stopped: list[StoppedError] = []
     with StopRequest() as stop, ExitStack() as streams:
@@ -87,7 +90,7 @@ def _take_turns(trainers: list[Trainer]) -> dict[Trainer, DivergedError]:
                     except StoppedError as error:
                         stopped.append(error)
                     else:
-                        if trainer.step < trainer.config.steps:
+                        if not trainer.ended:
                             continue
                 running.remove(trainer)
     if stopped:

@@ -11,7 +11,7 @@ from bacon_fast.engine.config import Config
 from bacon_fast.engine.diagnostics import Diagnostics
 from bacon_fast.engine.ema import EMA
 from bacon_fast.engine.meter import Meter
-from bacon_fast.engine.optimizers import SGD, Adam
+from bacon_fast.engine.optimizers import SGD, Adam, AdamW
 from bacon_fast.engine.schedule import set_learning_rate
 from bacon_fast.methods.gather import gather_batch, num_ranks
 from bacon_fast.methods.method import Method
@@ -40,6 +40,8 @@ class TrainStep:
     Attributes:
         counter: completed steps, 0-d int64 on the device.
         rate: learning rate of the last step, 0-d float32 on the device.
+        rates: `rate` times each `lr_scale` of the optimizer's groups, float32 [scales]. A group's `lr` is `rate` where
+            there is one scale, else a 0-d view of `rates`.
         scaler: fp16's loss scale, which lives on the device.
     """
 
@@ -49,7 +51,7 @@ class TrainStep:
         method: Method,
         forward: nn.Module,
         batches: Batches,
-        optimizer: SGD | Adam,
+        optimizer: SGD | Adam | AdamW,
         ema: EMA,
         diagnostics: Diagnostics,
         meter: Meter,
@@ -61,6 +63,12 @@ class TrainStep:
         self.scaler = _scaler(config, self.device)
         self.counter = torch.zeros((), dtype=torch.int64, device=self.device)
         self.rate = torch.full((), config.optimizer.lr, device=self.device)
+        scales = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
+        distinct = sorted(set(scales))
+        self._scales = torch.tensor(distinct, device=self.device)
+        self.rates = self.rate * self._scales
+        views = self.rates.unbind() if distinct != [1.0] else (self.rate,)
+        self._rate_of_group = [views[distinct.index(scale)] for scale in scales]
         self._one = torch.ones((), device=self.device)  # the gradient of the loss by itself
         # torch.compile fuses casts by itself, and ranks exchange gradients as they come, not all at the end.
         plain = forward is method and num_ranks() == 1
@@ -84,10 +92,14 @@ class TrainStep:
             output = self.forward(batch, self.counter, phase)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(output.total).backward(self._one)
-        schedule = self.method.schedule(self.counter, config.steps)
-        set_learning_rate(self.rate, config.optimizer.lr_schedule, config.optimizer.lr, *schedule)
-        for group in self.optimizer.param_groups:  # set in every step: a checkpoint may have brought another rate
-            group["lr"] = self.rate
+        options, schedule = config.optimizer, self.method.schedule(self.counter, config.steps)
+        set_learning_rate(self.rate, options.lr_schedule, options.lr, *schedule, options.warmup)
+        if len(self._scales) > 1:
+            torch.mul(self._scales, self.rate, out=self.rates)
+        # Set in every step: a checkpoint may have brought another rate.
+        for group, rate in zip(self.optimizer.param_groups, self._rate_of_group):
+            group["lr"] = rate
+        self.ema.set_step(schedule[0])
         self.scaler.step(self.optimizer, average=self.ema.pairs(self.method.network))
         self.scaler.update()
         if output.pseudo_labels is not None:

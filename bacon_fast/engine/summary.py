@@ -2,6 +2,7 @@
 
 import math
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from bacon_fast.data.datasets import ImageDataset
 from bacon_fast.data.longtail import Split
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.distributed import num_ranks
-from bacon_fast.engine.metrics import GROUPS, HEADLINE, READINGS, History
+from bacon_fast.engine.evaluation import Part
+from bacon_fast.engine.metrics import GROUPS, HEADLINE, READINGS, History, standard_error
+from bacon_fast.engine.selection import best_row, is_out_of_patience
 from bacon_fast.files import read_record
 
 
@@ -20,17 +23,20 @@ def summarize(
     config: Config,
     dataset: ImageDataset,
     split: Split,
+    parts: Sequence[Part],
     history: History,
     device: torch.device,
+    step: int,
     train_seconds: float,
 ) -> dict[str, Any]:
-    """The averaged model after the last step, beside the other two ways papers report accuracy; JSON-ready.
+    """The averaged model by which the run is reported, beside the ways papers report accuracy; JSON-ready.
 
     Args:
+        parts: what was measured on; of the first are the accuracies. Without any there is none.
         history: of the whole run, to its last step.
+        step: at which it ended, before the last one if it ran out of patience.
         train_seconds: time of the steps, without evaluations and checkpoints.
     """
-    last = history.rows[-1]
     cuda = device.type == "cuda"
     return {
         "dataset": config.data.dataset,
@@ -39,10 +45,11 @@ def summarize(
         "protocol": split.protocol.name,
         "seed": config.seed,
         "steps": config.steps,
-        **{name: last[name] for name in ("top1", "bacc", "gm", "per_class")},
+        "step": step,
+        **_measured(config, parts, history),
+        "choice": choice(config, parts, history),
         "class_names": list(dataset.class_names),
-        **history.summary(),
-        "steps_per_second": last["step"] / train_seconds,
+        "steps_per_second": step / train_seconds,
         "train_seconds": train_seconds,
         "device": torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads",
         "processes": num_ranks(),
@@ -54,6 +61,52 @@ def summarize(
             "python": platform.python_version(),
         },
     }
+
+
+def chosen_row(config: Config, history: History) -> dict[str, Any]:
+    """The evaluation by which the run is reported: the best on validation, if that was asked for, else the last."""
+    best = best_row(history.rows) if config.log.select == "validation" else None
+    return history.rows[-1 if best is None else best]
+
+
+def _measured(config: Config, parts: Sequence[Part], history: History) -> dict[str, Any]:
+    """Accuracies of the chosen evaluation and the readings of `History.summary`, with what they were measured on."""
+    if not parts:
+        return {"evaluated_on": None}
+    row, part = chosen_row(config, history), parts[0]
+    readings = history.summary()
+    if part.name != "test":
+        del readings["best_on_test"]
+    if config.log.select == "validation":
+        names = ("step", *HEADLINE, *GROUPS, "per_class")
+        readings["best_on_validation"] = {name: row[name] for name in names if name in row}
+    counts = torch.bincount(part.labels, minlength=len(row["per_class"])).tolist()
+    validation = {name.removeprefix("validation_"): row[name] for name in row if name.startswith("validation_")}
+    return {
+        **{name: row[name] for name in (*HEADLINE, "per_class")},
+        "bacc_error": standard_error(row["per_class"], counts),
+        "evaluated_on": part.name,
+        "images": len(part.labels),
+        **({"validation": validation} if validation else {}),
+        **readings,
+    }
+
+
+def choice(config: Config, parts: Sequence[Part], history: History) -> str:
+    """What the reported weights were chosen by and measured on, in words."""
+    ended = ""
+    if is_out_of_patience(history.rows, config.log.patience):
+        ended = f"; ended at step {history.rows[-1]['step']:,}: {config.log.patience} evaluations were no better"
+    if not parts:
+        return "last averaged weights, not evaluated: no test images (--test), no validation images (--validation)"
+    row, part = chosen_row(config, history), parts[0]
+    if config.log.select == "validation":
+        precision = f"{row['validation_images']:,} images, bACC ±{row['validation_bacc_error']:.2f}"
+        where = "test" if part.name == "test" else "the same images: optimistic"
+        return f"chosen by validation log-loss ({precision}), reported on {where}{ended}"
+    counts = torch.bincount(part.labels, minlength=len(row["per_class"])).tolist()
+    precision = f"{len(part.labels):,} images, bACC ±{standard_error(row['per_class'], counts):.2f}"
+    return f"last averaged weights, reported on {part.name} ({precision}){ended}"
 
 
 def read_summary(path: Path, config: Config, split: str) -> dict[str, Any]:
@@ -83,8 +136,9 @@ def read_summary(path: Path, config: Config, split: str) -> dict[str, Any]:
         else:
             group = name.rpartition(".")[2] in GROUPS  # may have no test image
             _require(path, name, "a number between 0 and 1", found, _is_share(found) or (group and found is None))
-    evaluations = summary["mean_last_20"].get("evaluations")
-    _require(path, "mean_last_20.evaluations", "a count", evaluations, type(evaluations) is int and evaluations > 0)
+    if summary.get("evaluated_on", "test") is not None:
+        evaluations = summary["mean_last_20"].get("evaluations")
+        _require(path, "mean_last_20.evaluations", "a count", evaluations, type(evaluations) is int and evaluations > 0)
     for name in ("steps_per_second", "train_seconds"):
         found = summary.get(name)
         _require(path, name, "a number above 0", found, _is_number(found) and 0 < found < math.inf)
@@ -96,9 +150,15 @@ def read_summary(path: Path, config: Config, split: str) -> dict[str, Any]:
 
 
 def _accuracies(summary: dict[str, Any]) -> dict[str, Any]:
-    """The entries that hold accuracies, None for missing ones, by name: bacc, last.bacc, last.per_class, ..."""
+    """The entries that hold accuracies, None for missing ones, by name: bacc, last.bacc, last.per_class, ...
+
+    A run without a test part has no best one on it, and a run that measured nothing has none.
+    """
+    part = summary.get("evaluated_on", "test")
+    if part is None:
+        return {}
     found = {name: summary.get(name) for name in (*HEADLINE, "per_class")}
-    for reading in READINGS:
+    for reading in READINGS if part == "test" else set(READINGS) - {"best_on_test"}:
         section = summary.get(reading)
         values = section if isinstance(section, dict) else {}
         found |= {f"{reading}.{name}": values.get(name) for name in (*HEADLINE, *GROUPS, "per_class")}

@@ -1,5 +1,6 @@
 """The training loop: one static-shape step, evaluations, checkpoints, and the files of a run."""
 
+import copy
 import dataclasses
 import functools
 import math
@@ -28,22 +29,26 @@ from bacon_fast.engine.config import Config
 from bacon_fast.engine.diagnostics import Diagnostics
 from bacon_fast.engine.directory import newest_state
 from bacon_fast.engine.ema import EMA
-from bacon_fast.engine.evaluation import Evaluation, calibration_error, evaluate, predict_together
+from bacon_fast.engine.evaluation import Evaluation, Part, calibration_error, evaluate, parts_of, predict_together
 from bacon_fast.engine.finite import not_finite
 from bacon_fast.engine.graph import CudaCapture, GraphedStep, use_graph
 from bacon_fast.engine.interrupt import StopRequest
 from bacon_fast.engine.lock import DirectoryLock
-from bacon_fast.engine.logger import Progress, Rows, RunLogger
+from bacon_fast.engine.logger import Progress, RowHook, Rows, RunLogger
 from bacon_fast.engine.meter import Meter
-from bacon_fast.engine.metrics import History, compute_metrics
+from bacon_fast.engine.metrics import History, compute_metrics, standard_error
 from bacon_fast.engine.parallel import PhaseParallel
 from bacon_fast.engine.schedule import learning_rate
+from bacon_fast.engine.selection import LOSS, KeptWeights, best_row, is_out_of_patience, require_validation
 from bacon_fast.engine.step import AUTOCAST, TrainStep, autocast
 from bacon_fast.engine.summary import summarize
 from bacon_fast.files import remove_leftovers, write_record
-from bacon_fast.methods.method import NewGeneration, RefreshContext
+from bacon_fast.methods.method import Method, NewGeneration, RefreshContext
 from bacon_fast.methods.part import DataInfo
 from bacon_fast.models.batchnorm import synchronize
+from bacon_fast.models.weights import find_weights
+
+_PLACES = ("data_dir", "unlabeled", "test", "val")  # may differ from machine to machine
 
 
 class DivergedError(RuntimeError):
@@ -77,6 +82,7 @@ class Trainer:
         config: of the run.
         dataset: the one that `config` names, if it is loaded already.
         progress, name: a display that this run shares with others, and the run's name there.
+        on_row: called on rank 0 with each row of the log; see `RunLogger`.
 
     Raises:
         ValueError: a wrong setting, a split that does not fit the data, or a run directory that holds another run or
@@ -91,6 +97,7 @@ class Trainer:
         dataset: ImageDataset | None = None,
         progress: Progress | None = None,
         name: str = "",
+        on_row: RowHook | None = None,
     ) -> None:
         if config.run.run_dir is None:
             raise ValueError("run_dir: expected a directory, found None")
@@ -103,10 +110,10 @@ class Trainer:
         alone = self.device.type == "cuda" and distributed.num_ranks() == 1
         self.stream = torch.cuda.Stream(self.device) if alone else None
         distributed.own_part(config.views.batch_size)  # refuses a batch that does not divide among the ranks
-        distributed.require_equal({k: v for k, v in config.flat().items() if k != "data_dir"})
+        distributed.require_equal({k: v for k, v in config.flat().items() if k not in _PLACES})
         self._lock: DirectoryLock | None = None  # rank 0's, on the run directory
         try:
-            self._open(dataset, progress, name)
+            self._open(dataset, progress, name, on_row)
         except BaseException:
             if self._lock is not None:
                 self._lock.release()
@@ -114,7 +121,7 @@ class Trainer:
 
     # --- construction ----------------------------------------------------------------------------------------------
 
-    def _open(self, dataset: ImageDataset | None, progress: Progress | None, name: str) -> None:
+    def _open(self, dataset: ImageDataset | None, progress: Progress | None, name: str, on_row: RowHook | None) -> None:
         """Builds or restores the run, and its files on rank 0."""
         config = self.config
         build.use_threads(config.engine.threads)
@@ -123,20 +130,25 @@ class Trainer:
         torch.set_float32_matmul_precision("highest")  # the losses' similarities are products of matrices
         torch.backends.cudnn.benchmark = self.device.type == "cuda"  # shapes never change: time each convolution once
 
-        load_dataset = functools.partial(build.build_dataset, config)
-        writes_files = config.data.download or config.data.images == "mapped"
+        load_dataset = functools.partial(build.build_dataset, config, self.device)
+        writes_files = config.data.download or (config.data.dataset == "folder" and config.data.images != "memory")
         if dataset is None:
             dataset = distributed.leader_first(load_dataset) if writes_files else load_dataset()
-        self.dataset = dataset
+        self.dataset = build.normalized_for(config, dataset)
         split_file = self.run_dir / "split.json"
         own_split = config.run.resume and split_file.exists()  # also of a run that has no checkpoint yet
         self.split = build.build_split(config, self.dataset, split_file if own_split else None)
         distributed.require_equal({"split": self.split.hash})
-        self._build()
+        self.parts = parts_of(self.dataset, self.split)
+        validation = sum(len(part.labels) for part in self.parts if part.name == "validation")
+        require_validation(config.log.select, config.log.patience, validation)
+        self._weights: dict | None = None  # where the backbone's came from
+        self._build(resumes=saved is not None)
         self.step, self.generation, self.train_seconds = 0, 0, 0.0
         self._window: tuple[int, float] | None = None  # the step and the time at which it began
         self._evaluation_seconds = 0.0  # of the last one; not known before the first
         self.history, rows = History(), []
+        self.kept = KeptWeights()
         if saved:
             path, state = saved
             with content_of(path):
@@ -146,10 +158,12 @@ class Trainer:
             return
         if not (saved and split_file.exists()):
             self.split.save(split_file)
-        self.logger = RunLogger(self.run_dir, config.steps, self.step, rows, progress, name, self._lock)
+        self.logger = RunLogger(self.run_dir, config.steps, self.step, rows, progress, name, self._lock, on_row)
         config.write(self.run_dir / "config.json")
         if not saved:
             self.logger.say(pool_line(self.split, self.dataset))
+            if self._weights is not None:
+                self.logger.say(build.weights_line(self._weights, self.method))
 
     def _saved_state(self) -> tuple[Path, dict] | None:
         """Checkpoint to resume from, and its content: rank 0 chooses the file, every rank reads it."""
@@ -210,13 +224,13 @@ class Trainer:
         if longer:
             print(f"steps: {own.steps} in the place of {saved.steps}; nothing else changes", flush=True)
 
-    def _build(self) -> None:
+    def _build(self, *, resumes: bool) -> None:
         config, split = self.config, self.split
         build.seed_everything(config.seed)
         counts = torch.as_tensor(split.labeled_counts)
         sizes, data = (len(split.labeled), len(split.unlabeled)), self.dataset
         self._info = DataInfo(data.num_classes, counts, *sizes, data.mean, data.std)
-        method = build.build_method(config, self._info)
+        method = self._fresh_method(load_weights=not resumes)
         memory_format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
         self.method = method.to(self.device, memory_format=memory_format)
         if config.engine.sync_batchnorm and distributed.num_ranks() > 1:
@@ -229,12 +243,22 @@ class Trainer:
         self.meter = Meter(self.device)
         self._start()
 
+    def _fresh_method(self, *, load_weights: bool) -> Method:
+        """The method at its start. `load_weights`: with the backbone's weights, which a checkpoint has too."""
+        weights = None
+        if load_weights and self.config.model.weights != "none":
+            model = self.config.model
+            weights = distributed.leader_first(lambda: find_weights(model.weights, model.backbone))
+            self._weights = weights.info()
+        return build.build_method(self.config, self._info, None if weights is None else weights.tensors)
+
     def _start(self) -> None:
         """Optimizer, average and step for the method's current parameters."""
         config = self.config
         distributed.copy_from_main(self.method)  # initialized from the same seed; this makes sure
         self.optimizer = build.build_optimizer(config, self.method)
-        self.ema = EMA(self.method.network, config.optimizer.ema, config.optimizer.ema_buffers)
+        options = config.optimizer
+        self.ema = EMA(self.method.network, options.ema, options.ema_buffers, warmup=options.ema_warmup)
         self.method.bind(self.ema.network)
         # Without inductor's own graphs: the whole step is one.
         plain = {"triton.cudagraphs": False}
@@ -252,7 +276,7 @@ class Trainer:
         """Starts again from fresh parameters, on another labeled set (CReST)."""
         self.generation += 1
         build.seed_everything((self.config.seed + self.generation) % 2**64)
-        fresh = build.build_method(self.config, self._info)
+        fresh = self._fresh_method(load_weights=True)
         with torch.no_grad():  # the method's own buffers stay, the network's do not
             for own, new_start in zip(self.method.parameters(), fresh.parameters(), strict=True):
                 own.copy_(new_start)
@@ -277,6 +301,7 @@ class Trainer:
             "inference": self.inference_info(),
             "method": self.method.state_dict(),
             "ema": self.ema.state_dict(),
+            "selected": self.kept.tensors,
             "diagnostics": self.diagnostics.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.program.scaler.state_dict(),
@@ -286,13 +311,16 @@ class Trainer:
 
     def inference_info(self) -> dict:
         """What prediction needs beside the weights."""
-        spec = build.network_spec(self.config, self.dataset.num_classes)
+        spec, augment = build.network_spec(self.config, self.dataset.num_classes), self.batches.augment
         return {
             "network": dataclasses.asdict(spec),
             "class_names": list(self.dataset.class_names),
-            "image_size": list(self.batches.pool.shape[1:3]),
+            "stored_size": list(augment.source_size),
+            "image_size": [augment.height, augment.width],
+            "selected_step": self.selected_step,
             "mean": list(self.dataset.mean),
             "std": list(self.dataset.std),
+            "weights": self._weights,
         }
 
     def _restore(self, state: dict) -> list[dict]:
@@ -314,8 +342,10 @@ class Trainer:
             for name, value in kept.items():
                 if value.dim() and value.shape != parameter.shape:
                     raise ValueError(f"optimizer: expected {name} {list(parameter.shape)}, found {list(value.shape)}")
+        self.kept.restore(state["selected"], self.ema.network, self.method.network)
         if broken := not_finite(self._saved_tensors()):
             raise ValueError(f"not finite: {', '.join(broken[:3])}")
+        self._weights = state["inference"]["weights"]
         self.generation = state["generation"]
         self.batches.set_labeled(state["labeled"].to(self.device), state["labels"].to(self.device))
         self.step, self.train_seconds = state["step"], state["train_seconds"]
@@ -393,7 +423,7 @@ class Trainer:
             batches.labeled,
             batches.unlabeled,
             batches.labels,
-            batches.augment.normalize,
+            lambda images: batches.augment.normalize(batches.augment.center(images)),
             predict_images,
         )
 
@@ -411,11 +441,33 @@ class Trainer:
         """
         try:
             with StopRequest(self.step) as stop, self.on_stream():
-                while self.step < self.config.steps:
+                while not self.ended:
                     self.advance(stop)
             return self.finish()
         finally:
             self.logger.close()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run came to its last step, or ran out of patience."""
+        return self.step >= self.config.steps or is_out_of_patience(self.history.rows, self.config.log.patience)
+
+    @property
+    def selected_step(self) -> int | None:
+        """Step of the evaluation whose averaged weights are kept; None if the newest are the ones to use."""
+        best = best_row(self.history.rows) if self.config.log.select == "validation" else None
+        return None if best is None else self.history.rows[best]["step"]
+
+    def chosen_network(self) -> nn.Module:
+        """The averaged network by which the run is reported, in evaluation mode: the best on validation, or the newest.
+
+        Its tensors may be the run's own.
+        """
+        if not self.kept.tensors:
+            return self.ema.network
+        chosen = copy.deepcopy(self.ema.network)
+        chosen.load_state_dict(self.kept.tensors)
+        return chosen
 
     def advance(self, stop: StopRequest) -> None:
         """One step, and what is due after it: log row, evaluation, checkpoint, stop. Raises what `fit` raises."""
@@ -435,6 +487,8 @@ class Trainer:
             self._log_train()
         if evaluating:
             self._evaluate()
+        last = self.ended
+        saving = saving or last
         # Read once: a signal that comes after this line is answered after the next step.
         signum = None if last else stop.agreed(self.step, now=True)
         if saving or signum is not None:
@@ -466,6 +520,7 @@ class Trainer:
         """The tensors of the method, its average and the optimizer that a checkpoint holds."""
         yield from self.method.state_dict().items()
         yield from ((f"average of {name}", tensor) for name, tensor in self.ema.state_dict().items())
+        yield from ((f"selected {name}", tensor) for name, tensor in self.kept.tensors.items())
         for parameter, state in self.optimizer.state_dict()["state"].items():
             yield from ((f"optimizer's {name} of parameter {parameter}", value) for name, value in state.items())
 
@@ -478,7 +533,8 @@ class Trainer:
         if known:
             means["stats/pseudo_accuracy"] = right / known
         schedule = self.method.schedule(self.step - 1, self.config.steps)
-        rate = learning_rate(self.config.optimizer.lr_schedule, self.config.optimizer.lr, *schedule)
+        options = self.config.optimizer
+        rate = learning_rate(options.lr_schedule, options.lr, *schedule, options.warmup)
         row = {"kind": "train", "step": self.step, **means, "lr": rate, "train_seconds": self.train_seconds}
         row["steps_per_second"] = (self.step - first) / seconds
         self.logger.log(row)
@@ -489,12 +545,18 @@ class Trainer:
         self.logger.show_train(row, left)
 
     def _evaluate(self) -> None:
+        """Logs the averaged network's accuracies on the first part, beside what the validation part says."""
+        if not self.parts:
+            return
         started = time.perf_counter()
         self._share_statistics()
-        evaluation = self.evaluation()
+        found = {part.name: self.evaluation(part) for part in self.parts}
+        evaluation = found[self.parts[0].name]
         metrics = compute_metrics(evaluation.confusion, self.split.labeled_counts)
         metrics["calibration_error"] = calibration_error(evaluation.calibration)
         metrics["intra_class_variance"] = float(evaluation.intra_class_variance)
+        if "validation" in found:
+            metrics |= self._on_validation(found["validation"])
         metrics |= self.diagnostics.read()
         if self.method.regularizer is not None:
             metrics["temperatures"] = self.method.regularizer.temperatures(self.step / self.config.steps).tolist()
@@ -502,17 +564,33 @@ class Trainer:
             metrics["generation"] = self.generation
         self._evaluation_seconds = time.perf_counter() - started
         self.history.append(self.step, metrics)
+        if self.selected_step == self.step:
+            self.kept.keep(self.ema.network, self.method.network)
         row = {"kind": "eval", "step": self.step, **metrics}
         self.logger.log(row)
         self.logger.show_eval(row)
 
-    def evaluation(self) -> Evaluation:
-        """The averaged network on the whole test part, which the ranks divide."""
-        return evaluate(self.ema.network, self.batches.augment, self.dataset, self.device)
+    def _on_validation(self, evaluation: Evaluation) -> dict[str, float | None]:
+        """What an evaluation's row says of the validation part. All ranks get rank 0's loss, for it decides."""
+        metrics = compute_metrics(evaluation.confusion, self.split.labeled_counts)
+        images = evaluation.confusion.sum(1).tolist()
+        loss = distributed.broadcast(float(evaluation.log_loss))
+        return {
+            LOSS: loss if math.isfinite(loss) else None,
+            "validation_bacc": metrics["bacc"],
+            "validation_bacc_error": standard_error(metrics["per_class"], images),
+            "validation_images": sum(images),
+        }
+
+    def evaluation(self, part: Part | None = None, network: nn.Module | None = None) -> Evaluation:
+        """A network, the average by default, on a whole part of the data, by default the first; the ranks divide it."""
+        part, network = part or self.parts[0], network or self.ema.network
+        return evaluate(network, self.batches.augment, part, self.dataset.num_classes, self.device)
 
     def finish(self) -> dict:
         """Writes and returns the summary of the whole run."""
-        summary = summarize(self.config, self.dataset, self.split, self.history, self.device, self.train_seconds)
+        run = self.dataset, self.split, self.parts, self.history
+        summary = summarize(self.config, *run, self.device, self.step, self.train_seconds)
         if distributed.is_main():
             write_record(self.run_dir / "summary.json", summary)
         return summary

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 from bacon_fast.methods import abc, bacon, fixmatch, remixmatch, ssc, supervised
-from bacon_fast.methods.balancers import cdmad, cossl, crest, darp, daso, debiaspl, saw, simpro
+from bacon_fast.methods.balancers import cdmad, cossl, crest, darp, daso, debiaspl, la, saw, simpro
 from bacon_fast.methods.method import Method
 from bacon_fast.methods.part import Part, PartOptions, Setup
 from bacon_fast.methods.sscl import method as sscl_method
 from bacon_fast.models.network import Network
 from bacon_fast.models.ssc import PrototypeNetwork
 
-_NO_UNLABELED_ROWS = "supervised has no unlabeled rows, which a balancer and BaCon act on"
+_NO_UNLABELED_ROWS = "supervised has no unlabeled rows, which a balancer (but la) and BaCon act on"
 _SSCL_ALONE = "SsCL calibrates its pseudo-labels by prototypes, and has a contrastive loss of its own"
 _SSC_ALONE = "SSC has prototypes in the place of the classifier that a balancer and BaCon act on"
 _HARD_LABELS = {"remixmatch": "it acts on hard pseudo-labels, and ReMixMatch trains towards soft, mixed targets"}
@@ -24,12 +24,16 @@ _PRIORS_APART = {
     "bacon": "it balances the classifier by its priors already, and nobody has measured both",
 }
 _BALANCED_BY_IMAGE = {"bacon": "it takes the bias out of the logits that BaCon reads, and nobody has measured both"}
+_LABELS_AS_THEY_ARE = {
+    "remixmatch": "MixUp mixes the labels whose prior it adds",
+    "bacon": "it balances the logits that BaCon reads, and nobody has measured both",
+}
 _TWO_BALANCERS = "a method has one balancer, as each sets the targets of the unlabeled rows"
 _BESIDE_BACON = "BaCon is added to a base learner alone or with ABC; beside another balancer nobody has measured it"
 
 # METHODS has this order, and so have the parts within a name.
 _TABLE = (
-    Part("base", supervised.SupervisedOptions, supervised.build, alone=_NO_UNLABELED_ROWS),
+    Part("base", supervised.SupervisedOptions, supervised.build, alone=_NO_UNLABELED_ROWS, takes=("la",)),
     Part("base", fixmatch.FixMatchOptions, fixmatch.build),
     Part("base", remixmatch.ReMixMatchOptions, remixmatch.build),
     Part("base", sscl_method.SsCLOptions, sscl_method.build, alone=_SSCL_ALONE),
@@ -45,6 +49,7 @@ _TABLE = (
     Part("balancer", cossl.CoSSLOptions, cossl.build),
     Part("balancer", simpro.SimProOptions, simpro.build, refuses=_PRIORS_APART),
     Part("balancer", cdmad.CDMADOptions, cdmad.build, refuses=_BALANCED_BY_IMAGE),
+    Part("balancer", la.LAOptions, la.build, refuses=_LABELS_AS_THEY_ARE),
 )
 PARTS: dict[str, Part] = {part.name: part for part in _TABLE}
 """The parts by name."""
@@ -56,7 +61,7 @@ def refusal(words: Sequence[str]) -> str | None:
     base, *added = parts
     if base.kind != "base" or any(part.kind == "base" for part in added):
         return "a method has one base learner, which comes first"
-    if added and base.alone:
+    if base.alone and not {part.name for part in added} <= set(base.takes):
         return base.alone
     if sum(part.kind == "balancer" for part in added) > 1:
         return _TWO_BALANCERS

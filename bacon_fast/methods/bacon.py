@@ -57,6 +57,9 @@ class BaConOptions(PartOptions):
         if self.variant != "blog":  # which bounds the class temperatures from below; others reach tau·(1 - bta)
             self.require(self.bta is None or self.bta < 1, "bta", "a number below 1, except for variant blog")
 
+    def idle_on_frozen_features(self) -> str:
+        return "whose gradient would reach its own projection alone"
+
 
 class BaCon(BaConLoss):
     """`BaConLoss` on the rows of a step, weighted, from `contrast_start` on.

@@ -1,6 +1,7 @@
 """Options: frozen dataclasses that check themselves, for the groups of a configuration and the parts of a method."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -130,14 +131,14 @@ def _words(kind: object) -> str:
     if origin is Literal:
         return f"one of {', '.join(of)}"
     if origin is tuple:
-        return "a tuple of strings"
+        return "a tuple of paths" if of[0] is Path else "a tuple of strings"
     if kind is type(None):
         return "None"
     return _WORDS.get(kind) or f"{(origin or kind).__name__}"
 
 
 def from_json(options: type[Options], values: dict) -> Options:
-    """Options from their JSON values. A string becomes a path, and a list a tuple, where the field takes one.
+    """Options from their JSON values: see `as_fields`.
 
     Raises ValueError for a missing or an unknown field, and for a value that does not fit.
     """
@@ -147,16 +148,32 @@ def from_json(options: type[Options], values: dict) -> Options:
     for what, names in (("unknown", set(values) - set(kinds)), ("missing", set(kinds) - set(values))):
         if names:
             raise ValueError(f"{label}: {what} fields {', '.join(sorted(names))}")
-    given = {}
+    return options(**as_fields(options, values))
+
+
+def as_fields(options: type[Options], values: Mapping[str, object]) -> dict[str, object]:
+    """The values with a path in the place of a string, and a tuple in that of a list, where the field takes one."""
+    kinds, given = _kinds(options), {}
     for name, value in values.items():
-        taken = (kinds[name], *get_args(kinds[name]))
-        if Path in taken and isinstance(value, str):
-            value = Path(value)
+        kind = kinds.get(name)
+        if Path in (kind, *get_args(kind)):
+            value = [_path(entry) for entry in value] if isinstance(value, (list, tuple)) else _path(value)
+            if get_origin(kind) is tuple and isinstance(value, Path):  # one alone
+                value = (value,)
         given[name] = tuple(value) if isinstance(value, list) else value
-    return options(**given)
+    return given
+
+
+def _path(value: object) -> object:
+    return Path(value) if isinstance(value, str) else value
 
 
 def to_json(options: Options) -> dict:
     """Inverse of `from_json`: values that JSON has."""
-    values = {name: getattr(options, name) for name in _kinds(type(options))}
-    return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {name: _json_value(getattr(options, name)) for name in _kinds(type(options))}
+
+
+def _json_value(value: object) -> object:
+    if isinstance(value, tuple):
+        return [_json_value(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value

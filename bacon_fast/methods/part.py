@@ -17,6 +17,7 @@ class PartOptions(Options):
         part: its name.
         operation: the operation of `bacon_fast.ops` whose backend `loss_backend` chooses, or None.
         unlabeled_ratio: the only mu that a base takes; None: any.
+        crops_strong_views: a base that resizes random parts of the strong views itself.
         runs_on_length: the part follows t/T (it reads `Setup.steps`), so that a longer run differs from the first step.
         changes: other defaults that a part gives to the parts beside it, {part: {field: value}}.
         variants: other defaults that a value of the part's option `variant` gives to options of the run,
@@ -25,6 +26,7 @@ class PartOptions(Options):
 
     operation: ClassVar[str | None] = None
     unlabeled_ratio: ClassVar[int | None] = None
+    crops_strong_views: ClassVar[bool] = False
     runs_on_length: ClassVar[bool] = True
     changes: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     variants: ClassVar[Mapping[str, Mapping[str, object]]] = {}
@@ -32,6 +34,10 @@ class PartOptions(Options):
     def network(self) -> dict[str, object]:
         """What the part needs of the network: fields of `models.spec.NetworkSpec`."""
         return {}
+
+    def idle_on_frozen_features(self) -> str:
+        """Why the part has no effect on what predicts where the backbone gives fixed features; empty if it has one."""
+        return ""
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,8 @@ class Part:
         options: of the part; their class names it.
         build: (options, setup) -> module. For a base: (options, setup, network, balancer, regularizer) -> Method; a
             base without additions takes neither balancer nor regularizer. None for an extension.
-        alone: why nothing can be added to a base; empty if something can.
+        alone: why nothing can be added to a base, but for `takes`; empty if something can.
+        takes: what can be added to such a base.
         refuses: parts that a balancer does not go with, and why.
         beside: regularizers that a balancer goes with.
         extends: the part that an extension changes.
@@ -98,6 +105,7 @@ class Part:
     options: type[PartOptions]
     build: Callable | None = None
     alone: str = ""
+    takes: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
     beside: tuple[str, ...] = ()
     extends: str = ""

@@ -56,6 +56,10 @@ class ReMixMatchOptions(PartOptions):
         self.require_weights("lambda_u", "lambda_kl", "lambda_rot")
         self.require_positive("rampup", "sharpening", "mixup_alpha")
 
+    def idle_on_frozen_features(self) -> str:
+        reason = "whose rotation task would train its own head alone (--remixmatch.lambda-rot 0 leaves it out)"
+        return reason if self.lambda_rot else ""
+
 
 class ReMixMatch(ExtendedMethod):
     """MixUp of all views towards aligned, sharpened predictions, and a rotation task.

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bacon_fast.methods.balancers.base import Balancer, Targets
 from bacon_fast.methods.composed import ComposedMethod
 from bacon_fast.methods.outputs import Batch, Outputs
 from bacon_fast.methods.part import PartOptions, Setup
@@ -25,10 +26,17 @@ class Supervised(nn.Module):
 
     unlabeled_views = ()
 
-    def forward(self, out: Outputs, batch: Batch, step: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], None]:
-        """Loss `supervised`, 0-d float32."""
-        return {"supervised": F.cross_entropy(out.labeled_logits.float(), batch.labels)}, {}, None
+    def forward(
+        self, out: Outputs, batch: Batch, step: Tensor, targets: Targets | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], None]:
+        """Loss `supervised`, 0-d float32. Of a balancer's `targets` it takes the bias of the labeled rows."""
+        logits = out.labeled_logits.float()
+        if targets is not None and targets.labeled_bias is not None:
+            logits = logits + targets.labeled_bias
+        return {"supervised": F.cross_entropy(logits, batch.labels)}, {}, None
 
 
-def build(options: SupervisedOptions, setup: Setup, network: Network) -> ComposedMethod:
-    return ComposedMethod(network, Supervised())
+def build(
+    options: SupervisedOptions, setup: Setup, network: Network, balancer: Balancer | None = None
+) -> ComposedMethod:
+    return ComposedMethod(network, Supervised(), balancer=balancer)

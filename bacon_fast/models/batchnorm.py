@@ -116,16 +116,25 @@ def convert_batchnorm(module: nn.Module) -> None:
         setattr(module, name, converted)
 
 
+def batchnorms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Every BatchNorm layer inside ``module``, of whatever class and number of dimensions."""
+    return [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside, no `BatchNorm2d` of ``module`` updates its running statistics; in training mode each normalizes with its
-    batch's own (the "BN frozen" passes of methods.md D)."""
+    """Inside, no BatchNorm layer of ``module`` updates its running statistics; in training mode each normalizes with
+    its batch's own (the "BN frozen" passes of methods.md D). A layer of another class than ours, such as timm's
+    BatchNormAct2d, gets momentum 0, and goes on counting batches.
+    """
     layers = [layer for layer in module.modules() if isinstance(layer, BatchNorm2d)]
     before = [layer.update_statistics for layer in layers]
+    others = [layer for layer in batchnorms(module) if not isinstance(layer, BatchNorm2d)]
     for layer in layers:
         layer.update_statistics = False
     try:
-        yield
+        with _momentum(others, 0.0):
+            yield
     finally:
         for layer, value in zip(layers, before, strict=True):
             layer.update_statistics = value
@@ -133,8 +142,13 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def statistics_momentum(module: nn.Module, momentum: float) -> Iterator[None]:
-    """Inside, the newest batch has this weight in the running statistics of every `BatchNorm2d` of ``module``."""
-    layers = [layer for layer in module.modules() if isinstance(layer, BatchNorm2d)]
+    """Inside, the newest batch has this weight in the running statistics of every BatchNorm layer of ``module``."""
+    with _momentum(batchnorms(module), momentum):
+        yield
+
+
+@contextmanager
+def _momentum(layers: list[nn.modules.batchnorm._BatchNorm], momentum: float) -> Iterator[None]:
     before = [layer.momentum for layer in layers]
     for layer in layers:
         layer.momentum = momentum
@@ -146,7 +160,15 @@ def statistics_momentum(module: nn.Module, momentum: float) -> Iterator[None]:
 
 
 def synchronize(module: nn.Module, group: ProcessGroup | Literal[True] | None = True) -> None:
-    """Sets the `sync_group` of every `BatchNorm2d` of ``module``: all ranks (True), some, or each for itself (None)."""
-    for layer in module.modules():
-        if isinstance(layer, BatchNorm2d):
-            layer.sync_group = group
+    """Sets the `sync_group` of every `BatchNorm2d` of ``module``: all ranks (True), some, or each for itself (None).
+
+    Raises ValueError for BatchNorm layers of other classes, which would go on with the statistics of their own rows.
+    """
+    layers = batchnorms(module)
+    if others := {type(layer).__name__ for layer in layers if not isinstance(layer, BatchNorm2d)}:
+        raise ValueError(
+            f"sync_batchnorm: expected False for a backbone with layers of class {', '.join(sorted(others))}, "
+            "which cannot be synchronized, found True"
+        )
+    for layer in layers:
+        layer.sync_group = group

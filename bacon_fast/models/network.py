@@ -15,12 +15,20 @@ class Network(nn.Module):
         backbone: name for `build_backbone`.
         num_classes: K.
         balanced_head: adds the auxiliary head, which is then the one that predicts.
-        bn_momentum: weight of the newest batch in BatchNorm's running statistics.
+        bn_momentum, image_size: of `build_backbone`.
     """
 
-    def __init__(self, backbone: str, num_classes: int, *, balanced_head: bool, bn_momentum: float) -> None:
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        *,
+        balanced_head: bool,
+        bn_momentum: float | None = None,
+        image_size: int | None = None,
+    ) -> None:
         super().__init__()
-        self.backbone = build_backbone(backbone, bn_momentum=bn_momentum)
+        self.backbone = build_backbone(backbone, bn_momentum=bn_momentum, image_size=image_size)
         self.head = main_head(self.backbone.num_features, num_classes)
         self.balanced_head = auxiliary_head(self.backbone.num_features, num_classes) if balanced_head else None
 
@@ -43,8 +51,10 @@ class DebiasedNetwork(Network):
         empty_image: float32 [3], the color of the empty image after normalization.
     """
 
-    def __init__(self, backbone: str, num_classes: int, *, bn_momentum: float) -> None:
-        super().__init__(backbone, num_classes, balanced_head=False, bn_momentum=bn_momentum)
+    def __init__(
+        self, backbone: str, num_classes: int, *, bn_momentum: float | None = None, image_size: int | None = None
+    ) -> None:
+        super().__init__(backbone, num_classes, balanced_head=False, bn_momentum=bn_momentum, image_size=image_size)
         self.register_buffer("empty_image", torch.ones(3))
 
     def empty(self, images: Tensor) -> Tensor:
@@ -67,8 +77,10 @@ class TeacherNetwork(Network):
         teacher_ready: 0-d bool, whether the balanced head predicts; before, the main head does.
     """
 
-    def __init__(self, backbone: str, num_classes: int, *, bn_momentum: float) -> None:
-        super().__init__(backbone, num_classes, balanced_head=True, bn_momentum=bn_momentum)
+    def __init__(
+        self, backbone: str, num_classes: int, *, bn_momentum: float | None = None, image_size: int | None = None
+    ) -> None:
+        super().__init__(backbone, num_classes, balanced_head=True, bn_momentum=bn_momentum, image_size=image_size)
         self.register_buffer("teacher_ready", torch.zeros((), dtype=torch.bool))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -3,11 +3,12 @@
 import torchvision
 from torch import Tensor, nn
 
+from bacon_fast.models.backbone import Backbone
 from bacon_fast.models.batchnorm import convert_batchnorm
 from bacon_fast.models.convolution import convert_convolutions
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """torchvision ResNet-18 or ResNet-50 without its classifier: images [N,C,H,W] to features [N, num_features].
 
     ``num_features`` is 512 for ResNet-18 and 2048 for ResNet-50. The first convolution is rebuilt when ``in_channels``
@@ -27,6 +28,10 @@ class ResNet(nn.Module):
             self.net.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
             nn.init.kaiming_normal_(self.net.conv1.weight, mode="fan_out", nonlinearity="relu")
         convert_convolutions(self.net)
+
+    @property
+    def body(self) -> nn.Module:
+        return self.net
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)

@@ -15,16 +15,24 @@ class PrototypeNetwork(nn.Module):
     Args:
         backbone: name for `build_backbone`.
         num_classes: K.
-        bn_momentum: weight of the newest batch in BatchNorm's running statistics.
+        bn_momentum, image_size: of `build_backbone`.
         temperature: T_pl; similarities divided by it are the logits.
 
     Attributes:
         prototypes: parameter [K,F], with standard normal entries at first. Only the direction of each counts.
     """
 
-    def __init__(self, backbone: str, num_classes: int, *, bn_momentum: float, temperature: float) -> None:
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        *,
+        bn_momentum: float | None = None,
+        image_size: int | None = None,
+        temperature: float,
+    ) -> None:
         super().__init__()
-        self.backbone = build_backbone(backbone, bn_momentum=bn_momentum)
+        self.backbone = build_backbone(backbone, bn_momentum=bn_momentum, image_size=image_size)
         width = self.backbone.num_features
         self.projector = projection_head(width, width, num_layers=2)
         self.prototypes = nn.Parameter(torch.randn(num_classes, width))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from bacon_fast.models.backbone import Backbone
 from bacon_fast.models.batchnorm import BatchNormAct2d
 from bacon_fast.models.convolution import Conv2d
 
@@ -46,7 +47,7 @@ class BasicBlock(nn.Module):
         return self.conv2(hidden), x if self.shortcut is None else self.shortcut(activated)
 
 
-class WideResNet(nn.Module):
+class WideResNet(Backbone):
     """Backbone that maps images [N,C,H,W] to globally averaged features [N, num_features].
 
     A depth of 6n+4 is the network of the paper, for 32x32 pixels: three groups of n blocks at 16·width, 32·width and

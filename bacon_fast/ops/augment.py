@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..reference import augment as reference
 from ..reference.augment import OPS
-from .backends import BACKENDS, Backend, always, choose_backend, native_error
+from .backends import BACKENDS, Backend, always, choose_backend, why_not_native
 from .checks import as_step_tensor, check_images, check_integer, check_seed, check_stream
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,6 +77,8 @@ def augment_views(
     hflip: bool,
     num_ops: int,
     cutout: bool,
+    size: tuple[int, int] | None = None,
+    resized_crop: bool = False,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
     backend: str | None = None,
@@ -91,13 +93,15 @@ def augment_views(
         table: float32 [3, 256], the normalized value of each level of each channel.
         ranges: float64 [3, 14], low, span and unit of each operation's magnitude.
         padding, hflip, num_ops, cutout: as in `Augment`.
+        size: (h, w) of the views; default: the size of the images.
+        resized_crop: a strong view is a random part of the image, resized; else a crop of size h x w, like a weak one.
         dtype: float32, bfloat16 or float16.
         channels_last: memory format of the output.
         backend: "reference" (PyTorch), "cpp" (one thread a view), "cuda" (one launch, one thread block a view) or None,
             the best one usable; all of them give the same bits. None warns when it has to take the reference.
 
     Returns:
-        `dtype` [sum of n, 3, H, W].
+        `dtype` [sum of n, 3, h, w].
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -115,6 +119,10 @@ def augment_views(
             raise TypeError(f"indices: expected int64 [n], found {request.indices.dtype} {list(request.indices.shape)}")
         check_stream(request.stream)
         check_integer("first_slot", request.first_slot, low=0)
+    height, width = pool.shape[1:3] if size is None else size
+    for name, side, source in (("height", height, pool.shape[1]), ("width", width, pool.shape[2])):
+        if not 1 <= side <= source + 2 * padding:
+            raise ValueError(f"{name}: expected 1 to {source + 2 * padding}, the padded image's, found {side}")
     run = choose_backend("augment_views", backend, pool)
     if backend is None and run is reference.augment_views:
         reason = why_not(pool)
@@ -133,6 +141,9 @@ def augment_views(
         hflip,
         num_ops,
         cutout,
+        height,
+        width,
+        resized_crop,
         dtype,
         channels_last,
     )
@@ -142,8 +153,8 @@ def augment_views(
 torch.library.define(
     "bacon_fast::augment_views",
     "(Tensor pool, Tensor[] indices, int[] streams, int[] strong, int[] first_slots, int seed, Tensor step, "
-    "Tensor table, Tensor ranges, int padding, bool hflip, int num_ops, bool cutout, ScalarType dtype, "
-    "bool channels_last) -> Tensor",
+    "Tensor table, Tensor ranges, int padding, bool hflip, int num_ops, bool cutout, int height, int width, "
+    "bool resized_crop, ScalarType dtype, bool channels_last) -> Tensor",
 )
 torch.library.define("bacon_fast::augment_ops", "(Tensor images, Tensor ops, Tensor magnitudes) -> Tensor")
 
@@ -151,8 +162,8 @@ torch.library.define("bacon_fast::augment_ops", "(Tensor images, Tensor ops, Ten
 @torch.library.register_fake("bacon_fast::augment_views")
 def _(pool: Tensor, indices: list[Tensor], *arguments: Any) -> Tensor:
     rows = sum(index.shape[0] for index in indices)
-    dtype, channels_last = arguments[-2:]
-    shape = (rows, 3, pool.shape[1], pool.shape[2])
+    height, width, _, dtype, channels_last = arguments[-5:]
+    shape = (rows, 3, height, width)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, device=pool.device, memory_format=memory_format)
 
@@ -162,27 +173,12 @@ def _(images: Tensor, ops: Tensor, magnitudes: Tensor) -> Tensor:
     return torch.empty_like(images)
 
 
-# Shared memory of a thread block: two images of 4 bytes a pixel, and Scratch of csrc/augment/pixel_ops.h.
-_BYTES_PER_PIXEL = 8
-_SCRATCH_BYTES = 4 * 1024
-
-
 def why_not(images: Tensor) -> str | None:
     """None, or why the native code for the device of `images` ([N, H, W, 3]) cannot serve them."""
-    if native_error is not None:
-        return native_error
+    if (reason := why_not_native(images, images.device.type)) is not None:
+        return reason
     if not images.is_contiguous():
         return "it needs contiguous images"
-    if images.device.type != "cuda":
-        return None
-    from .. import _C
-
-    if not _C.built_with_cuda:
-        return "the native extension bacon_fast._C was built without CUDA"
-    available = torch.cuda.get_device_properties(images.device).shared_memory_per_block_optin
-    needed = _BYTES_PER_PIXEL * images.shape[1] * images.shape[2] + _SCRATCH_BYTES
-    if needed > available:
-        return f"an image of {images.shape[1]}x{images.shape[2]} needs {needed} bytes of shared memory of {available}"
     return None
 
 

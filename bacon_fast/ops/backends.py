@@ -9,14 +9,25 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-try:
-    from .. import _C
-except ImportError as error:
-    native_error: str | None = f"the native extension bacon_fast._C is not usable: {error}"
-else:
-    native_error = None
+native_error: str | None = "the native extension bacon_fast._C is not loaded"
+"""Why no operation can use bacon_fast._C; None when they can."""
+
+
+def load_native() -> None:
+    """Loads bacon_fast._C, once all schemas are defined. What was built for other schemas is not used."""
+    global native_error
+    try:
+        from .. import _C  # noqa: F401  registers its code
+    except ImportError as error:
+        native_error = f"the native extension bacon_fast._C is not usable: {(str(error).splitlines() or ['?'])[0]}"
+        return
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("bacon_fast::")]
+    missing = [n for n in names if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(n, "CPU")]
+    lacks = f"it was built before {', '.join(sorted(missing))}"
+    native_error = f"the native extension bacon_fast._C is not usable: {lacks}" if missing else None
 
 
 class Backend(NamedTuple):
@@ -39,9 +50,11 @@ def why_not_native(tensor: Tensor, device: str) -> str | None:
     """Why the code of bacon_fast._C for ``device`` cannot serve the tensor."""
     if tensor.device.type != device:
         return f"it serves {device} tensors, and these are on {tensor.device}"
-    if native_error is None and device == "cuda" and not _C.built_with_cuda:
-        return "the native extension bacon_fast._C was built without CUDA"
-    return native_error
+    if native_error is not None or device == "cpu":
+        return native_error
+    from .. import _C
+
+    return None if _C.built_with_cuda else "the native extension bacon_fast._C was built without CUDA"
 
 
 def why_not_cpp(tensor: Tensor) -> str | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .philox import philox, to_range, to_uniform
 from .pixel_ops import FUNCTIONS
+from .resized_crop import ATTEMPTS, crop_resized, draw_box
 from .values import check_values
 
 OPS: tuple[str, ...] = tuple(FUNCTIONS)
@@ -29,7 +30,9 @@ MAGNITUDES: dict[str, tuple[float, float, str]] = {
     "rotate": (-30, 60, "one"),
 }
 CUTOUT_COLOR = (125, 123, 114)
-WEAK_WORDS = 3  # top, left, flip; strong views add Cutout's size and center, then (operation, magnitude) pairs
+# Top, left, flip; strong views add Cutout's size and center, then (operation, magnitude) pairs, then a resized crop's
+# (area, ratio) pairs.
+WEAK_WORDS = 3
 
 
 def apply_ops(images: Tensor, ops: Tensor, magnitudes: Tensor) -> Tensor:
@@ -63,19 +66,24 @@ class Draws:
     """The draws of N views.
 
     Attributes:
-        top, left: int64 [N], corner of the crop in the padded image.
+        top, left: int64 [N], corner of the crop: in the padded image, or in the image itself if the crop is resized.
+        height, width: int64 [N], sides of the crop, of the views' own size unless it is resized.
         flip: bool [N], horizontal flip after the crop.
         ops, magnitudes: int64 and float64 [N, S], as `apply_ops` takes them; S = 0 for weak views.
         cutout: float64 [N, 4], the rectangle (x0, y0, x1, y1) as Pillow's ImageDraw.rectangle takes it; (0, 0, -1, -1)
             where there is none.
+        resized: the crops are resized to the views' size.
     """
 
     top: Tensor
     left: Tensor
+    height: Tensor
+    width: Tensor
     flip: Tensor
     ops: Tensor
     magnitudes: Tensor
     cutout: Tensor
+    resized: bool = False
 
 
 def draw_views(
@@ -86,31 +94,41 @@ def draw_views(
     first_slot: int,
     *,
     strong: bool,
+    source: tuple[int, int],
     size: tuple[int, int],
     ranges: Tensor,
     padding: int,
     hflip: bool,
     num_ops: int,
     cutout: bool,
+    resized_crop: bool,
 ) -> Draws:
-    """Draws of ``count`` views of images of ``size`` (H, W), slots first_slot .. first_slot + count - 1.
+    """Draws of ``count`` views of ``size`` (H, W), of images of ``source`` (H', W').
 
-    `augment_views` explains the other arguments.
+    Slots are first_slot .. first_slot + count - 1. `augment_views` explains the other arguments.
     """
     slots = torch.arange(first_slot, first_slot + count, device=ranges.device)
-    words = philox(seed, step, stream, slots, WEAK_WORDS + (3 + 2 * num_ops if strong else 0))
-    top, left = (to_range(words[:, column], 2 * padding + 1) for column in (0, 1))
+    resized = strong and resized_crop
+    boxes = 6 + 2 * num_ops  # the first word of the resized crops
+    count_of_words = (boxes + 2 * ATTEMPTS if resized else boxes) if strong else WEAK_WORDS
+    words = philox(seed, step, stream, slots, count_of_words)
+    if resized:
+        top, left, height, width = draw_box(words[:, boxes:], words[:, :2], source)
+    else:
+        top, left = (to_range(words[:, side], source[side] + 2 * padding - size[side] + 1) for side in (0, 1))
+        height, width = (torch.full_like(top, side) for side in size)
     flip = words[:, 2] >= (1 << 31) if hflip else torch.zeros_like(words[:, 2], dtype=torch.bool)
     if not strong:
         none = words.new_empty((count, 0))
         box = torch.zeros((count, 4), dtype=torch.float64, device=words.device)
         box[:, 2:] = -1
-        return Draws(top, left, flip, none, none.to(torch.float64), box)
-    ops = to_range(words[:, 6::2], len(OPS))
+        return Draws(top, left, height, width, flip, none, none.to(torch.float64), box)
+    ops = to_range(words[:, 6:boxes:2], len(OPS))
     low, span, unit = (row[ops] for row in ranges)
-    magnitudes = (low + span * to_uniform(words[:, 7::2])) * unit
+    magnitudes = (low + span * to_uniform(words[:, 7:boxes:2])) * unit
     magnitudes = torch.where(ops == OPS.index("posterize"), magnitudes.floor(), magnitudes)
-    return Draws(top, left, flip, ops, magnitudes, _cutout_box(to_uniform(words[:, 3:6]), size, cutout))
+    box = _cutout_box(to_uniform(words[:, 3:6]), size, cutout)
+    return Draws(top, left, height, width, flip, ops, magnitudes, box, resized)
 
 
 def _cutout_box(u: Tensor, size: tuple[int, int], cutout: bool) -> Tensor:
@@ -125,19 +143,25 @@ def _cutout_box(u: Tensor, size: tuple[int, int], cutout: bool) -> Tensor:
     return torch.stack([torch.where(wanted, v, none) for v, none in ((x0, 0), (y0, 0), (x1, -1), (y1, -1))], dim=1)
 
 
-def replay(images: Tensor, draws: Draws, indices: Tensor, padding: int) -> Tensor:
-    """Views under given draws, one of images[i] for each of ``indices``: crop, flip, operations, Cutout."""
-    height, width = images.shape[1:3]
-    rows, columns = _reflect(draws.top, height, padding), _reflect(draws.left, width, padding)
-    columns = torch.where(draws.flip[:, None], columns.flip(1), columns)
-    views = images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
+def replay(images: Tensor, draws: Draws, indices: Tensor, padding: int, size: tuple[int, int]) -> Tensor:
+    """Views of ``size`` (H, W) under given draws, one of images[i] for each of ``indices``: crop, flip, operations,
+    Cutout.
+    """
+    if draws.resized:
+        views = crop_resized(images, indices, draws.top, draws.left, draws.height, draws.width, size)
+        views = torch.where(draws.flip[:, None, None, None], views.flip(2), views)
+    else:
+        rows = _reflect(draws.top, size[0], images.shape[1], padding)
+        columns = _reflect(draws.left, size[1], images.shape[2], padding)
+        columns = torch.where(draws.flip[:, None], columns.flip(1), columns)
+        views = images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
     return _fill_box(apply_ops(views, draws.ops, draws.magnitudes), draws.cutout)
 
 
-def _reflect(start: Tensor, size: int, padding: int) -> Tensor:
-    """Source coordinates of a crop from the padded image: int64 [N, size]."""
+def _reflect(start: Tensor, size: int, source: int, padding: int) -> Tensor:
+    """Coordinates of a crop from the padded image of ``source`` pixels: int64 [N, size]."""
     position = (start[:, None] - padding + torch.arange(size, device=start.device)).abs()
-    return torch.minimum(position, 2 * (size - 1) - position)
+    return torch.minimum(position, 2 * (source - 1) - position)
 
 
 def _fill_box(images: Tensor, box: Tensor) -> Tensor:
@@ -179,15 +203,19 @@ def augment_views(
     hflip: bool,
     num_ops: int,
     cutout: bool,
+    height: int,
+    width: int,
+    resized_crop: bool,
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:
     """The views of all requests as one batch. Arguments: see `bacon_fast.ops.augment.augment_views`."""
+    size = height, width
     options = {"ranges": ranges, "padding": padding, "hflip": hflip, "num_ops": num_ops, "cutout": cutout}
+    options |= {"source": (pool.shape[1], pool.shape[2]), "size": size, "resized_crop": resized_crop}
     views = []
     for of, stream, is_strong, first_slot in zip(indices, streams, strong, first_slots, strict=True):
         check_indices(of, len(pool))
-        size = pool.shape[1], pool.shape[2]
-        draws = draw_views(len(of), seed, step, stream, first_slot, strong=is_strong, size=size, **options)
-        views.append(replay(pool, draws, of, padding))
+        draws = draw_views(len(of), seed, step, stream, first_slot, strong=is_strong, **options)
+        views.append(replay(pool, draws, of, padding, size))
     return normalize(torch.cat(views), table, dtype, channels_last)

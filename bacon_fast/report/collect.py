@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from bacon_fast.data.augment import Augment
 from bacon_fast.data.philox import Stream
 from bacon_fast.engine.evaluation import predict
 from bacon_fast.engine.trainer import Trainer
@@ -10,7 +11,8 @@ from bacon_fast.report.data import MAX_POINTS, MAX_VIEWS, ReportData
 
 
 def collect(trainer: Trainer, summary: dict) -> ReportData:
-    """Everything a report can show of a finished run. Predicts the test images once more, for their features.
+    """Everything a report can show of a finished run. Predicts the test images, or else the
+    validation images, once more.
 
     Args:
         summary: the result of `trainer.fit`.
@@ -18,25 +20,30 @@ def collect(trainer: Trainer, summary: dict) -> ReportData:
     config, dataset, split = trainer.config.flat(), trainer.dataset, trainer.split
     regularizer = trainer.method.regularizer
     base_temperature = temperatures = temperature_history = projections = None
-    every = slice(None, None, max(1, len(dataset.test_labels) // MAX_POINTS))
-    images, labels = dataset.test_images[every], dataset.test_labels[every]
-    features, _ = predict(trainer.ema.network, trainer.batches.augment, images, trainer.device)
+    part, network = trainer.parts[0] if trainer.parts else None, trainer.chosen_network()
+    features = labels = confusion = calibration = None
+    if part is not None:
+        every = slice(None, None, max(1, len(part.labels) // MAX_POINTS))
+        images, labels = part.images[every], part.labels[every].numpy()
+        features, _ = predict(network, trainer.batches.augment, images, trainer.device)
+        evaluation = trainer.evaluation(part, network)
+        confusion, calibration = evaluation.confusion.cpu().numpy(), evaluation.calibration.cpu().numpy()
     if regularizer is not None:
         config["temperature"] = base_temperature = regularizer.temperature
         temperature_history = [{"step": r["step"], "temperatures": r["temperatures"]} for r in trainer.history.rows]
-        temperatures = temperature_history[-1]["temperatures"]
-        with torch.inference_mode():
-            projections = regularizer.projection(features).cpu().numpy()
+        temperatures = temperature_history[-1]["temperatures"] if temperature_history else None
+        if features is not None:
+            with torch.inference_mode():
+                projections = regularizer.projection(features).cpu().numpy()
     originals, weak, strong = _sample_views(trainer)
-    evaluation = trainer.evaluation()
     return ReportData(
         title=f"{trainer.config.method} on {dataset.name}",
         config=config,
         dataset={
             "name": dataset.name,
             "train images": len(dataset.train_images),
-            "test images": len(dataset.test_images),
-            "image size": " x ".join(str(n) for n in trainer.batches.pool.shape[1:3]),
+            "image size": _size_words(trainer.batches.augment),
+            **{f"{part.name} images": len(part.labels) for part in trainer.parts},
             "protocol": split.protocol.name,
             "protocol's source": split.protocol.source,
             "labeled images": len(split.labeled),
@@ -48,16 +55,17 @@ def collect(trainer: Trainer, summary: dict) -> ReportData:
         unlabeled_counts=split.unlabeled_counts,
         history=trainer.history.rows,
         train_history=trainer.logger.train_rows(),
-        confusion=evaluation.confusion.cpu().numpy(),
+        confusion=confusion,
+        measured_on="test" if part is None else part.name,
         pseudo_confusion=trainer.diagnostics.window.cpu().numpy(),
-        class_count_estimate=trainer.history.rows[-1].get("class_count_estimate"),
-        calibration=evaluation.calibration.cpu().numpy(),
+        class_count_estimate=trainer.history.rows[-1].get("class_count_estimate") if trainer.history.rows else None,
+        calibration=calibration,
         temperatures=temperatures,
         base_temperature=base_temperature,
         temperature_history=temperature_history,
-        features=features.cpu().numpy(),
+        features=None if features is None else features.cpu().numpy(),
         projections=projections,
-        feature_labels=labels.numpy(),
+        feature_labels=labels,
         original_samples=originals,
         weak_samples=weak,
         strong_samples=strong,
@@ -65,11 +73,18 @@ def collect(trainer: Trainer, summary: dict) -> ReportData:
     )
 
 
+def _size_words(augment: Augment) -> str:
+    """The size of the images, and of the views if it is another one."""
+    stored = " x ".join(map(str, augment.source_size))
+    size = f"{augment.height} x {augment.width}"
+    return stored if stored == size else f"{stored}, views of {size}"
+
+
 def _sample_views(trainer: Trainer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Some unlabeled images (labeled ones for a supervised run), and views as the training step drew them."""
     indices = trainer.batches.unlabeled if trainer.method.uses_unlabeled else trainer.batches.labeled
     chosen = indices[:: max(1, len(indices) // MAX_VIEWS)][:MAX_VIEWS]
-    images, seed = trainer.batches.pool[chosen], trainer.config.seed
-    weak = trainer.batches.augment.weak(images, seed, 0, Stream.UNLABELED_WEAK)
-    strong = trainer.batches.augment.strong(images, seed, 0, Stream.STRONG_0)
-    return tuple(t.cpu().numpy() for t in (images, weak, strong))
+    images, seed, augment = trainer.batches.pool[chosen], trainer.config.seed, trainer.batches.augment
+    weak = augment.weak(images, seed, 0, Stream.UNLABELED_WEAK)
+    strong = augment.strong(images, seed, 0, Stream.STRONG_0)
+    return tuple(t.cpu().numpy() for t in (augment.center(images), weak, strong))

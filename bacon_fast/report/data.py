@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,7 +16,7 @@ class ReportData:
     """The content of a report: K classes, N test images, n sample images of shape [H, W, 3]. Absent parts are None.
 
     Raises:
-        ValueError: if an array's shape does not fit the others, or the history is empty.
+        ValueError: if an array's shape does not fit the others, or there is a confusion matrix and no history.
     """
 
     title: str
@@ -28,9 +28,11 @@ class ReportData:
     labeled_counts: Sequence[int]
     """Labeled training images per class [K]."""
     history: Sequence[Mapping[str, Any]]
-    """Evaluations in order, the rows of `metrics.History`."""
-    confusion: np.ndarray
-    """int64 [K, K] of the last evaluation, rows = true class."""
+    """Evaluations in order, the rows of `metrics.History`; none if nothing was measured."""
+    confusion: np.ndarray | None
+    """int64 [K, K] of the chosen weights, rows = true class."""
+    measured_on: Literal["test", "validation"] = "test"
+    """The images of the accuracies."""
     unlabeled_counts: Sequence[int] | None = None
     """True counts of the unlabeled images per class [K], when they are known."""
     train_history: Sequence[Mapping[str, Any]] = ()
@@ -61,16 +63,17 @@ class ReportData:
     """summary.json; its single values are shown under Run."""
 
     def __post_init__(self) -> None:
-        self.confusion = np.asarray(self.confusion)
         num_classes = len(self.class_names)
-        if self.confusion.shape != (num_classes, num_classes):
+        if self.confusion is not None:
+            self.confusion = np.asarray(self.confusion)
+        if self.confusion is not None and self.confusion.shape != (num_classes, num_classes):
             expected = [num_classes, num_classes]
             raise ValueError(f"confusion: expected shape {expected}, found {list(self.confusion.shape)}")
         for name in ("labeled_counts", "unlabeled_counts", "temperatures"):
             value = getattr(self, name)
             if value is not None and len(value) != num_classes:
                 raise ValueError(f"{name}: expected {num_classes} values, one a class, found {len(value)}")
-        if not self.history:
+        if self.confusion is not None and not self.history:
             raise ValueError("history: expected at least one evaluation, found none")
         for name in ("features", "projections"):
             value = getattr(self, name)
@@ -83,3 +86,8 @@ class ReportData:
             value = getattr(self, name)
             if value is not None and (value.ndim != 4 or value.shape[3] != 3 or value.dtype != np.uint8):
                 raise ValueError(f"{name}: expected uint8 [n, H, W, 3], found {value.dtype} {list(value.shape)}")
+
+    @property
+    def where(self) -> str:
+        """The measured images, for a sentence."""
+        return "the test set" if self.measured_on == "test" else "the validation images"

@@ -5,7 +5,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
+from bacon_fast.engine.evaluation import calibration_error
 from bacon_fast.report import diagnostic_figures, figures
 from bacon_fast.report.data import ReportData
 from bacon_fast.report.html import Picture
@@ -61,9 +63,9 @@ def diagnostic_pictures(
             picture(
                 "reliability",
                 partial(diagnostic_figures.reliability, data.calibration),
-                "Accuracy on the test images by confidence",
-                f"Calibration on the test set, last evaluation: expected calibration error "
-                f"{100 * rows[-1]['calibration_error']:.1f} %.",
+                f"Accuracy on the {data.measured_on} images by confidence",
+                f"Calibration on {data.where}: expected calibration error "
+                f"{100 * calibration_error(torch.as_tensor(data.calibration)):.1f} %.",
                 520,
             )
         )

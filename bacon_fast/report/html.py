@@ -121,6 +121,11 @@ def note(text: str) -> str:
     return f'<p class="note-line">{escape(text)}</p>' if text else ""
 
 
+def line(text: str) -> str:
+    """A sentence under the header; nothing without text."""
+    return f'<p class="facts">{escape(text[:1].upper() + text[1:])}.</p>' if text else ""
+
+
 def legend(text: str, pairs: Sequence[tuple[str, str]]) -> str:
     """What labels in pictures stand for; nothing without pairs."""
     items = "".join(f"<li><b>{escape(label)}</b> <bdi>{escape(name)}</bdi></li>" for label, name in pairs)

@@ -45,6 +45,7 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
     body = "\n".join(
         [
             html.header(data.title, _facts(data)),
+            html.line(data.summary.get("choice", "")),
             _cards(data),
             html.note(_bacon_never_acted(data)),
             html.section("Training", html.group("pair", training_pictures(data, picture))),
@@ -57,13 +58,14 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
             ),
             html.section("Diagnostics", html.group("pair", narrow), html.group("stack", wide)),
             html.section(
-                "Test images in feature space", html.group("pair", _embedding_pictures(data, labels, order, picture))
+                f"{data.measured_on.capitalize()} images in feature space",
+                html.group("pair", _embedding_pictures(data, labels, order, picture)),
             ),
             html.section("Augmentation", html.group("stack", _view_pictures(data, picture))),
             html.section("Data", html.settings(data.dataset)),
             html.section("Run", html.settings(_scalars(data.summary))),
             html.section("Configuration", html.settings(data.config)),
-            "<footer>Accuracies belong to the averaged (EMA) model on the test set; the geometric mean counts a "
+            f"<footer>Accuracies belong to the averaged (EMA) model on {data.where}; the geometric mean counts a "
             f"recall of 0 as {1 / len(data.class_names):.2g} % (1 / (100 x classes)). "
             "The pictures are also in the folder figures.</footer>",
         ]
@@ -78,31 +80,39 @@ def _facts(data: ReportData) -> dict[str, Any]:
     facts = {
         "dataset": data.summary.get("dataset"),
         "method": data.summary.get("method"),
-        "steps": data.history[-1]["step"],
+        "steps": data.history[-1]["step"] if data.history else data.summary.get("step"),
         "classes": len(data.class_names),
         "labeled": int(np.sum(data.labeled_counts)),
     }
     if data.unlabeled_counts is not None:
         facts["unlabeled"] = int(np.sum(data.unlabeled_counts))
-    facts["test"] = int(data.confusion.sum())
+    if data.confusion is not None:
+        facts[data.measured_on] = int(data.confusion.sum())
     facts["steps/s"] = data.summary.get("steps_per_second")
     return {name: value for name, value in facts.items() if value is not None}
 
 
 def _cards(data: ReportData) -> str:
+    if data.confusion is None:
+        return ""
     summary = History(data.history).summary()
     named = {"balanced": "bacc", "top-1": "top1", "geometric mean": "gm"}
     last, mean, best = ({label: row[key] for label, key in named.items()} for row in summary.values())
     groups = compute_metrics(data.confusion, data.labeled_counts)
     evaluations = summary["mean_last_20"]["evaluations"]
     averaged = "evaluations" if evaluations == MEAN_WINDOW else f"only {evaluations}, as this network has no more"
-    cards = [
+    cards = []
+    if chosen := data.summary.get("best_on_validation"):
+        values = {label: chosen[key] for label, key in named.items()}
+        note = f"after step {chosen['step']:,}, by its log-loss"
+        cards.append(html.card("Chosen by validation", note, values, optimistic=data.measured_on != "test"))
+    cards += [
         html.card("Last evaluation", f"after step {summary['last']['step']:,}", last),
         html.card(f"Mean of the last {MEAN_WINDOW}", averaged, mean),
-        html.card("Best evaluation", "chosen on the test set: optimistic", best, optimistic=True),
+        html.card("Best evaluation", f"chosen on {data.where}: optimistic", best, optimistic=True),
         html.card(
             "Classes with few labels",
-            "thirds of the classes by labeled images, last evaluation",
+            f"thirds of the classes by labeled images, {'chosen' if chosen else 'last'} evaluation",
             {"few": groups["few"], "medium": groups["medium"], "many": groups["many"]},
         ),
     ]
@@ -121,7 +131,7 @@ def _bacon_never_acted(data: ReportData) -> str:
     if any(row.get("loss/contrastive") for row in data.train_history):
         return ""
     begin, steps = data.config.get("bacon.contrast_start"), data.config.get("steps")
-    last = data.history[-1]["step"]
+    last = (data.history or data.train_history)[-1]["step"]
     if begin is not None and steps is not None and last <= begin * steps:
         why = f"it begins after step {begin * steps:,.0f} (--bacon.contrast-start), and the run has {last:,}"
     elif not any(row.get("stats/reliable") for row in data.train_history):
@@ -137,6 +147,8 @@ def _class_pictures(
     data: ReportData, labels: Sequence[str], order: np.ndarray, picture: Callable[..., Picture]
 ) -> tuple[list[Picture], list[Picture]]:
     """Wide pictures of the classes, and narrow ones of BaCon's temperatures."""
+    if data.confusion is None:
+        return [], _temperature_pictures(data, labels, order, picture)
     metrics = compute_metrics(data.confusion, data.labeled_counts)
     groups = class_groups(len(data.class_names), data.labeled_counts)
     draw = partial(
@@ -157,14 +169,21 @@ def _class_pictures(
             "confusion",
             partial(figures.confusion, data.confusion, labels, order),
             "Confusion matrix in percent of the true class",
-            "Each row shows where the test images of one class went, in percent; the color scale is stretched toward "
-            "small shares so that rare errors stay visible. Columns that collect errors are favored classes.",
+            f"Each row shows where the {data.measured_on} images of one class went, in percent; the color scale is "
+            "stretched toward small shares so that rare errors stay visible. Columns that collect errors are favored "
+            "classes.",
             780,
             560,
         ),
     ]
+    return wide, _temperature_pictures(data, labels, order, picture)
+
+
+def _temperature_pictures(
+    data: ReportData, labels: Sequence[str], order: np.ndarray, picture: Callable[..., Picture]
+) -> list[Picture]:
     if data.temperatures is None:
-        return wide, []
+        return []
     history = data.temperature_history if data.temperature_history and len(data.temperature_history) > 1 else None
     narrow = [
         picture(
@@ -188,7 +207,7 @@ def _class_pictures(
                 520,
             )
         )
-    return wide, narrow
+    return narrow
 
 
 def _temperature_range(data: ReportData) -> str:
@@ -203,8 +222,12 @@ def _temperature_range(data: ReportData) -> str:
 
 
 def _class_table(data: ReportData, order: np.ndarray) -> str:
-    columns = ["class", "labeled", *(["unlabeled"] if data.unlabeled_counts is not None else []), "test"]
-    columns += ["recall %", "precision %", "most often taken for"]
+    columns = ["class", "labeled", *(["unlabeled"] if data.unlabeled_counts is not None else [])]
+    if data.confusion is None:
+        counts = [data.labeled_counts] + ([data.unlabeled_counts] if data.unlabeled_counts is not None else [])
+        rows = [[data.class_names[c], *(f"{int(known[c]):,}" for known in counts)] for c in order]
+        return html.details("All classes as a table", html.table(columns, rows))
+    columns += [data.measured_on, "recall %", "precision %", "most often taken for"]
     recall = compute_metrics(data.confusion, data.labeled_counts)["per_class"]
     rows = []
     for c in order:
@@ -233,7 +256,7 @@ def _embedding_pictures(
         points, kind = embed(values[chosen], normalize=normalize)
         classes = np.asarray(data.feature_labels)[chosen]
         draw = partial(figures.embedding, points, classes, labels, order, kind)
-        caption = f"{what} of {len(chosen):,} test images, {kind}, colored by true class."
+        caption = f"{what} of {len(chosen):,} {data.measured_on} images, {kind}, colored by true class."
         pictures.append(picture(f"embedding_{name}", draw, f"Scatter plot of {name} by class", caption, 560))
     return pictures
 

@@ -42,17 +42,23 @@ def training_pictures(data: ReportData, picture: Callable[..., Picture]) -> list
     memory = {key: label for key, label in stats.items() if "reliable" in label or "slots" in label}
     rest = {key: label for key, label in stats.items() if key not in pseudo and key not in memory}
     tests, logs, num_classes = data.history, data.train_history, len(data.class_names)
+    images = f"{data.measured_on} images"
     plan = [
         (
             "accuracy",
             Panel("accuracy", _lines(tests, {"top1": "top-1", "bacc": "balanced", "gm": "geometric mean"}), True),
-            "Accuracy on the test set. The geometric mean counts a class with recall 0 as 1/(100 x classes), here "
+            f"Accuracy on {data.where}. The geometric mean counts a class with recall 0 as 1/(100 x classes), here "
             f"{1 / num_classes:.2g} %, so that one such class pulls it down and does not make it 0.",
         ),
         (
             "group_recall",
             Panel("mean recall", _lines(tests, {"many": "many", "medium": "medium", "few": "few"}), True),
-            "Mean recall on the test set of the thirds of the classes with many, medium and few labeled images.",
+            f"Mean recall on {data.where} of the thirds of the classes with many, medium and few labeled images.",
+        ),
+        (
+            "validation",
+            Panel("log-loss", _lines(tests, {"validation_log_loss": "class-balanced, validation images"})),
+            "Log-loss on the validation images, each class with the same weight.",
         ),
         ("losses", Panel("loss", _lines(logs, losses)), "Training losses, each with its weight."),
         (
@@ -64,7 +70,10 @@ def training_pictures(data: ReportData, picture: Callable[..., Picture]) -> list
         ("memory_bank", Panel("share", _lines(logs, memory), True), "BaCon's memory bank."),
         (
             "intra_class_variance",
-            Panel("intra-class variance", _lines(tests, {"intra_class_variance": "unit features, test images"})),
+            Panel(
+                "intra-class variance",
+                _lines(tests, {"intra_class_variance": f"unit features, {images}"}),
+            ),
             "How far the features of a class spread.",
         ),
         (
@@ -74,7 +83,7 @@ def training_pictures(data: ReportData, picture: Callable[..., Picture]) -> list
         ),
         (
             "calibration_error",
-            Panel("calibration error", _lines(tests, {"calibration_error": "expected, test images"}), True),
+            Panel("calibration error", _lines(tests, {"calibration_error": f"expected, {images}"}), True),
             "How far confidence is from accuracy.",
         ),
         ("other_statistics", Panel("value", _lines(logs, rest)), "Other logged quantities."),

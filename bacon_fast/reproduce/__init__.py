@@ -1,1 +1,1 @@
-"""`python -m bacon_fast.reproduce TABLE`: runs a table of the literature again, and shows ours beside the published."""
+"""`bacon-fast reproduce TABLE`: runs a table of the literature again, and shows ours beside the published."""

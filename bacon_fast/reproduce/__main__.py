@@ -1,4 +1,4 @@
-"""`python -m bacon_fast.reproduce TABLE`: runs a table's matrix of methods, protocols and seeds, and writes it."""
+"""`bacon-fast reproduce TABLE`: runs a table's matrix of methods, protocols and seeds, and writes it."""
 
 import dataclasses
 import shlex
@@ -37,7 +37,7 @@ Tables:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Command line of `python -m bacon_fast.reproduce`."""
+    """Command line of `bacon-fast reproduce`."""
 
     table: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="{" + ",".join(TABLES) + "}")]
     """What to reproduce."""
@@ -68,10 +68,12 @@ class Arguments:
     """Only list the runs, and how long they will take as far as that is known."""
 
 
-def main() -> None:
-    with_clear_errors(lambda: refuse_empty(sys.argv[1:]))
-    arguments = tyro.cli(Arguments, prog="python -m bacon_fast.reproduce", description=DESCRIPTION)
-    command = "python -m bacon_fast.reproduce " + shlex.join(sys.argv[1:])
+def main(args: Sequence[str] | None = None) -> None:
+    """The command, with these words or those of the process. Its status is 1 if a run failed."""
+    words = sys.argv[1:] if args is None else args
+    with_clear_errors(lambda: refuse_empty(words))
+    arguments = tyro.cli(Arguments, prog="bacon-fast reproduce", description=DESCRIPTION, args=words)
+    command = "bacon-fast reproduce " + shlex.join(words)
     failed = []
     with_clear_errors(lambda: failed.extend(reproduce(arguments, command)))
     if failed:
@@ -82,9 +84,15 @@ def reproduce(arguments: Arguments, command: str) -> Collection[str]:
     """Does what the arguments ask. The table quotes `command`. Returns the names of the runs that failed.
 
     Raises:
-        ValueError: an argument does not fit, or `out` holds other runs or is in use.
+        ValueError: an argument does not fit, `out` holds other runs or is in use, or this is not Linux.
         StoppedError: a signal asked to stop.
     """
+    if (
+        sys.platform != "linux"
+    ):  # runs are pinned to cores and inherit the lock, and end with the process that began them
+        raise ValueError(
+            f"reproduce needs Linux, and this is {sys.platform}; `bacon-fast train` runs a single preset here"
+        )
     table, options = _table(arguments), _options(arguments)
     seeds = table.seeds if arguments.seeds is None else tuple(parse_seeds(arguments.seeds))
     out = (arguments.out or Path("reproductions") / _folder_name(arguments, options)).resolve()

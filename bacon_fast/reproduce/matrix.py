@@ -185,7 +185,9 @@ def check_images(runs: Sequence[Run]) -> None:
         recorded = Config.read(run.folder / "config.json").data.data_dir
         if recorded == data.data_dir:
             continue
-        source = data.dataset, data.data_dir, data.image_size, data.classes, data.images, data.follow_links
+        size = config.views.stored_size, data.image_size
+        source = data.dataset, data.data_dir, size, data.classes, data.images, data.follow_links
+        source += data.unlabeled, data.test, data.val, data.other_labels, data.unreadable
         if source not in datasets:
             datasets[source] = build_dataset(config)
         try:

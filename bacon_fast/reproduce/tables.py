@@ -246,4 +246,4 @@ TABLES: dict[str, Table] = {
     ),
     "digits": Table("Every method on the built-in digits", _methods(*METHODS), _columns("digits")),
 }
-"""Tables by name, as `python -m bacon_fast.reproduce NAME` takes them."""
+"""Tables by name, as `bacon-fast reproduce NAME` takes them."""

@@ -5,7 +5,7 @@ Parameters and buffers have the names of `bacon_fast.models.network.Network`, so
 
 from torch import Tensor, nn
 
-from bacon_fast.models.wrn import BN_EPS_BLOCK, BN_EPS_LAST, NEGATIVE_SLOPE
+from bacon_fast.models.wrn import BN_EPS_BLOCK, BN_EPS_LAST, BN_MOMENTUM, NEGATIVE_SLOPE
 
 
 class Block(nn.Module):
@@ -51,11 +51,12 @@ class PlainNetwork(nn.Module):
     Args:
         name: wrn-DEPTH-WIDTH.
         num_classes: K.
-        momentum: weight of the newest batch in BatchNorm's running statistics.
+        momentum: weight of the newest batch in BatchNorm's running statistics; None: 0.001, as in models.wrn.
     """
 
-    def __init__(self, name: str, num_classes: int, momentum: float) -> None:
+    def __init__(self, name: str, num_classes: int, momentum: float | None) -> None:
         super().__init__()
+        momentum = BN_MOMENTUM if momentum is None else momentum
         kind, depth, width = name.split("-") if name.count("-") == 2 else (name, "0", "0")
         if kind != "wrn":
             raise ValueError(f"name: expected wrn-DEPTH-WIDTH, found {name!r}")

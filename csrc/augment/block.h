@@ -26,10 +26,10 @@ struct Block {
   }
 
   template <class F>
-  __device__ int sum(int n, const F& f) const {
+  __device__ unsigned sum(int n, const F& f) const {
     if (threadIdx.x == 0) scratch.total = 0;
     __syncthreads();
-    int total = 0;
+    unsigned total = 0;
     for (int i = threadIdx.x; i < n; i += blockDim.x) total += f(i);
     total = __reduce_add_sync(kAllLanes, total);
     if (threadIdx.x % kWarp == 0) atomicAdd(&scratch.total, total);

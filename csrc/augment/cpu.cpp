@@ -13,18 +13,20 @@
 
 #include "augment/arguments.h"
 #include "augment/thread.h"
+#include "register.h"
 
 namespace bacon_fast::augment {
 namespace {
 
-// A view costs about 10 microseconds, a task of a thread pool about as much.
+// A view of 32x32 costs about 10 microseconds, a task of a thread pool about as much.
 constexpr int64_t kViewsPerTask = 8;
 
 // Memory that one thread works in.
 struct Workspace {
-  explicit Workspace(int64_t pixels) : first(pixels), second(pixels) {}
+  explicit Workspace(const Sizes& sizes) : pixels(sizes.all()), memory(pixels.data(), sizes) {}
 
-  std::vector<Pixel> first, second;
+  std::vector<Pixel> pixels;
+  Memory memory;
   Scratch scratch;
 };
 
@@ -33,17 +35,19 @@ void make_views(const at::Tensor& pool, at::TensorList indices, c10::IntArrayRef
                 c10::IntArrayRef first_slots, uint32_t step, const Settings& settings, const Value* table,
                 bool channels_last, Value* out) {
   const uint8_t* images = pool.const_data_ptr<uint8_t>();
+  const int64_t source_pixels = int64_t{settings.source_height} * settings.source_width;
   const int64_t pixels = int64_t{settings.height} * settings.width;
+  const Sizes sizes = sizes_of(settings);
   for (size_t r = 0; r < indices.size(); ++r) {
     const int64_t* index = indices[r].const_data_ptr<int64_t>();
     const int64_t rows = indices[r].numel();
     at::parallel_for(0, rows, kViewsPerTask, [&](int64_t begin, int64_t end) {
-      Workspace w(pixels);
+      Workspace w(sizes);
       for (int64_t i = begin; i < end; ++i) {
         const Counter counter{settings.seed, step, static_cast<uint32_t>(streams[r]),
                               static_cast<uint32_t>(first_slots[r] + i)};
-        make_view(Thread(), w.scratch, settings, counter, strong[r] != 0, images + 3 * pixels * index[i],
-                  w.first.data(), w.second.data(), table, channels_last, out + 3 * pixels * i);
+        make_view(Thread(), w.scratch, settings, counter, strong[r] != 0, images + 3 * source_pixels * index[i],
+                  w.memory, table, channels_last, out + 3 * pixels * i);
       }
     });
     out += 3 * pixels * rows;
@@ -53,9 +57,10 @@ void make_views(const at::Tensor& pool, at::TensorList indices, c10::IntArrayRef
 at::Tensor augment_views(const at::Tensor& pool, at::TensorList indices, c10::IntArrayRef streams,
                          c10::IntArrayRef strong, c10::IntArrayRef first_slots, int64_t seed, const at::Tensor& step,
                          const at::Tensor& table, const at::Tensor& ranges, int64_t padding, bool hflip,
-                         int64_t num_ops, bool cutout, at::ScalarType dtype, bool channels_last) {
+                         int64_t num_ops, bool cutout, int64_t height, int64_t width, bool resized_crop,
+                         at::ScalarType dtype, bool channels_last) {
   const int64_t rows =
-      check_views(pool, indices, streams, strong, first_slots, step, table, ranges, padding, num_ops);
+      check_views(pool, indices, streams, strong, first_slots, step, table, ranges, padding, num_ops, height, width);
   for (const at::Tensor& of_request : indices) {
     const int64_t* index = of_request.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < of_request.numel(); ++i) {
@@ -63,10 +68,11 @@ at::Tensor augment_views(const at::Tensor& pool, at::TensorList indices, c10::In
                         ", found ", index[i]);
     }
   }
-  const Settings settings = make_settings(pool, ranges, seed, padding, hflip, num_ops, cutout);
+  const Settings settings =
+      make_settings(pool, ranges, seed, padding, hflip, num_ops, cutout, height, width, resized_crop);
   const uint32_t step_value = static_cast<uint32_t>(*step.const_data_ptr<int64_t>());
   const at::Tensor values = table.to(dtype);
-  at::Tensor out = empty_views(pool, rows, dtype, channels_last);
+  at::Tensor out = empty_views(pool, rows, settings, dtype, channels_last);
   AT_DISPATCH_SWITCH(dtype, "augment_views", AT_DISPATCH_CASE_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, [&] {
     make_views(pool, indices, streams, strong, first_slots, step_value, settings, values.const_data_ptr<scalar_t>(),
                channels_last, out.mutable_data_ptr<scalar_t>());
@@ -87,16 +93,16 @@ at::Tensor augment_ops(const at::Tensor& images, const at::Tensor& ops, const at
   at::Tensor result = at::empty(images.sizes(), images.options());
   uint8_t* out = result.mutable_data_ptr<uint8_t>();
   at::parallel_for(0, images.size(0), kViewsPerTask, [&](int64_t begin, int64_t end) {
-    Workspace w(pixels);
+    Workspace w({pixels, pixels, 0});
     for (int64_t i = begin; i < end; ++i) {
       apply_chain(Thread(), w.scratch, op + i * chain, magnitude + i * chain, chain, in + 3 * pixels * i,
-                  w.first.data(), w.second.data(), height, width, out + 3 * pixels * i);
+                  w.memory, height, width, out + 3 * pixels * i);
     }
   });
   return result;
 }
 
-TORCH_LIBRARY_IMPL(bacon_fast, CPU, m) {
+BACON_FAST_IMPL(CPU, m) {
   m.impl("augment_views", augment_views);
   m.impl("augment_ops", augment_ops);
 }

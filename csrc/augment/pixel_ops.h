@@ -5,7 +5,7 @@
 // block of a GPU (block.h). It offers
 //   for_each(n, f)            f(i) for i in 0..n-1
 //   for_pixels(h, w, f)       f(y, x) for all positions
-//   sum(n, f)                 sum of f(i), an int known to all
+//   sum(n, f)                 sum of f(i), an unsigned number known to all
 //   increment(p)              ++*p, from several threads at once
 //   find_levels(s)            first and last level in use of each channel's histogram
 //   accumulate(s)             each histogram replaced by its exclusive prefix sum
@@ -84,7 +84,7 @@ struct Scratch {
   int histogram[3 * kLevels];
   uint8_t table[3 * kLevels];
   int low[3], high[3], step[3];
-  int total;
+  unsigned total;
   double scale[3], offset[3];
 };
 
@@ -230,7 +230,7 @@ BACON_FAST_INLINE void equalize(const Team& team, Scratch& s, Pixel* image, int 
 
 template <class Team>
 BACON_FAST_INLINE void contrast(const Team& team, Scratch& s, Pixel* image, int pixels, float factor) {
-  const int total = team.sum(pixels, [&](int i) { return luma(image[i]); });
+  const uint32_t total = team.sum(pixels, [&](int i) { return luma(image[i]); });
   const int mean = static_cast<int>((int64_t{2} * total + pixels) / (int64_t{2} * pixels));  // int(mean + 0.5)
   map_levels(team, s, image, pixels, true, [&](int, int value) { return blend(mean, value, factor); });
 }

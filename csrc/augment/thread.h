@@ -21,8 +21,8 @@ struct Thread {
   }
 
   template <class F>
-  int sum(int n, const F& f) const {
-    int total = 0;
+  uint32_t sum(int n, const F& f) const {
+    uint32_t total = 0;
     for (int i = 0; i < n; ++i) total += f(i);
     return total;
   }

@@ -8,6 +8,8 @@
 #include <string_view>
 #include <tuple>
 
+#include "register.h"
+
 namespace bacon_fast {
 namespace {
 
@@ -83,7 +85,7 @@ Tensor bacon_loss_backward(const Tensor& grad_loss, const Tensor& grad_features,
   return BaconLossBackward::apply(grad_loss, grad_features, features);
 }
 
-TORCH_LIBRARY_IMPL(bacon_fast, Autograd, m) {
+BACON_FAST_IMPL(Autograd, m) {
   m.impl("bacon_loss_cpp", &bacon_loss);
   m.impl("bacon_loss_backward_cpp", &bacon_loss_backward);
 }

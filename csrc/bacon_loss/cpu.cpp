@@ -20,6 +20,7 @@
 #include "contrastive/kernels.h"
 #include "contrastive/parallel.h"
 #include "bacon_loss/top_classes.h"
+#include "register.h"
 
 namespace bacon_fast {
 namespace {
@@ -346,7 +347,7 @@ at::Tensor bacon_loss_backward(
   return grad_features.mul(grad_loss).to(features.scalar_type());
 }
 
-TORCH_LIBRARY_IMPL(bacon_fast, CPU, m) {
+BACON_FAST_IMPL(CPU, m) {
   m.impl("bacon_loss_cpp", &bacon_loss);
   m.impl("bacon_loss_backward_cpp", &bacon_loss_backward);
 }

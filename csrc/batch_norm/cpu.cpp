@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "batch_norm/panel.h"
+#include "register.h"
 
 namespace bacon_fast::norm {
 namespace {
@@ -325,7 +326,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bacon_fast, CPU, m) {
+BACON_FAST_IMPL(CPU, m) {
   m.impl("batch_norm_act_cpp", &forward);
   m.impl("batch_norm_act_backward_cpp", &backward);
 }

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "contrastive/workspace.h"
+#include "register.h"
 
 namespace bacon_fast {
 namespace {
@@ -335,7 +336,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_backward(
       grad_own.to(own ? own->scalar_type() : rows.scalar_type())};
 }
 
-TORCH_LIBRARY_IMPL(bacon_fast, CPU, m) {
+BACON_FAST_IMPL(CPU, m) {
   m.impl("contrastive_cpp", &contrastive_forward);
   m.impl("contrastive_backward_cpp", &contrastive_backward);
 }

@@ -7,10 +7,15 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <utility>
 
 #include "contrastive/kernels.h"
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
 #define BACON_FAST_VECTOR_BYTES 64
 #include "contrastive/kernel_table.h"
 
@@ -18,5 +23,9 @@ namespace bacon_fast::contrastive {
 extern const Kernels<float> kAvx512Float = kTable<float>;
 extern const Kernels<double> kAvx512Double = kTable<double>;
 }  // namespace bacon_fast::contrastive
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 
 #endif

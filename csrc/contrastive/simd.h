@@ -1,4 +1,4 @@
-// Vectors of one instruction set (gcc vector extensions) and the exponential on them.
+// Vectors of one instruction set (vector extensions of GCC and clang) and the exponential on them.
 //
 // Included by the kernels_*.cpp files only, each of which sets BACON_FAST_VECTOR_BYTES and the compiler's target first.
 // Everything is in an unnamed namespace, so that no function compiled for one instruction set can replace another's.
@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <utility>
 
 namespace bacon_fast::contrastive {
 namespace {
@@ -62,20 +63,37 @@ BACON_FAST_INLINE Mask<T> lane_numbers() {
   return lanes;
 }
 
-// Sum of the lanes by halves, the same order on every machine with this vector width.
 template <class T>
-BACON_FAST_INLINE T sum_lanes(Vector<T> v) {
-  for (int half = kLanes<T> / 2; half > 0; half /= 2) v += __builtin_shuffle(v, lane_numbers<T>() ^ half);
-  return v[0];
+using Lanes = std::make_integer_sequence<int, kLanes<T>>;
+
+// Lane i of the result is lane i ^ half.
+template <class T, int half, int... lanes>
+BACON_FAST_INLINE Vector<T> exchange(Vector<T> v, std::integer_sequence<int, lanes...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, (lanes ^ half)...);
+#else
+  return __builtin_shuffle(v, Mask<T>{(lanes ^ half)...});
+#endif
 }
 
-template <class T>
-BACON_FAST_INLINE T max_lanes(Vector<T> v) {
-  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
-    const Vector<T> other = __builtin_shuffle(v, lane_numbers<T>() ^ half);
-    v = v > other ? v : other;
+// Sum of the lanes by halves, the same order on every machine with this vector width.
+template <class T, int half = kLanes<T> / 2>
+BACON_FAST_INLINE T sum_lanes(Vector<T> v) {
+  if constexpr (half == 0) {
+    return v[0];
+  } else {
+    return sum_lanes<T, half / 2>(v + exchange<T, half>(v, Lanes<T>{}));
   }
-  return v[0];
+}
+
+template <class T, int half = kLanes<T> / 2>
+BACON_FAST_INLINE T max_lanes(Vector<T> v) {
+  if constexpr (half == 0) {
+    return v[0];
+  } else {
+    const Vector<T> other = exchange<T, half>(v, Lanes<T>{});
+    return max_lanes<T, half / 2>(v > other ? v : other);
+  }
 }
 
 // exp, at most 2 ulp off; NaN stays NaN. For -87 <= x <= 88 only: `exponential` below has no lower bound.

@@ -15,6 +15,7 @@
 
 #include "fixmatch_abc/softmax.h"
 #include "philox.h"
+#include "register.h"
 
 namespace bacon_fast {
 namespace {
@@ -209,7 +210,7 @@ std::tuple<at::Tensor, at::Tensor> fixmatch_abc_backward(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bacon_fast, CPU, m) {
+BACON_FAST_IMPL(CPU, m) {
   m.impl("fixmatch_abc_cpp", fixmatch_abc);
   m.impl("fixmatch_abc_backward_cpp", fixmatch_abc_backward);
 }

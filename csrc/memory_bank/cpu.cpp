@@ -6,6 +6,7 @@
 
 #include "memory_bank/apart.h"
 #include "memory_bank/fixed_point.h"
+#include "register.h"
 
 namespace bacon_fast {
 namespace {
@@ -125,7 +126,7 @@ void bank_write(at::Tensor& bank, at::Tensor& written, at::Tensor& class_sums, a
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bacon_fast, CPU, m) {
+BACON_FAST_IMPL(CPU, m) {
   m.impl("bank_select_", bank_select);
   m.impl("bank_write_", bank_write);
 }

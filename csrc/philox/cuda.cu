@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "philox/words.h"
+#include "register.h"
 
 namespace bacon_fast::random {
 namespace {
@@ -56,7 +57,7 @@ at::Tensor sort_keys(int64_t seed, const at::Tensor& step, int64_t stream, int64
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bacon_fast, CUDA, m) {
+BACON_FAST_IMPL(CUDA, m) {
   m.impl("philox", words);
   m.impl("philox_sort_keys", sort_keys);
 }

@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "records/values.h"
+#include "register.h"
 
 namespace bacon_fast::records {
 namespace {
@@ -22,7 +23,7 @@ void count_pairs(at::Tensor& counts, const at::Tensor& pseudo_labels, const at::
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bacon_fast, CPU, m) {
+BACON_FAST_IMPL(CPU, m) {
   m.impl("add_values_", add_values);
   m.impl("count_pairs_", count_pairs);
 }

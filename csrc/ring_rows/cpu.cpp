@@ -1,6 +1,7 @@
 // A step's part of a ring, on a CPU.
 #include <torch/library.h>
 
+#include "register.h"
 #include "ring_rows/columns.h"
 
 namespace bacon_fast {
@@ -18,6 +19,6 @@ at::Tensor ring_rows(const at::Tensor& values, const at::Tensor& step, int64_t s
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bacon_fast, CPU, m) { m.impl("ring_rows", ring_rows); }
+BACON_FAST_IMPL(CPU, m) { m.impl("ring_rows", ring_rows); }
 
 }  // namespace bacon_fast

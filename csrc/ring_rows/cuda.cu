@@ -4,6 +4,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include "register.h"
 #include "ring_rows/columns.h"
 
 namespace bacon_fast {
@@ -30,6 +31,6 @@ at::Tensor ring_rows(const at::Tensor& values, const at::Tensor& step, int64_t s
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bacon_fast, CUDA, m) { m.impl("ring_rows", ring_rows); }
+BACON_FAST_IMPL(CUDA, m) { m.impl("ring_rows", ring_rows); }
 
 }  // namespace bacon_fast

@@ -5,6 +5,7 @@
 #include <c10/util/Half.h>
 #include <torch/library.h>
 
+#include "register.h"
 #include "sgd_ema/plans.h"
 
 namespace bacon_fast::optim {
@@ -30,6 +31,6 @@ void sgd_ema(at::TensorList parameters, at::TensorList gradients, at::TensorList
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bacon_fast, CPU, m) { m.impl("sgd_ema_", sgd_ema); }
+BACON_FAST_IMPL(CPU, m) { m.impl("sgd_ema_", sgd_ema); }
 
 }  // namespace bacon_fast::optim

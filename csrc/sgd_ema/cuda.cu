@@ -10,6 +10,7 @@
 #include <c10/util/Half.h>
 #include <torch/library.h>
 
+#include "register.h"
 #include "sgd_ema/plans.h"
 
 namespace bacon_fast::optim {
@@ -39,6 +40,6 @@ void sgd_ema(at::TensorList parameters, at::TensorList gradients, at::TensorList
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bacon_fast, CUDA, m) { m.impl("sgd_ema_", sgd_ema); }
+BACON_FAST_IMPL(CUDA, m) { m.impl("sgd_ema_", sgd_ema); }
 
 }  // namespace bacon_fast::optim

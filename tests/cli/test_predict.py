@@ -1,31 +1,28 @@
-"""predict on files that are no images: each costs its own prediction, never that of another."""
+"""Prediction of files that are no images: each costs its own prediction, never that of another."""
 
 import json
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import AvifImagePlugin, Image
 
-from bacon_fast import predict
+import bacon_fast.run
+from bacon_fast.run import Run
 
 
 @pytest.fixture
-def run(monkeypatch):
+def run(tmp_path, monkeypatch) -> Run:
     """A run whose network calls an image by its brightness."""
-    monkeypatch.setattr(predict, "use_threads", lambda count: None)
-    opened = SimpleNamespace(
-        image_size=8, network=None, normalize=None, device=None, class_names=("dark", "\x1b[1mlight")
-    )
-    monkeypatch.setattr(predict, "open_run", lambda directory, device: opened)
 
     def classify(network, normalize, images, device):
         light = images.float().mean((1, 2, 3)) / 255
         return None, 20 * torch.stack([0.5 - light, light - 0.5], dim=1)
 
-    monkeypatch.setattr(predict, "predict", classify)
+    monkeypatch.setattr(bacon_fast.run, "predict", classify)
+    names = ("dark", "\x1b[1mlight")
+    return Run(tmp_path, tmp_path, {}, 1, torch.nn.Identity(), None, names, (8, 8), (8, 8), torch.device("cpu"))
 
 
 def test_one_bad_file_never_costs_the_predictions_of_the_others(run, tmp_path, monkeypatch):
@@ -41,8 +38,14 @@ def test_one_bad_file_never_costs_the_predictions_of_the_others(run, tmp_path, m
     os.mkfifo(tmp_path / "pipe.png")
     bad = ["damaged.avif", "script.png", "folder.png", "pipe.png", "missing.png", "\x1b[2Jgone.png"]
     names = ["first.png", *bad, "last.png"]
-    rows = list(predict.predictions(predict.Arguments(tmp_path, tuple(tmp_path / name for name in names))))
+    rows = run.predict([tmp_path / name for name in names])
     assert [row["file"] for row in rows] == [str(tmp_path / name) for name in names]
     assert [name for name, row in zip(names, rows) if "error" in row] == bad
     assert rows[0]["class"] == rows[-1]["class"] == "\x1b[1mlight" and rows[0]["probability"] > 0.99
     assert all(json.dumps(row).isprintable() for row in rows)
+    assert run.predict([str(tmp_path / "first.png")]) == rows[:1]
+
+
+def test_no_file_is_an_error(run):
+    with pytest.raises(ValueError, match="files: expected at least one"):
+        run.predict([])

@@ -42,15 +42,26 @@ def pillow_ops(images: Tensor, ops: Tensor, magnitudes: Tensor) -> Tensor:
     return torch.from_numpy(np.concatenate(results))
 
 
-def pillow_replay(images: Tensor, draws: Draws, padding: int) -> Tensor:
-    """`Augment.replay`, by torchvision's padding and crop on Pillow images, Pillow's operations and ImageDraw."""
-    height, width = images.shape[1:3]
+def pillow_resized(image: Image.Image, part: tuple[int, int, int, int], size: tuple[int, int]) -> Image.Image:
+    """The part (top, left, height, width) of an image, resized to `size` (H, W)."""
+    top, left, height, width = part
+    return image.crop((left, top, left + width, top + height)).resize(size[::-1], Image.Resampling.BILINEAR)
+
+
+def pillow_replay(images: Tensor, draws: Draws, padding: int, size: tuple[int, int] | None = None) -> Tensor:
+    """`Augment.replay` to views of `size` (H, W), by default the images' own, by torchvision's padding and crop on
+    Pillow images, Pillow's operations and ImageDraw.
+    """
+    height, width = images.shape[1:3] if size is None else size
     results = []
     for i, pixels in enumerate(images.numpy()):
-        image = (
-            tvf.pad(Image.fromarray(pixels), padding, padding_mode="reflect") if padding else Image.fromarray(pixels)
-        )
-        image = tvf.crop(image, draws.top[i].item(), draws.left[i].item(), height, width)
+        image = Image.fromarray(pixels)
+        if draws.resized:
+            part = [side[i].item() for side in (draws.top, draws.left, draws.height, draws.width)]
+            image = pillow_resized(image, part, (height, width))
+        else:
+            image = tvf.pad(image, padding, padding_mode="reflect") if padding else image
+            image = tvf.crop(image, draws.top[i].item(), draws.left[i].item(), height, width)
         if draws.flip[i]:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         for op, value in zip(draws.ops[i].tolist(), draws.magnitudes[i].tolist()):

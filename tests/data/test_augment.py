@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bacon_fast.data.augment import Augment
 from bacon_fast.data.philox import Stream, philox
-from bacon_fast.ops.augment import ViewRequest
+from bacon_fast.ops.augment import ViewRequest, augment_views
 from bacon_fast.ops.backends import native_error
 from bacon_fast.reference.augment import OPS, Draws
 
@@ -177,6 +177,33 @@ def test_replay_through_pillow(height, width, strong):
     assert views.equal(pillow_replay(images, draws, module.padding))
 
 
+@pytest.mark.parametrize(("source", "size"), [((32, 32), (28, 28)), ((33, 20), (9, 20)), ((5, 3), (1, 1))])
+@pytest.mark.parametrize("strong", [False, True])
+@pytest.mark.parametrize("resized", [False, True])
+def test_views_smaller_than_the_images_through_pillow(source, size, strong, resized):
+    module, images = augment(size, source_size=source, resized_crop=resized), noise(120, *source)
+    draws = (module.draw_strong if strong else module.draw_weak)(120, 3, 4, 5)
+    views = (module.strong if strong else module.weak)(images, 3, 4, 5)
+    assert module.padding == 0 and draws.resized == (strong and resized)
+    assert views.shape == (120, *size, 3) and views.equal(pillow_replay(images, draws, 0, size))
+
+
+def test_windows_lie_everywhere_in_the_image_and_its_border():
+    photos, small = augment(224, source_size=256), augment(28, source_size=32, padding=3)
+    for module, positions in ((photos, 33), (small, 11)):
+        draws = module.draw_weak(20_000, 0, 0, Stream.UNLABELED_WEAK)
+        assert_uniform(draws.top, positions)
+        assert_uniform(draws.left, positions)
+
+
+@pytest.mark.parametrize(("source", "size"), [((256, 256), (224, 224)), ((33, 20), (30, 17)), ((7, 8), (1, 1)), (9, 9)])
+def test_center_is_torchvisions(source, size):
+    module = augment(size, source_size=source)
+    images = noise(2, *module.source_size)
+    expected = tvf.center_crop(images.permute(0, 3, 1, 2), [module.height, module.width]).permute(0, 2, 3, 1)
+    assert module.center(images).equal(expected)
+
+
 def test_replay_of_the_largest_padding_and_extreme_boxes():
     module, images = augment((9, 7), padding=6), noise(6, 9, 7)
     boxes = [[0, 0, 0, 0], [6, 8, 7, 9], [0, 0, 7, 9], [3, 3, 3.99, 4.01], [0, 0, -1, -1], [6, 0, 6.5, 8.5]]
@@ -266,10 +293,23 @@ def test_native_views_are_the_references_bit_for_bit(size, dtype, channels_last)
 
 @native
 @pytest.mark.parametrize(
-    "changes", [{"hflip": False}, {"cutout": False}, {"num_ops": 0}, {"num_ops": 7}, {"padding": 0}, {"padding": 15}]
+    "changes",
+    [
+        {"hflip": False},
+        {"cutout": False},
+        {"num_ops": 0},
+        {"num_ops": 7},
+        {"padding": 0},
+        {"padding": 15},
+        {"source_size": (19, 23)},
+        {"source_size": (19, 23), "padding": 4},
+        {"resized_crop": True},
+        {"resized_crop": True, "source_size": (40, 16), "num_ops": 2},
+    ],
 )
 def test_native_views_follow_every_setting(changes):
-    module, pool = augment(16, **changes), noise(60, 16, 16)
+    module = augment(16, **changes)
+    pool = noise(60, *module.source_size)
     wanted = [ViewRequest(torch.arange(60), 1, False), ViewRequest(torch.arange(60), 2, True)]
     assert module.views(pool, wanted, 0, 1).equal(module.views(pool, wanted, 0, 1, backend="reference"))
 
@@ -278,7 +318,7 @@ def test_native_views_follow_every_setting(changes):
 def test_native_ops_keep_the_contract_of_torch_library():
     module, pool = augment(16), noise(6, 16, 16)
     views = (pool, [torch.tensor([1, 5]), torch.tensor([2])], [1, 2], [0, 1], [0, 3], 7, torch.tensor(4))
-    settings = (module.table, module.ranges, 2, True, 3, True, torch.bfloat16, True)
+    settings = (module.table, module.ranges, 2, True, 3, True, 11, 13, True, torch.bfloat16, True)
     torch.library.opcheck(torch.ops.bacon_fast.augment_views, views + settings)
     ops = torch.randint(14, (6, 2))
     torch.library.opcheck(torch.ops.bacon_fast.augment_ops, (pool, ops, torch.rand(6, 2, dtype=torch.float64)))
@@ -313,11 +353,12 @@ def test_a_fallback_to_the_reference_is_said():
         module.views(pool, requests(), 7, 9, backend="cuda")
 
 
-def test_nothing_waits_for_the_device():
+@pytest.mark.parametrize("resized", [False, True])
+def test_nothing_waits_for_the_device(resized):
     """Fake CUDA tensors have no values: reading one, or a shape that depends on one, would raise."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        module = augment(16).to("cuda")
-        pool = torch.empty((40, 16, 16, 3), dtype=torch.uint8, device="cuda")
+        module = augment(16, source_size=20, resized_crop=resized).to("cuda")
+        pool = torch.empty((40, 20, 20, 3), dtype=torch.uint8, device="cuda")
         indices = torch.empty(8, dtype=torch.int64, device="cuda")
         step = torch.empty((), dtype=torch.int64, device="cuda")
         wanted = [ViewRequest(indices, 1, False), ViewRequest(indices, 2, True)]
@@ -334,6 +375,8 @@ def test_buffers_are_derived_and_not_saved():
     [
         ({"image_size": 0}, "image_size: expected"),
         ({"image_size": (3, 4, 5)}, "image_size: expected"),
+        ({"source_size": 31}, "image_size: expected at most"),
+        ({"source_size": (40, 0)}, "source_size: expected"),
         ({"padding": 32}, "padding: expected"),
         ({"padding": -1}, "padding: expected"),
         ({"num_ops": -1}, "num_ops: expected"),
@@ -350,6 +393,11 @@ def test_bad_views():
     module, pool = augment(), noise(4)
     with pytest.raises(ValueError, match="pool: expected size 32x32, found"):
         module.views(noise(4, 16, 32), requests(), 0, 0)
+    with pytest.raises(ValueError, match="images: expected size 40x40, found"):
+        augment(source_size=40).center(pool)
+    settings = {"table": module.table, "ranges": module.ranges, "padding": 4, "hflip": True, "num_ops": 3}
+    with pytest.raises(ValueError, match="width: expected 1 to 40, the padded image's, found 41"):
+        augment_views(pool, requests(), 0, 0, **settings, cutout=True, size=(40, 41))
     with pytest.raises(ValueError, match="requests: expected at least one"):
         module.views(pool, [], 0, 0)
     with pytest.raises(TypeError, match="indices: expected int64"):

@@ -295,8 +295,14 @@ def test_links_to_single_files_elsewhere_are_followed(tmp_path):
     assert np.array_equal(dataset.train_images[5].numpy(), written["train/cat/2"])
 
 
+def test_a_folder_may_have_no_test_part(tmp_path):
+    write_folder(tmp_path, test_classes=())
+    dataset = load_dataset("folder", data_dir=tmp_path)
+    assert dataset.test_images is None and dataset.test_labels is None and len(dataset.train_images) == 6
+
+
 def test_only_folders_have_links_to_follow():
-    with pytest.raises(ValueError, match=r"follow_links: .* dataset folder only, not in 'digits'"):
+    with pytest.raises(ValueError, match="follow_links: expected image files, of dataset folder, found"):
         load_dataset("digits", follow_links=True)
 
 
@@ -314,7 +320,7 @@ def test_folders_that_nobody_reads_are_named(tmp_path):
 
 def test_class_names_that_are_not_utf8_are_refused_before_decoding(tmp_path, monkeypatch):
     write_folder(tmp_path, classes=("ant", os.fsdecode(b"caf\xe9")))
-    monkeypatch.setattr("bacon_fast.data.sources.read_files", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr("bacon_fast.data.sources.read_readable", lambda *_: pytest.fail("decoded"))
     with pytest.raises(ValueError, match=r"/train: expected names in UTF-8, found 'caf\\udce9'"):
         load_dataset("folder", data_dir=tmp_path)
 
@@ -386,6 +392,7 @@ def test_arrays_gray_resized_and_constant(tmp_path):
     ("changes", "message"),
     [
         ({"test_images": None}, "expected arrays .* found no test_images"),
+        ({"val_labels": np.zeros(2, np.int64)}, "expected arrays .* found no val_images"),
         ({"train_images": np.zeros((6, 5, 4, 3), np.float32)}, "train_images: expected uint8"),
         ({"train_images": np.zeros((6, 3, 5, 4), np.uint8)}, "train_images: expected uint8"),
         ({"train_labels": np.zeros(6)}, "train_labels: expected integers"),
@@ -433,7 +440,10 @@ def test_arrays_that_are_no_npz(tmp_path):
         ({"name": "mnist"}, f"dataset: expected one of {', '.join(DATASETS)}, found 'mnist'"),
         ({"name": "cifar10"}, "data_dir: expected where its files lie for dataset 'cifar10', found None"),
         ({"name": "digits", "image_size": 0}, "image_size: expected 1 to 4096 pixels, found 0"),
-        ({"name": "digits", "classes": ("a", "b")}, "classes: the class order can be chosen for dataset folder only"),
+        (
+            {"name": "digits", "classes": ("a", "b")},
+            "classes: expected image files, of dataset folder",
+        ),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -456,10 +466,10 @@ def test_image_dataset_checks_its_tensors():
         ImageDataset(**good | {"test_labels": labels.int()})
 
 
-@pytest.mark.parametrize("mode", ["I;16", "F"])
-def test_images_of_more_than_eight_bits_are_refused_rather_than_clipped(tmp_path, mode):
-    pixels = np.full((8, 8), 40_000, dtype=np.uint16) if mode == "I;16" else np.full((8, 8), 0.5, dtype=np.float32)
+@pytest.mark.parametrize(("mode", "dtype"), [("I", np.int32), ("F", np.float32)])
+def test_images_without_a_known_white_are_refused_rather_than_clipped(tmp_path, mode, dtype):
+    pixels = np.full((8, 8), 40_000, dtype=dtype)
     path = tmp_path / "deep.tif"
     Image.fromarray(pixels).save(path)
-    with pytest.raises(ValueError, match=rf"deep\.tif.*8 bits a channel, found mode {mode}"):
+    with pytest.raises(ValueError, match=rf"deep\.tif.*at most 16 bits a channel, found mode {mode}"):
         read_files([path], 8)

@@ -2,13 +2,15 @@
 
 import os
 import struct
+import sys
+import time
 import zlib
 
 import numpy as np
 import pytest
-from PIL import AvifImagePlugin, ExifTags, Image, ImageOps, PngImagePlugin
+from PIL import AvifImagePlugin, ExifTags, Image, ImageOps, JpegImagePlugin, PngImagePlugin
 
-from bacon_fast.data.images import UnreadableImagesError, image_files, read_files
+from bacon_fast.data.images import UnreadableImagesError, decoding, image_files, read_files, read_readable
 
 rng = np.random.default_rng(0)
 
@@ -242,6 +244,108 @@ def test_a_transparent_rgb_of_any_depth_becomes_white(tmp_path, bits, interlaced
     transparent = (samples == key).all(axis=2, keepdims=True)
     assert transparent.sum() == 2
     assert np.array_equal(read(tmp_path / "a.png"), np.where(transparent, 255, samples >> (bits - 8)))
+
+
+def smooth(height: int, width: int) -> Image.Image:
+    """A picture without the finest detail, as photographs are."""
+    return Image.fromarray(pixels(3, 4, 3)).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_large_jpeg_is_decoded_reduced_to_at_least_twice_the_size(tmp_path, monkeypatch, mode, orientation):
+    path, exif = tmp_path / "a.jpg", Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    smooth(300, 530).convert(mode).save(path, exif=exif, quality=95)
+    loaded, load = [], JpegImagePlugin.JpegImageFile.load
+    found, decoded = {}, []
+    with monkeypatch.context() as patched:
+        patched.setattr(JpegImagePlugin.JpegImageFile, "load", lambda self: (load(self), loaded.append(self.size))[0])
+        for size in (150, 76, 75, 37, 16):
+            found[size] = read_files([path], size)[0].numpy()
+            decoded.append(loaded[-1])
+    assert decoded == [(530, 300), (530, 300), (265, 150), (133, 75), (67, 38)]
+    for size, image in found.items():
+        upright = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        whole = np.asarray(upright.resize((size, size), Image.Resampling.BILINEAR)).astype(int)
+        assert np.abs(image - whole).mean() < 3
+        if size >= 76:
+            assert np.array_equal(image, whole)
+
+
+@pytest.mark.parametrize(("suffix", "compression"), [("png", None), ("tif", None), ("tif", "tiff_lzw"), ("pgm", None)])
+def test_gray_of_16_bits_is_scaled_as_viewers_do(tmp_path, suffix, compression):
+    """By the float formula: round(255 * value / 65535)."""
+    values = rng.integers(0, 65536, (40, 50)).astype(np.uint16)
+    values[0, :3] = 0, 65535, 128
+    options = {} if compression is None else {"compression": compression}
+    Image.fromarray(values).save(tmp_path / f"a.{suffix}", **options)
+    expected = np.rint(values / 65535 * 255).astype(np.uint8)
+    assert np.array_equal(read(tmp_path / f"a.{suffix}"), np.repeat(expected[..., None], 3, axis=2))
+    resized = Image.fromarray(expected).resize((8, 8), Image.Resampling.BILINEAR)
+    assert np.array_equal(read_files([tmp_path / f"a.{suffix}"], 8)[0, ..., 1].numpy(), np.asarray(resized))
+
+
+def test_a_tiff_whose_white_is_zero_and_one_of_12_bits(tmp_path):
+    values = rng.integers(0, 65536, (4, 6)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.tif", tiffinfo={262: 0})
+    assert np.array_equal(read(tmp_path / "a.tif")[..., 0], np.rint((65535 - values) / 257))
+    values >>= 4  # two values in three bytes (TIFF 6.0, FillOrder 1)
+    bits = "".join(f"{value:012b}" for value in values.ravel())
+    packed = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    tags = [(256, 6), (257, 4), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 4), (279, len(packed))]
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    data = struct.pack("<2sHI", b"II", 42, 8 + len(packed)) + packed + directory + bytes(4)
+    (tmp_path / "b.tif").write_bytes(data)
+    assert np.array_equal(read(tmp_path / "b.tif")[..., 2], np.rint(values / 4095 * 255))
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_a_transparent_gray_of_16_bits_becomes_white(tmp_path, interlaced):
+    samples = rng.integers(0, 2**16, (9, 11))
+    key = int(samples[3, 4])
+    samples[0, 0] = key ^ 1  # near the key, and opaque
+    write_png(tmp_path / "a.png", samples, 16, (key,), interlaced)
+    expected = np.where(samples == key, 255, np.rint(samples / 257))
+    assert np.array_equal(read(tmp_path / "a.png")[..., 0], expected)
+
+
+def test_only_the_first_picture_of_an_animation_is_read(tmp_path):
+    first, second = Image.fromarray(pixels(9, 7, 3)), Image.fromarray(pixels(9, 7, 3))
+    for suffix in ("png", "webp", "tif"):
+        options = {"lossless": True} if suffix == "webp" else {}
+        first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[second], **options)
+        assert Image.open(tmp_path / f"a.{suffix}").n_frames == 2
+        assert np.array_equal(read(tmp_path / f"a.{suffix}"), np.asarray(first))
+
+
+def test_the_others_are_read_into_one_array(tmp_path):
+    files = [tmp_path / f"{i}é.png" for i in range(7)]
+    images = [pixels(6, 6, 3) for _ in files]
+    for file, image in zip(files, images):
+        Image.fromarray(image).save(file)
+    files[0].write_bytes(b"")
+    files[3].write_bytes(files[3].read_bytes()[:60])
+    for size in (6, None):
+        found, failed = read_readable(files, size)
+        assert np.array_equal(found.numpy(), np.stack([images[i] for i in (1, 2, 4, 5, 6)]))
+        assert list(failed) == [0, 3] and "0é.png" in failed[0]
+    assert read_readable(files[:1], None)[0].shape == (0, 1, 1, 3)
+
+
+def test_decoding_shows_a_bar_on_a_terminal_and_a_line_in_a_log(monkeypatch, capsys):
+    with decoding(5000) as done:
+        done()
+    assert capsys.readouterr() == ("", "")
+    with decoding(5001) as done:
+        done()
+    assert capsys.readouterr() == ("", "decoding 5,001 images\n")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with decoding(2) as done:
+        done()
+        time.sleep(1.1)
+        done()
+    assert "2/2" in capsys.readouterr().err
 
 
 # --- what is not read ------------------------------------------------------------------------------------------------

@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bacon_fast.data.datasets import DATASETS, ImageDataset
-from bacon_fast.data.longtail import PROTOCOLS, Protocol, Split, class_counts, make_split, pool_line
+from bacon_fast.data.longtail import (
+    PROTOCOLS,
+    Protocol,
+    Split,
+    class_counts,
+    make_split,
+    pool_line,
+    validation_counts,
+)
 from bacon_fast.files import read_record, write_record
 
 # (head, gamma, list), as documented in methods.md A.1.
@@ -339,6 +347,7 @@ def test_hash_covers_every_field():
         "unlabeled": split.unlabeled[::-1].copy(),
         "labeled_counts": (1, 2, 3),
         "unlabeled_counts": None,
+        "validation": split.labeled[:1],
     }
     assert set(changes) == {field.name for field in dataclasses.fields(split)}
     for name, value in changes.items():
@@ -462,3 +471,41 @@ def test_newer_fields_leave_the_hashes_of_older_splits_alone(tmp_path):
     other = make_split(dataset_of([30, 30, 30]), simple(unlabeled_order="middle"), 0)
     other.save(tmp_path / "other.json")
     assert Split.load(tmp_path / "other.json").hash == other.hash != plain.hash
+
+
+def test_validation_holds_out_a_share_of_each_class_and_never_the_last_image():
+    counts = [40, 29, 22, 16, 12, 9, 7, 5, 4, 2, 1, 0]
+    assert validation_counts(counts, 0.2) == [8, 6, 4, 3, 2, 2, 1, 1, 1, 1, 0, 0]
+    assert validation_counts(counts, 0.99) == [39, 28, 21, 15, 11, 8, 6, 4, 3, 1, 0, 0]
+    assert validation_counts(counts, 0.001) == [1] * 10 + [0, 0]
+
+
+@pytest.mark.parametrize("name", ["digits", "as-is", "abc-cifar100-20", "imagenet-10pct"])
+def test_validation_images_are_labeled_ones_that_are_trained_on_nowhere(name, tmp_path):
+    dataset, protocol = dataset_of([120, 110, 105], unlabeled=7), PROTOCOLS[name]
+    if protocol.labeled_head is not None:
+        protocol = dataclasses.replace(protocol, labeled_head=40, unlabeled_head=60, gamma_l=10, gamma_u=10)
+    whole, split = make_split(dataset, protocol, 3), make_split(dataset, protocol, 3, validation=0.2)
+    assert "validation" not in whole._content() and not len(whole.validation)
+    assert set(split.labeled) | set(split.validation) == set(whole.labeled)
+    assert set(split.unlabeled) == set(whole.unlabeled) - set(split.validation)
+    assert not set(split.validation) & (set(split.labeled) | set(split.unlabeled))
+    held_out = np.bincount(dataset.train_labels.numpy()[split.validation], minlength=3)
+    assert held_out.tolist() == [max(1, round(0.2 * n)) for n in whole.labeled_counts]
+    assert [n + m for n, m in zip(split.labeled_counts, held_out)] == list(whole.labeled_counts)
+    split.verify(dataset)
+    split.save(tmp_path / "split.json")
+    again = Split.load(tmp_path / "split.json")
+    assert again.hash == split.hash != whole.hash and np.array_equal(again.validation, split.validation)
+    assert set(make_split(dataset, protocol, 4, validation=0.2).validation) != set(split.validation)
+    assert f", {len(split.validation)} held out for validation, " in pool_line(split, dataset)
+    with pytest.raises(ValueError, match="validation: expected indices that are neither labeled nor unlabeled"):
+        dataclasses.replace(split, validation=split.labeled[:1])._check()
+    with pytest.raises(ValueError, match="validation: expected indices below 335"):
+        dataclasses.replace(split, validation=np.array([999])).verify(dataset)
+
+
+def test_one_image_a_class_leaves_nothing_to_hold_out():
+    protocol = dataclasses.replace(PROTOCOLS["digits"], labeled_head=1, unlabeled_head=2, gamma_l=1, gamma_u=1)
+    with pytest.raises(ValueError, match="validation: expected a class with at least 2 labeled images"):
+        make_split(dataset_of([9, 9]), protocol, 0, validation=0.5)

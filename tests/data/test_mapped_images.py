@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from bacon_fast.data.datasets import load_dataset
 from bacon_fast.data.image_cache import mapped_files
 from bacon_fast.data.longtail import PROTOCOLS, make_split
 from bacon_fast.data.pool import HostPool, Window, resident
+from bacon_fast.engine import build
 from bacon_fast.engine.batches import Batches
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.groups import DataOptions
@@ -36,13 +38,13 @@ def write_folder(root, per_class: int = 5) -> None:
 
 
 def load(root, **changes):
-    return load_dataset("folder", data_dir=root, **({"image_size": 8, "mapped": True} | changes))
+    return load_dataset("folder", data_dir=root, **({"image_size": 8, "images": "mapped"} | changes))
 
 
 def test_it_is_the_dataset_that_memory_would_hold(tmp_path, monkeypatch):
     write_folder(tmp_path)
     monkeypatch.setattr(image_cache, "CHUNK", 4)  # parts that end inside a chunk
-    memory, mapped = load(tmp_path, mapped=False), load(tmp_path)
+    memory, mapped = load(tmp_path, images="memory"), load(tmp_path)
     for name in ("train_images", "train_labels", "test_images", "test_labels", "unlabeled_images"):
         assert torch.equal(getattr(mapped, name), getattr(memory, name)), name
     assert torch.equal(mapped.pool(), torch.cat([memory.train_images, memory.unlabeled_images]))
@@ -52,7 +54,7 @@ def test_it_is_the_dataset_that_memory_would_hold(tmp_path, monkeypatch):
 
 def test_the_pool_is_not_copied(tmp_path):
     write_folder(tmp_path)
-    for dataset in (load(tmp_path), load(tmp_path, mapped=False)):
+    for dataset in (load(tmp_path), load(tmp_path, images="memory")):
         assert dataset.pool().data_ptr() == dataset.train_images.data_ptr()
         assert dataset.pool().shape == (15, 8, 8, 3)
     for unlabeled in (dataset.unlabeled_images.clone(), dataset.test_images):  # elsewhere, or not right behind
@@ -64,8 +66,10 @@ def test_the_pool_is_not_copied(tmp_path):
 def test_files_are_decoded_once_and_again_when_one_changes(tmp_path, monkeypatch):
     write_folder(tmp_path)
     decoded = []
-    read = image_cache.read_files
-    monkeypatch.setattr(image_cache, "read_files", lambda files, size: decoded.append(len(files)) or read(files, size))
+    decode = image_cache.decode
+    monkeypatch.setattr(
+        image_cache, "decode", lambda files, *a, **k: decoded.append(len(files)) or decode(files, *a, **k)
+    )
     first = load(tmp_path)
     assert decoded == [25]
     again = load(tmp_path)
@@ -138,8 +142,14 @@ def test_new_pixels_get_a_new_fingerprint(tmp_path, monkeypatch):
     first = load(tmp_path)
     (file,) = (tmp_path / ".bacon_fast").glob("*.images")
     file.unlink()
-    read = image_cache.read_files
-    monkeypatch.setattr(image_cache, "read_files", lambda *arguments: 255 - read(*arguments))
+    decode = image_cache.decode
+
+    def inverted(files, rows, **options):
+        failed = decode(files, rows, **options)
+        rows[:] = 255 - rows
+        return failed
+
+    monkeypatch.setattr(image_cache, "decode", inverted)
     assert load(tmp_path).fingerprint != first.fingerprint
 
 
@@ -156,7 +166,7 @@ def test_any_file_name_will_do(tmp_path):
     write_folder(tmp_path)
     image = tmp_path / "train" / "ant" / "0.bmp"
     image.rename(os.fsdecode(os.fsencode(image.parent) + b"/\xff\xfe.bmp"))  # no UTF-8
-    assert torch.equal(load(tmp_path).train_images, load(tmp_path, mapped=False).train_images)
+    assert torch.equal(load(tmp_path).train_images, load(tmp_path, images="memory").train_images)
 
 
 def test_unreadable_files_of_all_chunks_are_named_and_leave_nothing(tmp_path, monkeypatch):
@@ -165,8 +175,47 @@ def test_unreadable_files_of_all_chunks_are_named_and_leave_nothing(tmp_path, mo
     for name in ("train/ant/3.bmp", "train/bee/4.bmp", "unlabeled/0.bmp"):
         (tmp_path / name).write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"(?s)3 image files cannot be read.*ant/3\.bmp.*bee/4\.bmp.*unlabeled/0\.bmp"):
-        load(tmp_path)
+        load(tmp_path, unreadable="error")
     assert [p.name for p in (tmp_path / ".bacon_fast").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("chunk", [4, 1024])
+def test_unreadable_unlabeled_files_are_left_out_now_and_later(tmp_path, monkeypatch, chunk):
+    write_folder(tmp_path)
+    monkeypatch.setattr(image_cache, "CHUNK", chunk)
+    whole = load(tmp_path, images="memory").unlabeled_images
+    for i in (1, 4):
+        (tmp_path / "unlabeled" / f"{i}.bmp").write_bytes(b"")
+    warning = r"2 of 5 unlabeled images cannot be read and are left out: .*/1\.bmp \(.*; .*/4\.bmp \("
+    for images in ("memory", "mapped", "mapped"):
+        with pytest.warns(UserWarning, match=warning) as warned:
+            dataset = load(tmp_path, images=images)
+        assert len(warned) == 1 and torch.equal(dataset.unlabeled_images, whole[[0, 2, 3]])
+        assert dataset.pool_size == 13 and len(dataset.test_images) == 10
+    with pytest.raises(ValueError, match=r"(?s)^2 image files cannot be read:.*1\.bmp.*4\.bmp"):
+        load(tmp_path, unreadable="error")
+    (notes,) = (tmp_path / ".bacon_fast").glob("*.unreadable")
+    notes.write_bytes(flipped(bytearray(notes.read_bytes())))
+    with pytest.warns(UserWarning, match=r"damaged, decoding the images again"):
+        assert torch.equal(load(tmp_path).unlabeled_images, whole[[0, 2, 3]])
+
+
+def test_auto_maps_what_is_above_the_limit(tmp_path):
+    write_folder(tmp_path)
+    size = 25 * 8 * 8 * 3
+    assert not load(tmp_path, images="auto", most_in_memory=size).mapped
+    assert not load(tmp_path, images="auto").mapped and not (tmp_path / ".bacon_fast").exists()
+    mapped = load(tmp_path, images="auto", most_in_memory=size - 1)
+    assert mapped.mapped and torch.equal(mapped.pool(), load(tmp_path, images="memory").pool())
+
+
+def test_auto_is_a_quarter_of_memory_and_half_of_the_gpu(monkeypatch):
+    monkeypatch.setattr(build, "physical_memory", lambda: 8 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=3 << 30))
+    assert build._most_in_memory(CPU) == 2 << 30
+    assert build._most_in_memory(torch.device("cuda")) == 3 << 29
+    monkeypatch.setattr(build, "physical_memory", lambda: None)
+    assert build._most_in_memory(CPU) is None
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path):
@@ -218,7 +267,7 @@ def test_without_locks_everyone_writes_and_removes_nothing(tmp_path, monkeypatch
     other = tmp_path / ".bacon_fast" / ".0123.images.1.tmp"
     other.parent.mkdir()
     other.touch()
-    assert torch.equal(load(tmp_path).train_images, load(tmp_path, mapped=False).train_images) and other.exists()
+    assert torch.equal(load(tmp_path).train_images, load(tmp_path, images="memory").train_images) and other.exists()
 
 
 def test_a_file_larger_than_memory_is_mapped(tmp_path, monkeypatch):
@@ -227,7 +276,7 @@ def test_a_file_larger_than_memory_is_mapped(tmp_path, monkeypatch):
     memory = 1024 * (int(meminfo["MemTotal:"]) + int(meminfo["SwapTotal:"]))
     size = math.isqrt(2 * memory // 3)
 
-    def write(files, size, path):
+    def write(files, size, path, optional):
         with open(path, "wb") as sparse:
             sparse.truncate(len(files) * size * size * 3)
             sparse.seek(-1, os.SEEK_END)
@@ -236,23 +285,23 @@ def test_a_file_larger_than_memory_is_mapped(tmp_path, monkeypatch):
     monkeypatch.setattr(image_cache, "_decode", write)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        images, _ = mapped_files(tmp_path, [tmp_path / "0.bmp"], size)
+        images, _, _ = mapped_files(tmp_path, [tmp_path / "0.bmp"], size)
     assert images.nbytes > 1.9 * memory and images[0, -1, -1].tolist() == [0, 0, 7]
 
 
 @pytest.mark.parametrize(("name", "size"), [("digits", 16), ("folder", None)])
 def test_only_folders_with_a_size_can_be_mapped(tmp_path, name, size):
-    with pytest.raises(ValueError, match="mapped: expected dataset folder and an image size"):
-        load_dataset(name, data_dir=tmp_path, image_size=size, mapped=True)
+    with pytest.raises(ValueError, match="images: expected dataset folder and an image size"):
+        load_dataset(name, data_dir=tmp_path, image_size=size, images="mapped")
 
 
 def test_more_images_than_memory_are_refused_before_decoding(tmp_path, monkeypatch):
     write_folder(tmp_path)
-    monkeypatch.setattr("bacon_fast.data.sources.read_files", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr("bacon_fast.data.sources.read_readable", lambda *_: pytest.fail("decoded"))
     sysconf = os.sysconf
     monkeypatch.setattr(os, "sysconf", lambda name: 9 if name == "SC_PHYS_PAGES" else sysconf(name))
     with pytest.raises(ValueError, match=r"images: 25 images at 224x224 need .* GB .*--images mapped"):
-        load(tmp_path, mapped=False, image_size=224)
+        load(tmp_path, images="memory", image_size=224)
 
 
 def test_more_images_than_a_gpu_holds_are_refused(monkeypatch):
@@ -281,7 +330,7 @@ def test_batches_are_those_of_resident_images(tmp_path, views):
     config = Config.of("fixmatch", {"data": data, "views": {"batch_size": 3}})
     built = []
     for images in ("memory", "mapped"):
-        dataset = load(tmp_path, mapped=images == "mapped")
+        dataset = load(tmp_path, images=images)
         split = make_split(dataset, PROTOCOLS["as-is"], 0)
         every = {"balanced_view": True, "labeled_strong_view": True}
         built.append(Batches(config.replace(images=images), split, dataset, CPU, views, **every))
@@ -298,7 +347,7 @@ def test_batches_are_those_of_resident_images(tmp_path, views):
 
 
 def test_configuration_names_what_is_missing(tmp_path):
-    with pytest.raises(ValueError, match="images: expected memory, except for dataset folder"):
+    with pytest.raises(ValueError, match="images: expected auto or memory, except for dataset folder"):
         DataOptions(images="mapped")
     with pytest.raises(ValueError, match="image_size: expected a side in pixels"):
         DataOptions(images="mapped", dataset="folder", protocol="as-is", data_dir=tmp_path)

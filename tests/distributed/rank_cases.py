@@ -22,7 +22,7 @@ from bacon_fast.engine.trainer import DivergedError, Trainer
 from bacon_fast.methods import METHODS
 from bacon_fast.methods.gather import gather_views, own_views
 from bacon_fast.methods.method import NewGeneration
-from bacon_fast.models.wrn import WideResNet
+from bacon_fast.models.backbone import Backbone
 from bacon_fast.reproduce.matrix import command_words
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +74,7 @@ def in_float64(trainer: Trainer) -> None:
     In float32 two orders of summation soon part: BatchNorm divides by the spread of channels that hardly vary.
     """
     for module in trainer.method.modules():
-        if isinstance(module, WideResNet):
+        if isinstance(module, Backbone):
             module.double()
             module.register_forward_pre_hook(lambda module, arguments: (arguments[0].double(),))
             module.register_forward_hook(lambda module, arguments, features: features.float())

@@ -13,6 +13,7 @@ import tyro
 from test_architecture import ARROWS
 
 from bacon_fast import methods
+from bacon_fast.__main__ import COMMANDS
 from bacon_fast.cli import parse_runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +29,7 @@ def blocks(markdown: str, language: str) -> list[str]:
 def commands(markdown: str) -> list[str]:
     """Command lines of the sh blocks, without comments; also `python ...` and `make ...` in inline code."""
     text = "\n".join(blocks(markdown, "sh")).replace("\\\n", " ")
-    inline = re.findall(r"`((?:\.venv/bin/python|make|torchrun) [^`\n]+)`", markdown)
+    inline = re.findall(r"`((?:\.venv/bin/python|\.venv/bin/bacon-fast|make|torchrun) [^`\n]+)`", markdown)
     lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in [*text.splitlines(), *inline]]
     return [line for line in lines if line]
 
@@ -43,6 +44,8 @@ def check(command: str) -> None:
         check_train(words[words.index("train.py") + 1 :])
     elif program == "make":
         check_make(words[0])
+    elif program.endswith("bacon-fast"):
+        check_command(*words)
     elif program.endswith(("python", "python3")):
         if words[0] == "train.py":
             check_train(words[1:])
@@ -54,6 +57,17 @@ def check(command: str) -> None:
         assert (ROOT / program).is_file(), f"no file {program}"
     else:
         assert program in PROGRAMS, f"{program} is no command that this test knows"
+
+
+def check_command(word: str, *words: str) -> None:
+    """Through the parser of the command that `bacon-fast` calls by this word."""
+    module = importlib.import_module(COMMANDS[word][0])
+    if word == "train":
+        check_train([*words])
+    elif word == "reproduce":
+        module._table(read(module.Arguments, [*words]))
+    else:
+        read(module.Arguments, [*words])
 
 
 def check_train(words: list[str]) -> None:
@@ -68,11 +82,6 @@ def check_module(name: str, words: list[str]) -> None:
     elif name.startswith("benchmarks"):
         path = ROOT.joinpath(*name.split("."))
         check_script(path / "__main__.py" if path.is_dir() else path.with_suffix(".py"), words)
-    elif name == "bacon_fast.reproduce":
-        module = importlib.import_module("bacon_fast.reproduce.__main__")
-        module._table(read(module.Arguments, words))
-    elif name in ("bacon_fast.evaluate", "bacon_fast.predict"):
-        read(importlib.import_module(name).Arguments, words)
     else:
         assert find_spec(name) is not None, f"no module {name}"
 
@@ -161,8 +170,9 @@ def test_there_is_something_to_check():
         "python train.py no-such-preset",
         "python train.py digits --no-such-option 3",
         "python train.py digits --steps many",
-        "python -m bacon_fast.reproduce no-such-table",
-        "python -m bacon_fast.predict RUN --no-such-option",
+        "bacon-fast reproduce no-such-table",
+        "bacon-fast predict RUN --no-such-option",
+        "bacon-fast no-such-word",
         "python -m bacon_fast.no_such_module",
         "python -m benchmarks.loss --no-such-option",
         "python -m benchmarks.no_such_file",
@@ -172,7 +182,7 @@ def test_there_is_something_to_check():
     ],
 )
 def test_a_stale_command_is_found(command):
-    with pytest.raises((AssertionError, ValueError, FileNotFoundError)):
+    with pytest.raises((AssertionError, ValueError, FileNotFoundError, KeyError)):
         check(command)
 
 

@@ -10,7 +10,7 @@ from bacon_fast.models.network import DebiasedNetwork
 from bacon_fast.run import open_run
 
 BALANCERS = ("daso", "darp", "crest", "crest+pda", "cossl", "cdmad")  # of both bases
-BALANCED = ["fixmatch+debiaspl", "fixmatch+saw", "fixmatch+simpro"] + [
+BALANCED = ["supervised+la", "fixmatch+la", "fixmatch+debiaspl", "fixmatch+saw", "fixmatch+simpro"] + [
     f"{base}+{x}" for base in ("fixmatch", "remixmatch") for x in BALANCERS
 ]
 

@@ -12,10 +12,12 @@ import torch
 from bacon_fast.cli import parse
 from bacon_fast.engine.checkpoint import load_latest
 from bacon_fast.engine.config import FORMAT, GROUP_OF, GROUPS, Config
+from bacon_fast.engine.groups import DataOptions
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.files import write_record
 from bacon_fast.losses import BaConLoss
 from bacon_fast.methods import METHODS, PARTS, default_options, names
+from bacon_fast.methods.options import as_fields, from_json, to_json
 
 # A method of each part.
 METHOD_OF = {part: next(m for m in METHODS if part in m.split("+")) for part in PARTS}
@@ -59,8 +61,8 @@ FLOATS = [name for name in NAMES if annotation(name) in (float, float | None)]
         ("device", 0, "a string"),
         ("backbone", None, "a string"),
         ("precision", "int8", "one of auto, fp32, tf32, bf16, fp16"),
-        ("optimizer", "lion", "one of sgd, adam"),
-        ("optimizer", ["sgd"], "one of sgd, adam"),
+        ("optimizer", "lion", "one of sgd, adam, adamw"),
+        ("optimizer", ["sgd"], "one of sgd, adam, adamw"),
         ("bacon.centers", "q", "one of bank, batch"),
         ("bacon.neg_mode", "mean", "one of authors, paper or None"),
         ("classes", "abc", "a tuple of strings or None"),
@@ -262,3 +264,14 @@ def test_every_method_has_a_configuration():
     for method in names():
         config = Config.of(method)
         assert "+".join(config.parts) == config.method == method
+
+
+def test_lists_of_paths_are_saved_and_one_path_may_stand_alone():
+    options = DataOptions(dataset="folder", protocol="as-is", data_dir=Path("p.csv"), unlabeled=(Path("a"), Path("b")))
+    assert to_json(options)["unlabeled"] == ["a", "b"] and from_json(DataOptions, to_json(options)) == options
+    given = as_fields(DataOptions, {"val": "inbox", "test": ["x.csv"]})
+    assert given == {"val": (Path("inbox"),), "test": (Path("x.csv"),)}
+    with pytest.raises(ValueError, match="validation: expected 0 beside --val"):
+        DataOptions(dataset="folder", protocol="as-is", val=(Path("a"),), validation=0.2)
+    with pytest.raises(ValueError, match="unlabeled: expected none, but for dataset folder"):
+        DataOptions(unlabeled=(Path("a"),))

@@ -15,9 +15,8 @@ from bacon_fast.engine.checkpoint import CheckpointError, list_checkpoints, save
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.summary import read_summary
 from bacon_fast.engine.trainer import Trainer
-from bacon_fast.evaluate import Arguments, evaluate
 from bacon_fast.files import read_record, write_record
-from bacon_fast.run import open_run
+from bacon_fast.run import Run, open_run
 
 SHORT = {"method": "fixmatch", "steps": 4, "eval_every": 2, "log_every": 1, "checkpoint_every": 2}
 
@@ -113,7 +112,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused(run_dir):
         assert open_run(run_dir, "cpu").step == 4
 
 
-@pytest.mark.parametrize("command", [lambda run: open_run(run, "cpu"), lambda run: evaluate(Arguments(run))])
+@pytest.mark.parametrize("command", [lambda run: open_run(run, "cpu"), lambda run: Run.open(run, "cpu").evaluate()])
 def test_another_run_s_split_is_refused(finished, run_dir, command):
     shutil.copy(finished[1] / "split.json", run_dir / "split.json")
     with pytest.raises(CheckpointError, match=r"split\.json has hash .*, the run of .*step-00000004\.pt used"):

@@ -40,6 +40,23 @@ def test_average_follows_its_recurrence(mode):
         torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
 
 
+def test_with_a_warm_up_the_first_updates_weigh_more():
+    """Momentum min(0.5, (1+t)/(10+t)): 1/10, 2/11, ..., 8/17, then 1/2 from t = 8 on."""
+    online = network()
+    ema = EMA(online, 0.5, warmup=True)
+    expected = {k: v.double().clone() for k, v in online.state_dict().items()}
+    for step in range(11):
+        drift(online, step)
+        ema.set_step(torch.tensor(step))
+        ema.update(online)
+        momentum = [1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17, 0.5, 0.5, 0.5][step]
+        for name, value in online.named_parameters():
+            expected[name] = momentum * expected[name] + (1 - momentum) * value.detach().double()
+    for name, value in ema.network.named_parameters():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+    assert "_momentum" not in ema.state_dict(), "it follows from the step"
+
+
 def test_average_needs_no_gradient_and_shares_no_storage():
     online = network()
     ema = EMA(online, 0.999)

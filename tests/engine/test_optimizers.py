@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bacon_fast.engine.ema import EMA
-from bacon_fast.engine.optimizers import SGD, Adam
+from bacon_fast.engine.optimizers import SGD, Adam, AdamW
 
 STEPS = 4
 
@@ -123,7 +123,7 @@ def test_momentum_of_another_memory_order_is_put_in_order():
     assert momentum.stride() == net.conv.weight.stride() and torch.equal(momentum, torch.arange(108.0).view(4, 3, 3, 3))
 
 
-@pytest.mark.parametrize("kind", [SGD, Adam])
+@pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
 def test_the_gradient_scaler_takes_its_fused_path_and_skips_an_overflow(kind):
     net, scaled_net = network(), network()
     optimizers = kind(groups(net), 0.1), kind(groups(scaled_net), 0.1)
@@ -169,8 +169,46 @@ def test_adam_shrinks_what_it_trained_unless_a_gradient_overflowed(rate):
     assert torch.equal(net.conv.weight, before)
 
 
-def test_groups_share_one_learning_rate():
-    optimizer = SGD(groups(network()), 0.1)
-    optimizer.param_groups[1]["lr"] = 0.2
-    with pytest.raises(ValueError, match=r"lr: .*0\.1, 0\.2"):
-        optimizer.step()
+@pytest.mark.parametrize("as_tensor", [True, False], ids=["tensors", "numbers"])
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+def test_groups_have_rates_of_their_own(native, as_tensor, monkeypatch):
+    """Matrices at 0.1, vectors at 0.02; what is frozen and the statistics are averaged once."""
+    if not native:
+        monkeypatch.setattr("bacon_fast.engine.optimizers.is_native", lambda *_: False)
+    net, expected = network(), network().double()
+    ema, optimizer = EMA(net, 0.75, "average"), SGD(groups(net), 0.1)
+    average, exact = copy.deepcopy(expected), torch.optim.SGD(groups(expected), 0.1, 0.9, nesterov=True)
+    exact.param_groups[1]["lr"] = 0.02
+    views = torch.tensor([0.1, 0.02]).unbind() if as_tensor else (0.1, 0.02)
+    for x in batches():
+        for group, rate in zip(optimizer.param_groups, views):
+            group["lr"] = rate
+        for model, taken, images in ((net, optimizer, x), (expected, exact, x.double())):
+            taken.zero_grad()
+            model(images, True).backward()
+        optimizer.step(average=ema.pairs(net))
+        exact.step()
+        for own, other in zip(
+            (*average.parameters(), *average.buffers()), (*expected.parameters(), *expected.buffers())
+        ):
+            own.data = 0.75 * own.data + 0.25 * other.data if own.is_floating_point() else other.data.clone()
+    assert_same(net, expected)
+    assert_same(ema.network, average)
+
+
+def test_adamw_is_torchs_and_moves_the_average():
+    net, plain = network(), network()
+    optimizer, ema, rate = AdamW(groups(net), 0.01), EMA(net, 0.75), torch.tensor(0.01)
+    expected, average = torch.optim.AdamW(groups(plain), rate, fused=True), copy.deepcopy(plain)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    for x in batches():
+        for model, taken in ((net, optimizer), (plain, expected)):
+            taken.zero_grad()
+            model(x, True).backward()
+        optimizer.step(average=ema.pairs(net))
+        expected.step()
+        for own, other in zip(average.parameters(), plain.parameters()):
+            own.data.lerp_(other.data, 0.25)
+    assert_same(net, plain)
+    torch.testing.assert_close(ema.network.conv.weight, average.conv.weight, rtol=1e-4, atol=1e-5)

@@ -176,3 +176,23 @@ def test_a_resumed_run_is_compared_by_what_computes_something_else():
     assert config.differences(PRESETS["bacon-cifar10"].config("fixmatch+daso")) == [
         "method: checkpoint 'fixmatch+daso', now 'fixmatch+abc+bacon'"
     ]
+
+
+def test_photos_is_v_pets_recipe_on_dinov2():
+    """The numbers of V-PET's configurations (arXiv 2503.09707), and of the model card of the weights."""
+    config = PRESETS["photos"].config()
+    assert (config.method, config.steps, config.data.dataset, config.data.image_size) == (
+        "fixmatch+abc", 3420, "folder", 224,
+    )  # fmt: skip
+    assert (config.views.batch_size, config.views.unlabeled_ratio) == (32, 1)
+    model, optimizer = config.model, config.optimizer
+    assert (model.backbone, model.weights) == ("timm/vit_base_patch14_dinov2.lvd142m", "pretrained")
+    assert (model.train, model.lora_rank, model.bn_momentum) == ("lora", 4, None)
+    assert (optimizer.optimizer, optimizer.layer_decay, optimizer.warmup) == ("adamw", 1.0, 0.025)
+    assert 1e-5 <= optimizer.lr <= 1e-3 and optimizer.lr_schedule == "cosine"
+
+
+def test_only_the_presets_of_ones_own_images_warm_the_average_up():
+    warm = {name for name, preset in PRESETS.items() if preset.config().optimizer.ema_warmup}
+    assert warm == {"folder", "photos"}
+    assert PRESETS["folder"].config().model.bn_momentum == 0.01

@@ -28,13 +28,32 @@ def test_unknown_name_lists_the_allowed_ones():
         learning_rate("step", 0.03, 0, 1)
 
 
+def test_warm_up_rises_from_0_and_the_schedule_runs_over_the_rest():
+    """USB's get_cosine_schedule_with_warmup: t/W, then 7/16 of a cosine over T - W."""
+    rates = [learning_rate("cosine", 0.1, t, 1000, warmup=0.2) for t in (0, 50, 199, 200, 600, 1000)]
+    expected = [0, 0.025, 0.1 * 199 / 200, 0.1, 0.1 * math.cos(7 * math.pi / 32), 0.1 * math.cos(7 * math.pi / 16)]
+    assert rates == pytest.approx(expected)
+    assert [learning_rate("constant", 0.1, t, 10, warmup=0.25) for t in (0, 1, 2, 9)] == [0, 0.05, 0.1, 0.1]
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.025])
 @pytest.mark.parametrize("name", ["constant", "cosine", "cosine_to_zero"])
-def test_a_counter_on_the_device_gives_the_same_rate(name):
+def test_a_counter_on_the_device_gives_the_same_rate(name, warmup):
     steps = 300_000
-    for t in (0, 1, 7, 12_345, 150_000, 299_999, 300_000, 400_000):  # beyond 8/7 of the run the cosine is negative
+    for t in (
+        0,
+        1,
+        7,
+        7_500,
+        12_345,
+        150_000,
+        299_999,
+        300_000,
+        400_000,
+    ):  # beyond 8/7 of the run the cosine is negative
         found = torch.tensor(0.03)
-        set_learning_rate(found, name, 0.03, torch.tensor(t), steps)
+        set_learning_rate(found, name, 0.03, torch.tensor(t), steps, warmup)
         assert found.dtype == torch.float32 and found.dim() == 0
-        assert found.item() == torch.tensor(learning_rate(name, 0.03, t, steps), dtype=torch.float32).item()
+        assert found.item() == torch.tensor(learning_rate(name, 0.03, t, steps, warmup), dtype=torch.float32).item()
     with pytest.raises(ValueError, match="lr_schedule"):
         set_learning_rate(torch.zeros(()), "step", 0.03, torch.tensor(0), steps)

@@ -105,16 +105,43 @@ def test_a_captured_step_follows_its_counter(backend):
         assert views.equal(module.views(pool, wanted, 0, t, backend=backend)), t
 
 
-def test_images_too_large_for_shared_memory_fall_back_with_a_message():
-    module, pool = augment(256), noise(4, 256, 256)
-    indices = torch.arange(4)
-    expected = module.views(pool, [ViewRequest(indices, 2, strong=True)], 0, 0)
-    on_device = [ViewRequest(indices.cuda(), 2, strong=True)]
+@pytest.mark.parametrize(
+    ("source", "size"),
+    [((20, 40), (20, 40)), ((256, 256), (224, 224)), ((300, 40), (3, 40)), ((90, 20), (7, 20)), ((5, 3), (1, 1))],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_resized_crops_in_shared_and_in_global_memory(source, size, dtype):
+    module, pool = augment(size, source_size=source, resized_crop=True), noise(48, *source)
+    expected = module.views(pool, requests(48, "cpu"), 7, 8, dtype=dtype, backend="reference")
     module, pool = module.cuda(), pool.cuda()
-    with pytest.warns(UserWarning, match="made by PyTorch instead of native code: .*shared memory"):
-        assert module.views(pool, on_device, 0, 0).cpu().equal(expected)
-    with pytest.raises(RuntimeError, match="shared memory"):
-        module.views(pool, on_device, 0, 0, backend="cuda")
+    for backend in ("cuda", "reference"):
+        result = module.views(pool, requests(48, "cuda"), 7, 8, dtype=dtype, backend=backend)
+        assert result.cpu().equal(expected), backend
+
+
+def test_more_rows_than_blocks_in_global_memory():
+    """Each block makes several views, in the same memory."""
+    module = augment(200, source_size=210)
+    pool, rows = noise(16, 210, 210), torch.arange(3000) % 16
+    expected = module.views(pool, [ViewRequest(rows, 2, strong=True)], 0, 0)
+    wanted = [ViewRequest(rows.cuda(), 2, strong=True)]
+    assert module.cuda().views(pool.cuda(), wanted, 0, 0, backend="cuda").cpu().equal(expected)
+
+
+@pytest.mark.parametrize("resized", [False, True])
+def test_the_largest_images(resized):
+    module, pool = augment(4096, resized_crop=resized), noise(1, 4096, 4096)
+    rows = torch.zeros(2, dtype=torch.int64)
+    expected = module.views(pool, [ViewRequest(rows, 2, strong=True)], 0, 0)
+    wanted = [ViewRequest(rows.cuda(), 2, strong=True)]
+    assert module.cuda().views(pool.cuda(), wanted, 0, 0, backend="cuda").cpu().equal(expected)
+
+
+def test_operations_on_images_too_large_for_shared_memory():
+    images, ops = noise(42, 201, 190), (torch.arange(84) % 14).view(42, 2)
+    magnitudes = torch.full((42, 2), 0.3, dtype=torch.float64)
+    expected = apply_ops(images, ops, magnitudes)
+    assert apply_ops(images.cuda(), ops.cuda(), magnitudes.cuda(), backend="cuda").cpu().equal(expected)
 
 
 def test_the_largest_image_that_fits_shared_memory():

@@ -17,16 +17,22 @@ from bacon_fast.methods.part import Part, PartOptions, Setup
 
 def test_the_methods_are_these_in_this_order():
     added = ["abc", "bacon", "abc+bacon", "debiaspl", "saw", "daso", "darp", "crest", "crest+pda", "cossl"]
-    added += ["simpro", "cdmad"]
+    added += ["simpro", "cdmad", "la"]
     fixmatch = ("fixmatch", *(f"fixmatch+{name}" for name in added))
-    remixmatch = ("remixmatch", *(f"remixmatch+{name}" for name in added if name not in ("debiaspl", "saw", "simpro")))
-    assert ("supervised", *fixmatch, *remixmatch, "sscl", "ssc") == METHODS and len(METHODS) == 26
+    remixmatch = (
+        "remixmatch",
+        *(f"remixmatch+{name}" for name in added if name not in ("debiaspl", "saw", "simpro", "la")),
+    )
+    assert ("supervised", "supervised+la", *fixmatch, *remixmatch, "sscl", "ssc") == METHODS and len(METHODS) == 28
 
 
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
         ("supervised+abc", "supervised has no unlabeled rows"),
+        ("supervised+daso", "supervised has no unlabeled rows"),
+        ("remixmatch+la", "la does not go with remixmatch: MixUp mixes the labels"),
+        ("fixmatch+bacon+la", "la does not go with bacon: it balances the logits"),
         ("sscl+bacon", "SsCL calibrates its pseudo-labels"),
         ("ssc+abc+bacon", "SSC has prototypes in the place of the classifier"),
         ("fixmatch+abc+daso", "a method has one balancer"),

@@ -56,6 +56,8 @@ def test_sdist_and_the_wheel_built_from_it(source, tmp_path):
     with zipfile.ZipFile(wheel) as file:
         tops = {name.split("/", 1)[0] for name in file.namelist()}
         kernels = {name for name in file.namelist() if name.startswith("bacon_fast/kernels/")}
+        (entry_points,) = (name for name in file.namelist() if name.endswith(".dist-info/entry_points.txt"))
+        assert "bacon-fast = bacon_fast.__main__:main" in file.read(entry_points).decode().splitlines()
         file.extractall(tmp_path / "site")
     assert {top for top in tops if not top.endswith(".dist-info")} == {"bacon_fast"}
     (library,) = (tmp_path / "site/bacon_fast").glob("_C*")

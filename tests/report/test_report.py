@@ -159,7 +159,7 @@ def test_the_page_states_the_three_accuracies_and_marks_the_best_one(written):
     for value in (last, mean):
         assert f"{100 * value:.1f}" in page.text
     assert "chosen on the test set" in text and "Mean of the last 20" in text
-    for expected in ("calibration error 12.3 %", "nested.x", "0123abcd", "digit 9", "1,000", "41.5"):
+    for expected in ("calibration error 23.3 %", "nested.x", "0123abcd", "digit 9", "1,000", "41.5"):
         assert expected in text
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bacon_fast.methods.balancers.base import Balancer, Rows, Targets
 from bacon_fast.methods.outputs import Batch, wide
 from bacon_fast.methods.part import PartOptions, Setup
-from bacon_fast.models.batchnorm import frozen_statistics, statistics_momentum
+from bacon_fast.models.batchnorm import batchnorms, frozen_statistics, statistics_momentum
 
 AUTHORS_PASSES = {"fixmatch": 4, "remixmatch": 11}
 """Passes of a step of the authors' code that move the running statistics, beside that of the empty image."""
@@ -97,7 +97,7 @@ class CDMAD(Balancer):
     def _statistics(self, network: nn.Module):
         if self.authors_passes is None:
             return frozen_statistics(network)
-        momentum = next(m.momentum for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+        momentum = next((layer.momentum for layer in batchnorms(network)), 0.0)  # 0: there are none
         return statistics_momentum(network, 1 - (1 - momentum) ** (1 / self.authors_passes))
 
     def forward(self, rows: Rows, step: Tensor, phase: bool) -> Targets:

@@ -45,6 +45,7 @@ class SsCLOptions(PartOptions):
 
     part: ClassVar[str] = "sscl"
     operation: ClassVar[str] = "contrastive"
+    crops_strong_views: ClassVar[bool] = True
     variants: ClassVar[Mapping[str, Mapping[str, object]]] = {"paper": {"lr_schedule": "cosine_to_zero"}}
 
     lambda_u: float = 1.0
