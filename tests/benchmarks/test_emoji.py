@@ -1,4 +1,4 @@
-"""benchmarks/emoji_images.py on two packages made here: no emoji in both parts, labels, white ground."""
+"""benchmarks/emoji on two packages made here: no emoji in both parts, labels, white ground."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from benchmarks import emoji_images
+from benchmarks.emoji import images as emoji_images
 
 
 def pack(folder, vendor: str, emoji: int) -> None:

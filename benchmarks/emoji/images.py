@@ -1,7 +1,7 @@
 """A small set of pictures for trying pretrained backbones: emoji of two vendors, nine classes, few labels.
 
     npm pack emoji-datasource-google@15.1.2 emoji-datasource-twitter@15.1.2
-    python -m benchmarks.emoji_images --packages . --out DIR
+    python -m benchmarks.emoji.images --packages . --out DIR
 
 The pictures are Noto Emoji (Apache License 2.0) and Twemoji (CC-BY 4.0), 64 x 64 pixels, on white. They are drawings
 and not photos: what they show is that weights, classes and labels work together, not how well a method does on photos.
