@@ -11,6 +11,8 @@ COMMANDS = {
     "train": ("bacon_fast.cli", "train", "Train a classifier: a preset, then options."),
     "evaluate": ("bacon_fast.evaluate", "main", "Metrics of a run on the test part of its images, as JSON."),
     "predict": ("bacon_fast.predict", "main", "Class and probability of image files, as JSON lines."),
+    "label": ("bacon_fast.label", "main", "Labels of many images, as a CSV file to review and to train on."),
+    "export": ("bacon_fast.export", "main", "The network as safetensors or ONNX, with a description."),
     "report": ("bacon_fast.redraw", "main", "Write a run's report.html again."),
     "reproduce": ("bacon_fast.reproduce.__main__", "main", "Tables of methods and seeds beside published numbers."),
     "info": ("bacon_fast.info", "main", "Versions, devices, and which backends work here."),

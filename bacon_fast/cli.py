@@ -310,6 +310,7 @@ def format_summary(summary: dict, labeled_counts: Sequence[int], unlabeled_count
         f"{summary['dataset']}, {summary['method']}, {summary['steps']} steps, seed {summary['seed']}, "
         f"{format_speed(summary['steps_per_second'])}",
         summary["choice"],
+        summary["calibration"],
         "",
     ]
     readings = {key: title for key, title in (READINGS | CHOSEN).items() if key in summary}

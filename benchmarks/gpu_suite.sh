@@ -96,7 +96,7 @@ tests=(env OMP_NUM_THREADS=1 $python -m pytest -q -n "$((MAX_JOBS > 12 ? 10 : (M
 sanitize=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1)
 # No graphs: what is allocated inside a capture the sanitizer does not see.
 plain=($python -m pytest -q -x -o addopts= tests/gpu -k "$gate and not graph and not replay and not captured")
-loss=($python -m benchmarks.loss --device cuda --quick --out "$work/loss.csv")
+loss=($python -m benchmarks.loss --device cuda --quick --out "$work/loss.csv" --times "$work/contrastive_times.csv")
 ladder=($python -m benchmarks.throughput --device cuda "${data[@]}" --out "$work/throughput.csv")
 for name in "${stages[@]}"; do
   case $name in
@@ -109,7 +109,7 @@ for name in "${stages[@]}"; do
     arms) stage arms 300 "${ladder[@]}" --arms A B C F --rounds 3 --slice 1.5 --seconds 150 --no-memory ;;
     rest) stage rest 150 "${tests[@]}" -k "not ($gate)" ;;
     ceilings) stage ceilings 25 $python -m benchmarks.ceilings --device cuda --out "$work/ceilings.csv" ;;
-    losses) stage losses 100 "${loss[@]}" ;;
+    losses) stage losses 160 "${loss[@]}" ;;
     batchnorm) stage batchnorm 60 $python -m benchmarks.batchnorm --device cuda --quick --out "$work/batchnorm.csv" ;;
     augment) stage augment 25 $python -m benchmarks.augment --device cuda --out "$work/augment.csv" ;;
     compiled) stage compiled 240 "${ladder[@]}" --arms E F --rounds 3 --slice 1.5 --no-memory ;;

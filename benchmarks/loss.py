@@ -5,17 +5,21 @@
 Only correct arms are timed: every arm's loss and gradient (and, of a whole step, class centers) are compared
 with float64 first, and an arm that is off gets no speed. Arms run in turns, in rounds; times are medians over the
 rounds with their 20th and 80th percentile, ratios are medians of the ratios within the rounds. On a GPU an arm is
-replayed as a CUDA graph where it can be captured. Rows are added to benchmarks/results/loss_DEVICE.csv.
+replayed as a CUDA graph where it can be captured, torch.compile's too, and compared with float64 again then. There the
+losses come in float32, in float32 with TF32 products allowed ("tf32"), and in bfloat16 ("bf16"), by name in the shape.
+Rows are added to benchmarks/results/loss_DEVICE.csv, and with --times FILE those of the family's backends to a table
+that bacon_fast/ops/contrastive_times.csv can be: by it a backend is chosen.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +28,7 @@ from torch import Tensor
 
 from bacon_fast import functional, reference
 from bacon_fast.ops.bacon_step import fuses_bacon_step
+from bacon_fast.ops.contrastive_times import Time
 from benchmarks.common import (
     RESULTS,
     append_csv,
@@ -54,7 +59,10 @@ from benchmarks.loss_arms import (
     vectorized_step,
 )
 
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative; the gradient's to its largest element
+# Of the loss, and of the gradient relative to its largest element. A logit is a cosine over 0.1: TF32 has 11 bits of
+# it, and plain PyTorch rounds it to the 8 bits of bfloat16.
+TOLERANCES = {"float32": (1e-5, 1e-4), "tf32": (2e-3, 2e-2), "bf16": (3e-2, 6e-2)}
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 Outputs = tuple[Tensor, ...]
 
 
@@ -68,6 +76,12 @@ class Case:
     truth: Callable[[], Outputs]
     # What an arm may need at its peak, in bytes, where that is known to be much.
     needs: dict[str, int]
+    numbers: str = "float32"
+    sizes: tuple[int, int, int] | None = None  # rows, columns, elements, of a loss of the contrastive family
+
+
+def _suffix(numbers: str) -> str:
+    return "" if numbers == "float32" else f" {numbers}"
 
 
 def reference_bacon(features, labels, logits, centers, reliable, class_counts, progress) -> Tensor:
@@ -76,14 +90,19 @@ def reference_bacon(features, labels, logits, centers, reliable, class_counts, p
     )
 
 
-def bacon_cases(rows: int, num_classes: int, dim: int, device: str) -> list[Case]:
-    """The loss alone, and the whole step with counts, bank and centers."""
+def bacon_cases(rows: int, num_classes: int, dim: int, device: str, numbers: str = "float32") -> list[Case]:
+    """The loss alone, and, in float32, the whole step with counts, bank and centers."""
+
+    def rounded() -> BaConBatch:
+        whole = bacon_batch(rows, num_classes, dim)
+        return replace(whole, features=whole.features.to(DTYPES[numbers]), centers=whole.centers.to(DTYPES[numbers]))
 
     def batch() -> BaConBatch:
-        return bacon_batch(rows, num_classes, dim).to(device, torch.float32)
+        moved = rounded().to(device, torch.float32)
+        return replace(moved, features=moved.features.to(DTYPES[numbers]), centers=moved.centers.to(DTYPES[numbers]))
 
     def truth_batch() -> BaConBatch:
-        return bacon_batch(rows, num_classes, dim).to("cpu", torch.float64)
+        return rounded().to("cpu", torch.float64)
 
     backends = our_backends("bacon_loss", torch.empty(0, 1, device=device))
     compiled = torch.compile(bacon_vectorized, fullgraph=True, dynamic=False)
@@ -92,24 +111,30 @@ def bacon_cases(rows: int, num_classes: int, dim: int, device: str) -> list[Case
         "eager": lambda: loss_call(bacon_vectorized, batch()),
         "torch.compile": lambda: loss_call(compiled, batch()),
     } | {f"bacon_fast {name}": lambda name=name: loss_call(bacon_ours(name), batch()) for name in backends}
+    # The loop keeps four arrays of anchors x negatives x features for the backward.
+    classes = bacon_batch(rows, num_classes, dim).logits.argmax(dim=1)
+    pairs = int(torch.bincount(classes).sum()) * rows
+    needs = {"class loop": 4 * 4 * pairs * dim}
+    shape = f"R={rows} K={num_classes} D={dim}{_suffix(numbers)}"
+    sizes = rows, rows, dim
+    loss_case = Case(
+        "bacon loss", shape, loss_arms, lambda: loss_call(reference_bacon, truth_batch())(), needs, numbers, sizes
+    )
+    if numbers != "float32":
+        return [loss_case]
     step_arms = {
         "class loop": lambda: class_loop_step(batch()),
         "eager": lambda: vectorized_step(batch(), compiled=False),
         "torch.compile": lambda: vectorized_step(batch(), compiled=True),
     }
-    sizes = torch.empty(rows, dim, device=device), torch.empty(rows, num_classes, device=device)
-    if fuses_bacon_step(None, *sizes, TOP_K):
+    probes = torch.empty(rows, dim, device=device), torch.empty(rows, num_classes, device=device)
+    if fuses_bacon_step(None, *probes, TOP_K):
         from bacon_fast.kernels.bacon_step_design import DESIGNS
 
         step_arms |= {f"bacon_fast fused, {name}": lambda name=name: fused_step(batch(), name) for name in DESIGNS}
     step_arms |= {f"bacon_fast {name}": lambda name=name: our_step(batch(), name) for name in backends}
-    # The loop keeps four arrays of anchors x negatives x features for the backward.
-    classes = bacon_batch(rows, num_classes, dim).logits.argmax(dim=1)
-    pairs = int(torch.bincount(classes).sum()) * rows
-    needs = {"class loop": 4 * 4 * pairs * dim}
-    shape = f"R={rows} K={num_classes} D={dim}"
     return [
-        Case("bacon loss", shape, loss_arms, lambda: loss_call(reference_bacon, truth_batch())(), needs),
+        loss_case,
         Case("bacon step", shape, step_arms, lambda: vectorized_step(truth_batch(), compiled=False)(), needs),
     ]
 
@@ -122,11 +147,14 @@ def pair_case(
     ours: Callable[..., Tensor],
     device: str,
     peer: Callable[..., Tensor] | None = None,
+    numbers: str = "float32",
+    sizes: tuple[int, int, int] | None = None,
 ) -> Case:
     """A loss of some tensors, of which the first gets the gradient."""
 
     def prepared(loss: Callable, on: str, dtype: torch.dtype) -> Callable[[], Outputs]:
-        tensors = [tensor.to(on, dtype if tensor.is_floating_point() else None, copy=True) for tensor in leaves()]
+        tensors = [tensor.to(DTYPES[numbers]) if tensor.is_floating_point() else tensor for tensor in leaves()]
+        tensors = [tensor.to(on, dtype if tensor.is_floating_point() else None, copy=True) for tensor in tensors]
         tensors[0].requires_grad_()
 
         def call() -> Outputs:
@@ -135,16 +163,16 @@ def pair_case(
 
         return call
 
-    build = functools.partial(functools.partial, prepared, on=device, dtype=torch.float32)
+    build = functools.partial(functools.partial, prepared, on=device, dtype=DTYPES[numbers])
     arms = {"eager": build(plain), "torch.compile": build(torch.compile(plain, fullgraph=True, dynamic=False))}
     if peer is not None:
         arms["metric-learning"] = build(peer)
     for backend in our_backends("contrastive", torch.empty(0, 1, device=device)):
         arms[f"bacon_fast {backend}"] = build(functools.partial(ours, backend=backend))
-    return Case(name, shape, arms, prepared(plain, "cpu", torch.float64), {})
+    return Case(name, shape + _suffix(numbers), arms, prepared(plain, "cpu", torch.float64), {}, numbers, sizes)
 
 
-def sup_con_case(rows: int, dim: int, num_classes: int, device: str) -> Case:
+def sup_con_case(rows: int, dim: int, num_classes: int, device: str, numbers: str = "float32") -> Case:
     def leaves() -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
         labels = torch.randint(0, num_classes, (rows,), generator=generator)
@@ -159,7 +187,8 @@ def sup_con_case(rows: int, dim: int, num_classes: int, device: str) -> Case:
         from pytorch_metric_learning.losses import SupConLoss
 
         peer = SupConLoss(temperature=TEMPERATURE)
-    return pair_case("sup_con", f"N={rows} D={dim}", leaves, sup_con_vectorized, ours, device, peer)
+    shape, sizes = f"N={rows} D={dim}", (rows, rows, dim)
+    return pair_case("sup_con", shape, leaves, sup_con_vectorized, ours, device, peer, numbers, sizes)
 
 
 def nt_xent_case(rows: int, dim: int, device: str) -> Case:
@@ -182,7 +211,7 @@ def nt_xent_case(rows: int, dim: int, device: str) -> Case:
     return pair_case("nt_xent", f"N={rows} D={dim}", leaves, sup_con_vectorized, ours, device, peer)
 
 
-def info_nce_case(rows: int, queue: int, dim: int, device: str) -> Case:
+def info_nce_case(rows: int, queue: int, dim: int, device: str, numbers: str = "float32") -> Case:
     def leaves() -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
         keys = torch.randn(rows, dim, generator=generator)
@@ -192,23 +221,31 @@ def info_nce_case(rows: int, queue: int, dim: int, device: str) -> Case:
     def ours(queries: Tensor, keys: Tensor, negatives: Tensor, backend: str) -> Tensor:
         return functional.info_nce(queries, keys, negatives, temperature=TEMPERATURE, backend=backend)
 
-    return pair_case("info_nce", f"B={rows} Q={queue} D={dim}", leaves, info_nce_vectorized, ours, device)
+    shape, sizes = f"B={rows} Q={queue} D={dim}", (rows, queue, dim)
+    return pair_case("info_nce", shape, leaves, info_nce_vectorized, ours, device, None, numbers, sizes)
 
 
 def all_cases(device: str, quick: bool) -> list[Case]:
-    cases = bacon_cases(192, 10, 32, device) + bacon_cases(192, 100, 32, device) + bacon_cases(3584, 100, 64, device)
+    cases = bacon_cases(192, 10, 32, device) + bacon_cases(192, 100, 32, device)
     if device == "cpu":
-        cases += [sup_con_case(1060, 128, 100, device), nt_xent_case(256, 128, device)]
+        cases += [*bacon_cases(3584, 100, 64, device), sup_con_case(1060, 128, 100, device)]
+        cases += [nt_xent_case(256, 128, device)]
         return [*cases, info_nce_case(256, 4096 if quick else 65_536, 128, device)]
-    cases += bacon_cases(7168, 1000, 128, device)
-    cases += [sup_con_case(4096, 128, 100, device), nt_xent_case(256, 128, device)]
-    return [*cases, info_nce_case(448, 65_536, 128, device), info_nce_case(4096, 65_536, 128, device)]
+    for numbers in DTYPES:
+        for rows, num_classes, dim in ((3584, 100, 64), (7168, 1000, 128), (1024, 100, 64)):
+            cases += bacon_cases(rows, num_classes, dim, device, numbers)
+        # 4,096 queries are what the first measurement on a GPU had.
+        cases += [info_nce_case(rows, 65_536, 128, device, numbers) for rows in (4096, 192, 1024, 3584, 7168)]
+        cases += [info_nce_case(rows, 4096, 128, device, numbers) for rows in (192, 1024, 3584, 7168)]
+        cases += [sup_con_case(4096, 128, 100, device, numbers)]
+    return [*cases, nt_xent_case(256, 128, device)]
 
 
-def wrong(outputs: Outputs, truth: Outputs) -> str | None:
+def wrong(outputs: Outputs, truth: Outputs, numbers: str = "float32") -> str | None:
     """Why an arm's outputs differ too much from float64; None if they do not."""
+    of_loss, of_gradient = TOLERANCES[numbers]
     for name, output, expected in zip(("loss", "gradient", "centers"), outputs, truth):
-        tolerance = LOSS_TOLERANCE if name == "loss" else GRADIENT_TOLERANCE
+        tolerance = of_loss if name == "loss" else of_gradient
         error = (output.detach().cpu().double() - expected.detach()).abs().max().item()
         allowed = tolerance * expected.detach().abs().max().item()
         if not error <= allowed:
@@ -225,24 +262,51 @@ def free_memory(device: str) -> int:
     raise RuntimeError("/proc/meminfo has no MemAvailable")
 
 
-def usable_arms(case: Case, device: str) -> tuple[dict[str, Callable], dict[str, str]]:
-    """The arms of a case that fit and are right, ready to be timed, and the reasons against the others."""
+@contextlib.contextmanager
+def products_of(numbers: str) -> Iterator[None]:
+    """Products of float32 tensors as TF32 ones within, for the numbers "tf32"."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if numbers == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def captured(call: Callable[[], Outputs]) -> tuple[Callable[[], Outputs], str]:
+    """The call as a graph and "graph", or itself and "eager" if it cannot be captured, as it synchronizes."""
+    try:
+        return graphed(call), "graph"
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return call, "eager"
+
+
+def usable_arms(case: Case, device: str) -> tuple[dict[str, Callable], dict[str, str], dict[str, str]]:
+    """The arms of a case that fit and are right, ready to be timed, how each is launched, and what is against others.
+
+    An arm that changes its state is compared before it is captured; of the others the graph is compared too.
+    """
     truth = case.truth()
-    calls, reasons = {}, {}
+    calls, modes, reasons = {}, {}, {}
     for name, build in case.arms.items():
         if (need := case.needs.get(name, 0)) > free_memory(device) // 2:
             reasons[name] = f"left out: needs about {need / 2**30:.0f} GiB"
             continue
         try:
-            call = build()
-            reason = wrong(call(), truth)
+            call, mode = build(), "eager"
+            reason = wrong(call(), truth, case.numbers)
+            if reason is None and device == "cuda":
+                call, mode = captured(call)
+                if mode == "graph" and len(truth) == 2:
+                    reason = wrong(call(), truth, case.numbers)
         except torch.OutOfMemoryError:
             call, reason = None, "out of memory"
         if reason is None:
-            calls[name] = call
+            calls[name], modes[name] = call, mode
         else:
             reasons[name] = f"WRONG: {reason}" if call else reason
-    return calls, reasons
+    return calls, modes, reasons
 
 
 def measure_memory(case: Case, arm: str, device: str, threads: int) -> int | None:
@@ -258,14 +322,7 @@ def measure_memory(case: Case, arm: str, device: str, threads: int) -> int | Non
 def run_case(case: Case, device: str, rounds: int, with_memory: bool) -> list[dict]:
     """Measures a case, prints its table, returns its CSV rows."""
     print(f"\n{case.name}  {case.shape}", flush=True)
-    calls, reasons = usable_arms(case, device)
-    how = dict.fromkeys(calls, "eager")
-    if device == "cuda":
-        for name, call in calls.items():
-            try:
-                calls[name], how[name] = graphed(call), "graph"
-            except RuntimeError:  # it synchronizes: timed as it is
-                torch.cuda.synchronize()
+    calls, how, reasons = usable_arms(case, device)
     samples = time_interleaved(calls, device, rounds=rounds) if calls else {}
     ours = next((name for name in samples if name.startswith("bacon_fast")), None)
     table, rows = [], []
@@ -295,6 +352,16 @@ def run_case(case: Case, device: str, rounds: int, with_memory: bool) -> list[di
     return rows
 
 
+def times_of(case: Case, rows: list[dict], card: str) -> list[dict]:
+    """Rows of bacon_fast/ops/contrastive_times.csv from the rows of a case: those of the family's backends."""
+    if case.sizes is None:
+        return []
+    numbers = "half" if case.numbers == "bf16" else case.numbers
+    known = ("measured", card, numbers, *case.sizes)
+    backends = {f"bacon_fast {name}": name for name in ("triton", "chunks")}
+    return [Time(*known, backends[row["arm"]], row["median_us"])._asdict() for row in rows if row["arm"] in backends]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -302,6 +369,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name and shape contain this text")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="CSV file to add to")
+    parser.add_argument("--times", type=Path, help="CSV file for the times of the contrastive family's backends")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -319,8 +387,12 @@ def main() -> None:
         if options.only not in f"{case.name} {case.shape}":
             continue
         with_memory = not options.quick or "R=3584" in case.shape
-        if rows := run_case(case, options.device, rounds, with_memory):
+        with products_of(case.numbers):
+            rows = run_case(case, options.device, rounds, with_memory)
+        if rows:
             append_csv(out, [start | row for row in rows])
+            if options.times and (times := times_of(case, rows, start["machine"])):
+                append_csv(options.times, times)
         torch.compiler.reset()
     print(f"\nrows added to {out}")
 

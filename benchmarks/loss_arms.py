@@ -117,11 +117,12 @@ def bacon_vectorized(
     classes = torch.cat([labels, top[:, 0]])
     class_numbers = torch.arange(num_classes, device=features.device)[:, None]
     is_negative = torch.cat([labels != class_numbers, (top != class_numbers[:, :, None]).all(dim=2)], dim=1)  # [K,R]
+    sum_dtype = torch.promote_types(features.dtype, torch.float32)  # half precision is for the products
     unit = F.normalize(features, dim=1, eps=EPS)
     positive = (unit * F.normalize(centers, dim=1, eps=EPS)[classes]).sum(dim=1)
-    positive = positive / temperatures(class_counts, progress)[classes]
+    positive = positive.to(sum_dtype) / temperatures(class_counts, progress)[classes]
     # Cosines over 0.1 are at most 10: their exponentials do not overflow without subtracting a maximum.
-    exponential = torch.where(is_negative[classes], torch.exp(unit @ unit.T / TEMPERATURE), 0)
+    exponential = torch.where(is_negative[classes], torch.exp((unit @ unit.T).to(sum_dtype) / TEMPERATURE), 0)
     row_sum = exponential.sum(dim=1)
     class_sum = row_sum.new_zeros(num_classes).index_add(0, classes, row_sum)
     class_size = row_sum.new_zeros(num_classes).index_add(0, classes, row_sum.new_ones(rows))
@@ -297,7 +298,7 @@ def sup_con_vectorized(features: Tensor, labels: Tensor) -> Tensor:
     unit = F.normalize(features, dim=1)
     others = ~torch.eye(labels.shape[0], dtype=torch.bool, device=labels.device)
     positive = (labels[:, None] == labels) & others
-    similarity = unit @ unit.T / TEMPERATURE
+    similarity = (unit @ unit.T).to(torch.promote_types(unit.dtype, torch.float32)) / TEMPERATURE
     log_sum = torch.where(others, similarity, -math.inf).logsumexp(dim=1)
     count = positive.sum(dim=1)
     row_loss = log_sum - torch.where(positive, similarity, 0).sum(dim=1) / count.clamp_min(1)
@@ -307,7 +308,8 @@ def sup_con_vectorized(features: Tensor, labels: Tensor) -> Tensor:
 def info_nce_vectorized(queries: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
     """InfoNCE as in MoCo's published pseudo-code: one matrix of logits, and cross entropy."""
     query, key, negative = (F.normalize(tensor, dim=1) for tensor in (queries, keys, queue))
-    logits = torch.cat([(query * key).sum(dim=1, keepdim=True), query @ negative.T], dim=1) / TEMPERATURE
+    logits = torch.cat([(query * key).sum(dim=1, keepdim=True), query @ negative.T], dim=1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / TEMPERATURE
     return F.cross_entropy(logits, torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device))
 
 

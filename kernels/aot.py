@@ -3,8 +3,9 @@
     python -m bacon_fast.kernels.aot [--arch 80 90] [--only NAME]
 
 The launchers themselves choose the configurations: they run on tensors without storage, and their launches are compiled
-ahead of time instead of run. Fails if a kernel spills registers to local memory or needs more shared memory than a
-program may have.
+ahead of time instead of run. Fails if a kernel spills registers to local memory, needs more shared memory than a
+program may have, or multiplies many vectors on a Hopper GPU without HGMMA, the instruction of whole warp groups
+(wgmma), which is several times as fast as HMMA. Both are counted in the machine code, as nvdisasm shows it.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -56,11 +58,16 @@ class Launch(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Cost of one program: registers a thread, bytes of local memory a thread, bytes of shared memory."""
+    """Cost of one program: registers a thread, bytes of local memory a thread, bytes of shared memory.
+
+    Also the products in its machine code: HGMMA, of a group of four warps, and HMMA, of one warp.
+    """
 
     registers: int
     local: int
     shared: int
+    hgmma: int = 0
+    hmma: int = 0
 
     def fits(self, arch: int) -> bool:
         return self.local == 0 and self.shared <= SHARED_LIMIT[arch]
@@ -108,13 +115,19 @@ def compile_for(item: Launch, arch: int) -> Usage:
     )
     options = {"num_warps": item.num_warps, "num_stages": item.num_stages, "maxnreg": item.maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        dump = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
-    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump.stdout))
-    return Usage(int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"]), compiled.metadata.shared)
+        commands = [tools / "cuobjdump", "--dump-resource-usage"], [tools / "nvdisasm", "-c"]
+        dump, code = (
+            subprocess.run([*command, file.name], check=True, capture_output=True, text=True).stdout
+            for command in commands
+        )
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump))
+    products = Counter(re.findall(r"\b(HGMMA|HMMA)\.", code))
+    local = int(usage["STACK"]) + int(usage["LOCAL"])
+    return Usage(int(usage["REG"]), local, compiled.metadata.shared, products["HGMMA"], products["HMMA"])
 
 
 def contrastive(
@@ -159,9 +172,9 @@ def contrastive(
         "input_precision": precision,
         "arch": arch,
     }
-    _, stats, inverse, mean = contrastive_forward(*arguments, **options, keep_mean=detached)
+    _, *saved = contrastive_forward(*arguments, **options, keep_mean=detached)
     needs = {"needs_rows": True, "needs_columns": not detached, "needs_own": bool(own) and not groups}
-    contrastive_backward(row(), stats, inverse, mean, *arguments, **options, **needs)
+    contrastive_backward(row(), *saved, *arguments, **options, **needs)
 
 
 def step(
@@ -203,6 +216,35 @@ def step(
     )
 
 
+_BACON = {"own": 1, "codes": 3, "form": "sum", "match": "ignore"}
+_QUEUE = {"own": 1, "form": "sum", "detached": True}
+# The losses at the shapes of a training and of benchmarks/loss.py.
+INSTANCES = {
+    "bacon-192x32": {"rows": 192, "dim": 32, "groups": 10} | _BACON,
+    "bacon-1024x64": {"rows": 1024, "dim": 64, "groups": 100} | _BACON,
+    "bacon-3584x64": {"rows": 3584, "dim": 64, "groups": 100} | _BACON,
+    "bacon-7168x128": {"rows": 7168, "dim": 128, "groups": 1000} | _BACON,
+    "ssc-1060x64": {"rows": 1060, "dim": 64, "codes": 1},
+    "ssc-4096x128": {"rows": 4096, "dim": 128, "codes": 1},
+    "nt-xent-256x128": {"rows": 256, "dim": 128, "codes": 1},
+    "infonce-192x65536x128": {"rows": 192, "dim": 128, "columns": 65536} | _QUEUE,
+    "infonce-4096x65536x128": {"rows": 4096, "dim": 128, "columns": 65536} | _QUEUE,
+    "infonce-256x4096x512": {"rows": 256, "dim": 512, "columns": 4096} | _QUEUE,
+    "sscl-256x65536x64": {"rows": 256, "dim": 64, "columns": 65536} | _QUEUE | {"own": 4, "form": "prod"},
+    "supcon-memory-512x8192x256": {"rows": 512, "dim": 256, "columns": 8192, "codes": 1},
+    "supcon-1024x256": {"rows": 1024, "dim": 256, "codes": 1},
+    "supcon-1024x512": {"rows": 1024, "dim": 512, "codes": 1},
+}
+PRODUCTS = ("_statistics_kernel", "_gradient_kernel")
+
+
+def lacks_hgmma(names: list[str], item: Launch, arch: int, usage: Usage) -> bool:
+    """Whether the launch multiplies many vectors of a usual length, but not by warp groups, which Hopper GPUs have."""
+    shapes = [shape for name, shape in INSTANCES.items() if any(subject.startswith(f"{name}-") for subject in names)]
+    large = any(shape["rows"] >= 1024 and shape["dim"] <= 128 for shape in shapes)
+    return arch == 90 and large and item.kernel.__name__ in PRODUCTS and usage.hgmma == 0
+
+
 def subjects() -> dict[str, Callable[[int], None]]:
     """Name -> what to compile at the shapes of a training: the losses below, and every kernel file's `aot_subjects`."""
     found = {}
@@ -214,21 +256,7 @@ def subjects() -> dict[str, Callable[[int], None]]:
     }
     for name, (dtype, precision) in kinds.items():
         run = functools.partial(contrastive, dtype=dtype, precision=precision)
-        bacon = {"own": 1, "codes": 3, "form": "sum", "match": "ignore"}
-        queue = {"own": 1, "form": "sum", "detached": True}
-        instances = {
-            "bacon-192x32": {"rows": 192, "dim": 32, "groups": 10} | bacon,
-            "bacon-7168x128": {"rows": 7168, "dim": 128, "groups": 1000} | bacon,
-            "ssc-1060x64": {"rows": 1060, "dim": 64, "codes": 1},
-            "ssc-4096x128": {"rows": 4096, "dim": 128, "codes": 1},
-            "infonce-4096x65536x128": {"rows": 4096, "dim": 128, "columns": 65536} | queue,
-            "infonce-256x4096x512": {"rows": 256, "dim": 512, "columns": 4096} | queue,
-            "sscl-256x65536x64": {"rows": 256, "dim": 64, "columns": 65536} | queue | {"own": 4, "form": "prod"},
-            "supcon-memory-512x8192x256": {"rows": 512, "dim": 256, "columns": 8192, "codes": 1},
-            "supcon-1024x256": {"rows": 1024, "dim": 256, "codes": 1},
-            "supcon-1024x512": {"rows": 1024, "dim": 512, "codes": 1},
-        }
-        for instance, shape in instances.items():
+        for instance, shape in INSTANCES.items():
             found[f"{instance}-{name}"] = functools.partial(run, **shape)
         for rows, dim, num_classes in ((192, 16, 10), (192, 32, 10), (192, 64, 100), (1024, 128, 1000)):
             for design in DESIGNS:
@@ -241,17 +269,24 @@ def subjects() -> dict[str, Callable[[int], None]]:
     return found
 
 
-def measure(names: list[str], archs: list[int]) -> Iterator[tuple[str, str, int, Launch, Usage]]:
-    """(subject, kernel, architecture, launch, usage), every distinct launch once an architecture."""
+def measure(names: list[str], archs: list[int]) -> Iterator[tuple[list[str], int, Launch, Usage]]:
+    """(subjects, architecture, launch, usage), every distinct launch once an architecture."""
     available = subjects()
-    work = {}
+    work: dict[tuple[Launch, int], list[str]] = {}
     for arch in archs:
         for name in names:
             for item in record(functools.partial(available[name], arch)):
-                work.setdefault((item, arch), name)
+                work.setdefault((item, arch), []).append(name)
     with ThreadPoolExecutor() as pool:
         for (item, arch), usage in zip(work, pool.map(lambda key: compile_for(*key), work)):
-            yield work[item, arch], item.kernel.__name__.strip("_"), arch, item, usage
+            yield work[item, arch], arch, item, usage
+
+
+def _tile(item: Launch) -> str:
+    """Vectors that a program of the contrastive family keeps, and those that it reads at a time."""
+    constants = dict(item.constants)
+    sizes = [str(constants[f"BLOCK_{axis}"]) for axis in "RCXY" if f"BLOCK_{axis}" in constants]
+    return "x".join(sizes) if item.kernel.__name__ in PRODUCTS else ""
 
 
 def main() -> int:
@@ -261,16 +296,18 @@ def main() -> int:
     options = parser.parse_args()
     names = [name for name in subjects() if options.only in name]
     failures = 0
-    print(f"{'kernel':32}{'arch':>5}{'warps':>7}{'regs':>6}{'local':>7}{'shared':>8}  first needed by")
-    for name, kernel, arch, item, usage in measure(names, options.arch):
-        fits = usage.fits(arch)
-        failures += not fits
-        print(
-            f"{kernel:32}{arch:5}{item.num_warps:7}{usage.registers:6}{usage.local:7}{usage.shared:8}  {name}"
-            f"{'' if fits else '  <-- does not fit'}",
-            flush=True,
-        )
-    print(f"{failures} do not fit" if failures else "all fit: nothing spills, shared memory is within the limits")
+    columns = [("arch", 5), ("warps", 6), ("tile", 9), ("regs", 5), ("local", 6), ("shared", 8), ("HGMMA", 6)]
+    columns += [("HMMA", 6)]
+    print(f"{'kernel':24}" + "".join(f"{name:>{width}}" for name, width in columns) + "  first needed by")
+    for subjects_of_it, arch, item, usage in measure(names, options.arch):
+        wrong = "" if usage.fits(arch) else "  <-- does not fit"
+        if lacks_hgmma(subjects_of_it, item, arch, usage):
+            wrong += "  <-- no HGMMA"
+        failures += wrong != ""
+        values = arch, item.num_warps, _tile(item), *usage
+        cells = "".join(f"{value:>{width}}" for value, (_, width) in zip(values, columns))
+        print(f"{item.kernel.__name__.strip('_'):24}{cells}  {subjects_of_it[0]}{wrong}", flush=True)
+    print(f"{failures} do not do" if failures else "all fit: nothing spills, shared memory is within the limits")
     return 1 if failures else 0
 
 

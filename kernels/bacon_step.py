@@ -34,6 +34,8 @@ from .bacon_step_math import (
     read_labels,
     read_logits,
     read_slots,
+    shortening,
+    similarities,
     to_fixed_point,
 )
 from .config import bacon_step_config
@@ -46,7 +48,6 @@ from .contrastive_math import (
     matches,
     norms,
     sigmoid,
-    similarities,
     store_vectors,
 )
 from .launch import TRITON_DTYPE, accumulator_dtype, architecture, dot_dtypes, launch
@@ -604,10 +605,11 @@ def _update_kernel(
         w = tl.where(as_anchor, weight[:, None] * tl.exp(tl.where(as_anchor, v - n[:, None], 0.0)), 0.0)
         w += tl.where(as_column, column_weight[None, :] * tl.exp(tl.where(as_column, v - column_n[None, :], 0.0)), 0.0)
         finite = is_finite(y_inverse)
-        w = w * tl.where(finite, y_inverse, 0.0)[None, :]  # the NaN of a pair is in w already
+        power = shortening(tl.where(finite, y_inverse, 1.0), features.dtype.element_ty)  # 1 / 1e38 has few bits
+        w = w * tl.where(finite, y_inverse / power, 0.0)[None, :]  # the NaN of a pair is in w already
         unit_gradient = tl.dot(
             w.to(GRADIENT_DOT),
-            tl.where(finite[:, None], y, 0.0).to(GRADIENT_DOT),
+            tl.where(finite[:, None], y * power[:, None], 0.0).to(GRADIENT_DOT),
             unit_gradient,
             input_precision=PRECISION,
             out_dtype=ACC,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .contrastive_math import is_finite
+from .contrastive_math import is_finite, load_vectors
 
 EPS_COSINE = tl.constexpr(1e-8)  # smallest norm a vector is divided by
 EPS_LOG = 1e-8  # added to the denominator of the softmax
@@ -52,3 +52,52 @@ def can_be_written(vectors):
 def to_fixed_point(features):
     """Features on the bank's grid, int64."""
     return ((features.to(tl.float64) * BANK_SCALE + ROUND_TO_INTEGER) - ROUND_TO_INTEGER).to(tl.int64)
+
+
+@triton.jit
+def shortening(inverse, dtype: tl.constexpr):
+    """Powers of two that make vectors shorter than 1/32, by their inverse norms.
+
+    No product with another vector of up to MAX_DIM finite elements overflows then. Vectors of float16 keep their
+    length: their products cannot overflow, and shorter ones would lose bits.
+    """
+    if dtype == tl.float16:
+        power = tl.full(inverse.shape, 1.0, inverse.dtype)
+    elif dtype == tl.float64:
+        bits = inverse.to(tl.int64, bitcast=True) & 0x7FF0000000000000
+        power = tl.maximum(bits.to(tl.float64, bitcast=True), tl.full(inverse.shape, 2.0**-1028, tl.float64)) * 2.0**-6
+    else:
+        bits = inverse.to(tl.int32, bitcast=True) & 0x7F800000
+        # Filled, as a number that is no normal float32 would make everything float64.
+        power = tl.maximum(bits.to(tl.float32, bitcast=True), tl.full(inverse.shape, 2.0**-132, tl.float32)) * 2.0**-6
+    return power
+
+
+@triton.jit
+def similarities(
+    x, x_base, x_index, x_keep, x_inverse, x_stride, x_stride_dim,
+    y, y_base, y_index, y_keep, y_inverse, y_stride, y_stride_dim,
+    dim, DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Cosines [X, Y] of raw vectors. Rounding x·y once beats normalizing half-precision vectors first.
+
+    BLOCK_K = BLOCK_D multiplies the tiles x and y. A smaller BLOCK_K reads them again in slices of that many elements:
+    whole float32 tiles, split for "tf32x3", do not fit into the registers.
+    """
+    accumulator: tl.constexpr = x_inverse.dtype
+    power = shortening(x_inverse, x_base.dtype.element_ty)
+    if BLOCK_K == BLOCK_D:
+        short = (x.to(accumulator) * power[:, None]).to(DOT)
+        product = tl.dot(short, tl.trans(y.to(DOT)), input_precision=PRECISION, out_dtype=accumulator)
+    else:
+        product = tl.zeros([x_inverse.shape[0], y_inverse.shape[0]], accumulator)
+        for k in range(0, dim, BLOCK_K):
+            x_start = x_base + tl.cast(k, tl.int64) * x_stride_dim
+            y_start = y_base + tl.cast(k, tl.int64) * y_stride_dim
+            x_slice = load_vectors(x_start, x_index, x_keep, dim - k, x_stride, x_stride_dim, BLOCK_K)
+            y_slice = load_vectors(y_start, y_index, y_keep, dim - k, y_stride, y_stride_dim, BLOCK_K)
+            short = (x_slice.to(accumulator) * power[:, None]).to(DOT)
+            product = tl.dot(
+                short, tl.trans(y_slice.to(DOT)), product, input_precision=PRECISION, out_dtype=accumulator
+            )
+    return product * y_inverse[None, :] * (x_inverse / power)[:, None]

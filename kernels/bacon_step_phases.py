@@ -34,6 +34,7 @@ from .bacon_step_math import (
     read_labels,
     read_logits,
     read_slots,
+    shortening,
     to_fixed_point,
 )
 from .config import bacon_phases_config
@@ -267,6 +268,7 @@ def _compare(
     inside = row < num_rows
     label = tl.load(codes + row * TOP_K, mask=inside, other=-1)
     inverse = tl.load(rows_float + INVERSE * num_rows + row, mask=inside, other=0.0)
+    power = shortening(inverse, features.dtype.element_ty)  # a product of two features of 1e19 would overflow
     running_max = tl.full([BLOCK_R], EMPTY, ACC)
     running_sum = tl.zeros([BLOCK_R], ACC)
     number = tl.zeros([BLOCK_R], tl.int32)
@@ -282,8 +284,10 @@ def _compare(
             part = features + tl.cast(d, tl.int64) * stride_dim
             x = load_vectors(part, row, inside, dim - d, stride, stride_dim, BLOCK_S)
             y = load_vectors(part, column, column_inside, dim - d, stride, stride_dim, BLOCK_S)
-            product = tl.dot(x.to(DOT), tl.trans(y.to(DOT)), product, input_precision=PRECISION, out_dtype=ACC)
-        v = tl.where(negative, product * inverse[:, None] * column_inverse[None, :] / TEMPERATURE, EMPTY)
+            short = (x.to(ACC) * power[:, None]).to(DOT)
+            product = tl.dot(short, tl.trans(y.to(DOT)), product, input_precision=PRECISION, out_dtype=ACC)
+        cosine = product * column_inverse[None, :] * (inverse / power)[:, None]
+        v = tl.where(negative, cosine / TEMPERATURE, EMPTY)
         tl.store(pairs + row[:, None] * num_rows + column[None, :], v, mask=pair)
         highest = tl.maximum(running_max, tl.max(v, axis=1))
         exponential = tl.where(negative, tl.exp(v - highest[:, None]), 0.0)
@@ -568,8 +572,8 @@ def _gradient(
         gives = (as_column != EMPTY) & (column_weight != 0.0)[None, :]
         w += tl.where(gives, column_weight[None, :] * tl.exp(tl.where(gives, as_column - column_n[None, :], 0.0)), 0.0)
         finite = is_finite(inverse)
-        w = w * tl.where(finite, inverse, 0.0)[None, :]  # the NaN of a pair is in w already
-        y = tl.where(finite[:, None], y, 0.0)
+        # The NaN of a pair is in w already. Weights times the inverse norm of huge features would be too small.
+        y = tl.where(finite[:, None], y * inverse[:, None], 0.0)
         unit_gradient = tl.dot(w.to(DOT), y.to(DOT), unit_gradient, input_precision=PRECISION, out_dtype=ACC)
     unit_gradient = unit_gradient / TEMPERATURE - pull[:, None] * center
     norm, inverse = norms(x, EPS_COSINE)

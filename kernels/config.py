@@ -4,6 +4,7 @@
 every loss and padded dimension.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ import torch
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 103: 148, 120: 170}
 INTERPRETER = 0  # the "architecture" of Triton's interpreter, where small tiles let small inputs span several
 MAX_DIM = 512  # the most elements of a vector that a program can keep
+MAX_BLOCK = 128  # the most vectors of a tile: tiles may be read as a whole
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported, so a constant
 
 
 @dataclass(frozen=True)
@@ -37,35 +40,85 @@ def rows_per_program(dim: int) -> int:
     return min(32, 1024 // block_dim(dim))
 
 
+def operand_shape(
+    count: int, dim: int, dtype: torch.dtype, input_precision: str
+) -> tuple[tuple[int, int, int], torch.dtype]:
+    """Shape and dtype of the operands that products with vectors [count, dim] have: parts, padded count, padded dim.
+
+    Tensor cores are fastest on 16-bit operands. float32 vectors become two float16 ones, of 11 bits each, whose three
+    products are as exact as three TF32 products; or, where the caller allows TF32, one, which has TF32's 11 bits. For
+    torch.mm ("ieee") they stay what they are, and float16 becomes float32, so that weights have its exponents.
+    """
+    if input_precision == "ieee" and dtype != torch.bfloat16:
+        parts, operand = 1, torch.promote_types(dtype, torch.float32)
+    elif dtype == torch.float32:
+        parts, operand = (1 if input_precision == "tf32" else 2), torch.float16
+    else:
+        # The interpreter's product of bfloat16 is wrong (triton 3.6).
+        parts, operand = 1, torch.float32 if dtype == torch.bfloat16 and INTERPRETED else dtype
+    return (parts, -(-count // MAX_BLOCK) * MAX_BLOCK, block_dim(dim)), operand
+
+
 def tile_config(
-    kernel: str, resident: int, streamed: int, dim: int, dtype: torch.dtype, input_precision: str, arch: int
+    kernel: str,
+    resident: int,
+    streamed: int,
+    dim: int,
+    dtype: torch.dtype,
+    input_precision: str,
+    arch: int,
+    has_positives: bool = False,
 ) -> TileConfig:
     """Tiles for ``resident`` vectors, each against ``streamed`` others, of ``dim`` elements.
 
     ``kernel``: "statistics"; "mean", which also keeps a sum of vectors [block_resident, block_dim]; or "gradient",
-    which keeps such a sum and more scalars.
+    which keeps such a sum and more scalars. ``has_positives``: columns may be positives, which takes more registers.
     """
     padded = block_dim(dim)
-    num_warps = 8
+    width = operand_shape(0, dim, dtype, input_precision)[0][0] * padded  # elements of all operands of a vector
+    block_slice, num_warps, num_stages = padded, 8, 2
     if arch == INTERPRETER:
-        block_resident, block_streamed, block_slice, num_warps = 32, 32, min(padded, 32), 1
-    elif dtype in (torch.float32, torch.float64) and input_precision != "tf32":
-        # Exact float32 products hold several copies of their operands in registers.
+        block_resident, block_streamed, block_slice, num_warps, num_stages = 32, 32, min(padded, 32), 1, 1
+    elif dtype == torch.float64:
         block_resident, block_streamed = (16 if padded > 256 else 32), (16 if kernel == "gradient" else 32)
         block_slice = min(padded, 32)
-    elif padded > 256:
-        block_resident, block_streamed, block_slice = 32, 32, 32
-    elif padded > 128:
-        block_resident, block_streamed, block_slice, num_warps = 32, 32, 64, 4
-    elif 90 <= arch < 120:  # tensor cores work by warpgroup, on 64 rows
-        block_resident, block_streamed, block_slice = (128, 64, padded) if kernel == "mean" else (64, 32, padded)
+    elif 90 <= arch < 120 and padded <= 128:
+        # Tensor cores work by groups of four warps, on 64 rows each, and want wide tiles: as wide as registers allow.
+        block_resident, num_warps = (128, 8) if resident > 256 else (64, 4)
+        if kernel == "mean":
+            block_streamed = block_resident
+        else:
+            block_streamed = 32 if has_positives or (kernel == "gradient" and width > 128) else 64
+    elif 90 <= arch < 120 and width <= (256 if dtype == torch.float32 and kernel == "gradient" else 512):
+        block_resident = 64
+        block_streamed = 64 if width <= 256 and not has_positives else 32
+        if width > 256 and kernel == "gradient":
+            block_streamed = 16
+    elif padded <= 128:
+        few = width > 128 or (kernel == "gradient" and has_positives)
+        block_resident, block_streamed, num_warps = (32 if few else 64), 32, 4
     else:
-        block_resident, block_streamed, block_slice = (64 if kernel == "mean" else 32), 64, padded
+        block_resident, block_streamed, block_slice = (16 if kernel == "gradient" and width > 512 else 32), 32, 64
     # Few resident blocks leave the card idle: the streamed vectors are divided too, at least four blocks a split.
-    fill, least, num_stages = (4, 1, 1) if arch == INTERPRETER else (MULTIPROCESSORS.get(arch, 132), 4, 2)
+    fill, least = (4, 1) if arch == INTERPRETER else (MULTIPROCESSORS.get(arch, 132), 4)
     programs, blocks = -(-resident // block_resident), -(-streamed // block_streamed)
     splits = max(1, min(fill // max(1, programs), blocks // least))
     return TileConfig(block_resident, block_streamed, block_slice, padded, splits, num_warps, num_stages)
+
+
+def chunk_columns(rows: int, columns: int, arch: int) -> int:
+    """How many columns' products with all rows are made at a time: 16 MB, which stay in the L2 cache."""
+    size = 64 if arch == INTERPRETER else max(MAX_BLOCK, 2**22 // max(rows, 1) // MAX_BLOCK * MAX_BLOCK)
+    return min(size, max(MAX_BLOCK, -(-columns // MAX_BLOCK) * MAX_BLOCK))
+
+
+def chunk_config(rows: int, columns: int, dim: int, arch: int) -> TileConfig:
+    """Tiles of the kernel that reads the products of a chunk: each program a few rows, and enough programs."""
+    block_resident, block_streamed = (16, 32) if arch == INTERPRETER else (8, 256)
+    programs, blocks = -(-rows // block_resident), -(-columns // block_streamed)
+    fill = 4 if arch == INTERPRETER else 4 * MULTIPROCESSORS.get(arch, 132)
+    splits = max(1, min(fill // max(1, programs), blocks))
+    return TileConfig(block_resident, block_streamed, block_dim(dim), block_dim(dim), splits, 4, 2)
 
 
 @dataclass(frozen=True)

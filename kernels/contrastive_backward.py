@@ -12,27 +12,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import block_dim, rows_per_program, tile_config
+from .config import block_dim, chunk_columns, chunk_config, rows_per_program, tile_config
+from .contrastive_chunks import chunks_of, load_products, multiply_all
 from .contrastive_math import (
     DENOMINATOR,
     EMPTY,
     INVERSE_NORM,
     IS_EMPTY,
+    LENGTH,
     NEGATIVES,
     POSITIVE_COUNT,
     POSITIVES,
     ROW_NEGATIVES,
+    as_operands,
+    cosines,
     is_finite,
+    load_operands,
     load_vectors,
     log_add_exp,
     matches,
+    multiply,
     norms,
     own_columns,
+    power_of_two,
     sigmoid,
-    similarities,
     store_vectors,
 )
-from .launch import accumulator_dtype, architecture, dot_dtypes, launch
+from .launch import accumulator_dtype, architecture, launch
 
 # Rows of the coefficients [NUM_COEFFICIENTS, R]: the gradient of a positive's logit x is
 # POSITIVE_WEIGHT · exp(±x - POSITIVE_SHIFT) - POSITIVE_UNIFORM, that of a negative's v is NEGATIVE_WEIGHT · exp(v - n).
@@ -197,8 +203,8 @@ def _similarity_gradient(
 def _gradient_kernel(
     x_vectors,
     y_vectors,
-    x_inverse_norm,
-    y_inverse_norm,
+    x_vectors_scale,
+    y_vectors_scale,
     row_code,
     column_code,
     self_column,
@@ -211,20 +217,16 @@ def _gradient_kernel(
     num_x,
     num_y,
     num_rows,
+    x_part,
+    y_part,
     y_per_split,
     dim,
-    x_stride,
-    x_stride_dim,
-    y_stride,
-    y_stride_dim,
     AS_ANCHOR: tl.constexpr,
     AS_COLUMN: tl.constexpr,
     NUM_CODES: tl.constexpr,
     MATCH_IS_POSITIVE: tl.constexpr,
     SIGN: tl.constexpr,
-    DOT: tl.constexpr,
-    GRADIENT_DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -233,29 +235,31 @@ def _gradient_kernel(
     """Gradient of normalized vectors x, summed over the vectors y of one split: partial [splits, num_x, dim].
 
     AS_ANCHOR: x are rows, compared with columns y. AS_COLUMN: x are columns, compared with rows y. Both: x and y are
-    the same vectors, which are rows and columns.
+    the same vectors, which are rows and columns. ``x_part``, ``y_part``: elements of one part of the prepared vectors.
     """
     split = tl.program_id(1)
-    x_index = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
+    x_start = tl.program_id(0) * BLOCK_X
+    x_index = x_start + tl.arange(0, BLOCK_X)
     x_inside = x_index < num_x
-    accumulator = x_inverse_norm.dtype.element_ty
-    x = None
+    accumulator = x_vectors_scale.dtype.element_ty
+    dot = x_vectors.dtype.element_ty
+    x_high = None
+    x_low = None
     if BLOCK_K == BLOCK_D:
-        x = load_vectors(x_vectors, x_index, x_inside, dim, x_stride, x_stride_dim, BLOCK_D)
-    x_inverse = tl.load(x_inverse_norm + x_index, mask=x_inside, other=0.0)
+        x_high, x_low = load_operands(x_vectors, x_part, x_start, 0, PARTS, BLOCK_X, BLOCK_K, BLOCK_D)
+    x_scale = tl.load(x_vectors_scale + x_index)
     total = tl.zeros([BLOCK_X, BLOCK_D], accumulator)
+    # float16 has few exponents: each row of weights is divided by a power of two near the largest so far.
+    largest = tl.full([BLOCK_X], 2.0**-100, accumulator)
     first = split * y_per_split
     for start in range(first, tl.minimum(first + y_per_split, num_y), BLOCK_Y):
         y_index = start + tl.arange(0, BLOCK_Y)
         y_inside = y_index < num_y
-        y_inverse = tl.load(y_inverse_norm + y_index, mask=y_inside, other=0.0)
-        y_finite = is_finite(y_inverse)
-        y_keep = y_inside & y_finite
-        y = load_vectors(y_vectors, y_index, y_keep, dim, y_stride, y_stride_dim, BLOCK_D)
-        s = similarities(
-            x, x_vectors, x_index, x_inside, x_inverse, x_stride, x_stride_dim,
-            y, y_vectors, y_index, y_keep, y_inverse, y_stride, y_stride_dim,
-            dim, DOT, PRECISION, BLOCK_K, BLOCK_D,
+        y_scale = tl.load(y_vectors_scale + y_index)
+        y_high, y_low = load_operands(y_vectors, y_part, start, 0, PARTS, BLOCK_Y, BLOCK_D, BLOCK_D)
+        s = cosines(
+            x_vectors, x_part, x_start, x_high, x_low, x_scale, y_vectors, y_part, start, y_high, y_low, y_scale,
+            PARTS, BLOCK_X, BLOCK_Y, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         gradient = tl.zeros([BLOCK_X, BLOCK_Y], accumulator)
         if AS_ANCHOR:
@@ -268,11 +272,69 @@ def _gradient_kernel(
                 s, y_index, y_inside, x_index, x_inside, row_code, column_code, self_column, positive_scale,
                 negative_scale, negative_bias, stats, coefficients, num_rows, 1, NUM_CODES, MATCH_IS_POSITIVE, SIGN,
             )  # fmt: skip
-        gradient = gradient * tl.where(y_finite, y_inverse, 0.0)[None, :]
-        total = tl.dot(
-            gradient.to(GRADIENT_DOT), y.to(GRADIENT_DOT), total, input_precision=PRECISION, out_dtype=accumulator
-        )
+        weight = gradient * tl.where(is_finite(y_scale), y_scale * (LENGTH / 2), 0.0)[None, :]
+        if dot == tl.float16:
+            larger = tl.maximum(largest, power_of_two(tl.max(tl.abs(weight), axis=1), 2.0**-100))
+            total *= (largest / larger)[:, None]
+            largest = larger
+            weight *= (1.0 / larger * (LENGTH / 2))[:, None]
+        weight_high, weight_low = as_operands(weight, dot, PARTS)
+        total = multiply(weight_high, weight_low, y_high, y_low, total, PARTS)
+    if dot == tl.float16:
+        total *= (largest * (2 / LENGTH))[:, None]
+    total *= 2 / LENGTH
     store_vectors(partial + split.to(tl.int64) * num_x * dim, x_index, x_inside, dim, dim, total, BLOCK_D)
+
+
+@triton.jit
+def _weights_kernel(
+    products,
+    x_vectors_scale,
+    y_vectors_scale,
+    row_code,
+    column_code,
+    self_column,
+    positive_scale,
+    negative_scale,
+    negative_bias,
+    stats,
+    coefficients,
+    weights,
+    num_x,
+    num_y,
+    num_rows,
+    first_y,
+    AS_ANCHOR: tl.constexpr,
+    AS_COLUMN: tl.constexpr,
+    NUM_CODES: tl.constexpr,
+    MATCH_IS_POSITIVE: tl.constexpr,
+    SIGN: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+):
+    """Weights [num_x, num_y] of the vectors y from ``first_y`` on in the gradient of x, from their products."""
+    x_index = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
+    x_inside = x_index < num_x
+    local = tl.program_id(1) * BLOCK_Y + tl.arange(0, BLOCK_Y)
+    y_inside = local < num_y
+    y_index = local + first_y
+    x_scale = tl.load(x_vectors_scale + x_index, mask=x_inside, other=0.0)
+    y_scale = tl.load(y_vectors_scale + y_index, mask=y_inside, other=0.0)
+    s = load_products(products, x_index, x_inside, x_scale, local, y_inside, y_scale, num_y)
+    gradient = tl.zeros([BLOCK_X, BLOCK_Y], x_scale.dtype)
+    if AS_ANCHOR:
+        gradient += _similarity_gradient(
+            s, x_index, x_inside, y_index, y_inside, row_code, column_code, self_column, positive_scale,
+            negative_scale, negative_bias, stats, coefficients, num_rows, 0, NUM_CODES, MATCH_IS_POSITIVE, SIGN,
+        )  # fmt: skip
+    if AS_COLUMN:
+        gradient += _similarity_gradient(
+            s, y_index, y_inside, x_index, x_inside, row_code, column_code, self_column, positive_scale,
+            negative_scale, negative_bias, stats, coefficients, num_rows, 1, NUM_CODES, MATCH_IS_POSITIVE, SIGN,
+        )  # fmt: skip
+    weight = gradient * tl.where(is_finite(y_scale), y_scale, 0.0)[None, :]
+    place = weights + x_index.to(tl.int64)[:, None] * num_y + local[None, :]
+    tl.store(place, weight.to(weights.dtype.element_ty), mask=x_inside[:, None] & y_inside[None, :])
 
 
 @triton.jit
@@ -367,7 +429,10 @@ def _finish_kernel(
 def contrastive_backward(
     grad_row_loss: Tensor,
     stats: Tensor,
-    column_inverse: Tensor,
+    row_operands: Tensor,
+    row_operand_scale: Tensor,
+    column_operands: Tensor,
+    column_operand_scale: Tensor,
     mean_column: Tensor,
     rows: Tensor,
     columns: Tensor | None,
@@ -391,11 +456,12 @@ def contrastive_backward(
     needs_columns: bool,
     needs_own: bool,
     input_precision: str,
+    in_chunks: bool = False,
     arch: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows [R,D], columns [C,D] and own [R,M,D], each in its input's dtype, empty where not needed.
 
-    The first four arguments are the upstream gradient [R] and the results of `contrastive_forward`; the others are its
+    The first seven arguments are the upstream gradient [R] and the results of `contrastive_forward`; the others are its
     arguments. With ``columns=None`` the gradient of the rows includes their part as columns.
     """
     arch = architecture(rows) if arch is None else arch
@@ -405,7 +471,7 @@ def contrastive_backward(
     has_match = column_code is not None and match == "positive"
     log_floor = math.log(floor) if floor > 0 else None
     coefficients = rows.new_empty(NUM_COEFFICIENTS.value, num_rows, dtype=dtype)
-    constants = {"FORM": form, "LOG_FLOOR": log_floor, "BLOCK": GROUP_BLOCK}
+    row_constants = {"FORM": form, "LOG_FLOOR": log_floor, "BLOCK": GROUP_BLOCK}
     if group is None:
         launch(
             _row_coefficients_kernel,
@@ -415,7 +481,7 @@ def contrastive_backward(
             stats,
             coefficients,
             num_rows,
-            **constants,
+            **row_constants,
         )
     else:
         launch(
@@ -427,47 +493,47 @@ def contrastive_backward(
             stats,
             coefficients,
             num_rows,
-            **constants,
+            **row_constants,
         )
 
-    row_inverse = stats[INVERSE_NORM.value]
-    dot, gradient_dot = dot_dtypes(rows.dtype)
+    num_columns = num_rows if columns is None else columns.shape[0]
+    as_rows, as_columns = (row_operands, row_operand_scale), (column_operands, column_operand_scale)
 
-    def unit_gradient(x, x_inverse, y, y_inverse, as_anchor: bool, as_column: bool) -> Tensor:
-        """Gradient of the normalized x [splits,X,D]."""
-        tiles = tile_config("gradient", x.shape[0], y.shape[0], dim, x.dtype, input_precision, arch)
-        partial = x.new_empty(tiles.splits, x.shape[0], dim, dtype=dtype)
+    constants = {
+        "NUM_CODES": 0 if column_code is None else column_code.shape[1],
+        "MATCH_IS_POSITIVE": has_match,
+        "SIGN": sign,
+    }
+    labels = row_code, column_code, self_column
+    logits = positive_scale, negative_scale, negative_bias, stats, coefficients
+
+    def unit_gradient(num_x: int, x, x_scale, num_y: int, y, y_scale, as_anchor: bool, as_column: bool) -> Tensor:
+        """Gradient [splits,X,D] of normalized x, of which and of y come what `prepare` has made."""
+        if in_chunks:
+            return unit_gradient_in_chunks(num_x, x, x_scale, num_y, y, y_scale, as_anchor, as_column)
+        tiles = tile_config("gradient", num_x, num_y, dim, rows.dtype, input_precision, arch, has_match)
+        partial = stats.new_empty(tiles.splits, num_x, dim)
         launch(
             _gradient_kernel,
-            (triton.cdiv(x.shape[0], tiles.block_resident), tiles.splits),
+            (triton.cdiv(num_x, tiles.block_resident), tiles.splits),
             x,
             y,
-            x_inverse,
-            y_inverse,
-            row_code,
-            column_code,
-            self_column,
-            positive_scale,
-            negative_scale,
-            negative_bias,
-            stats,
-            coefficients,
+            x_scale,
+            y_scale,
+            *labels,
+            *logits,
             partial,
-            x.shape[0],
-            y.shape[0],
+            num_x,
+            num_y,
             num_rows,
-            triton.cdiv(triton.cdiv(y.shape[0], tiles.block_streamed), tiles.splits) * tiles.block_streamed,
+            x[0].numel(),
+            y[0].numel(),
+            triton.cdiv(triton.cdiv(num_y, tiles.block_streamed), tiles.splits) * tiles.block_streamed,
             dim,
-            *x.stride(),
-            *y.stride(),
             AS_ANCHOR=as_anchor,
             AS_COLUMN=as_column,
-            NUM_CODES=0 if column_code is None else column_code.shape[1],
-            MATCH_IS_POSITIVE=has_match,
-            SIGN=sign,
-            DOT=dot,
-            GRADIENT_DOT=gradient_dot,
-            PRECISION=input_precision,
+            **constants,
+            PARTS=x.shape[0],
             BLOCK_X=tiles.block_resident,
             BLOCK_Y=tiles.block_streamed,
             BLOCK_K=tiles.block_slice,
@@ -476,6 +542,38 @@ def contrastive_backward(
             num_stages=tiles.num_stages,
         )
         return partial
+
+    def unit_gradient_in_chunks(num_x, x, x_scale, num_y, y, y_scale, as_anchor: bool, as_column: bool) -> Tensor:
+        chunk = chunk_columns(num_x, num_y, arch)
+        tiles = chunk_config(num_x, chunk, dim, arch)
+        total = stats.new_zeros(num_x, x.shape[2])
+        for first, last in chunks_of(num_y, chunk):
+            seen = y[0, first:last]
+            products = multiply_all(x[0, :num_x], seen.t())
+            weights = x.new_empty(num_x, last - first)
+            launch(
+                _weights_kernel,
+                (triton.cdiv(num_x, tiles.block_resident), triton.cdiv(last - first, tiles.block_streamed)),
+                products,
+                x_scale,
+                y_scale,
+                *labels,
+                *logits,
+                weights,
+                num_x,
+                last - first,
+                num_rows,
+                first,
+                AS_ANCHOR=as_anchor,
+                AS_COLUMN=as_column,
+                **constants,
+                BLOCK_X=tiles.block_resident,
+                BLOCK_Y=tiles.block_streamed,
+                num_warps=tiles.num_warps,
+                num_stages=tiles.num_stages,
+            )
+            total += multiply_all(weights, seen)
+        return total[None, :, :dim].contiguous()
 
     def finish(vectors, partial, grad, own=None, grad_own=None, from_mean: bool = False) -> None:
         block = rows_per_program(dim)
@@ -511,11 +609,11 @@ def contrastive_backward(
         if not needs_rows:
             partial = None
         elif columns is None:
-            partial = unit_gradient(rows, row_inverse, rows, row_inverse, True, True)
+            partial = unit_gradient(num_rows, *as_rows, num_rows, *as_rows, True, True)
         elif from_mean:
             partial = mean_column[None]
         else:
-            partial = unit_gradient(rows, row_inverse, columns, column_inverse, True, False)
+            partial = unit_gradient(num_rows, *as_rows, num_columns, *as_columns, True, False)
         finish(
             rows,
             partial,
@@ -525,6 +623,6 @@ def contrastive_backward(
             from_mean=from_mean,
         )
     if needs_columns and columns is not None:
-        partial = unit_gradient(columns, column_inverse, rows, row_inverse, False, True)
+        partial = unit_gradient(num_columns, *as_columns, num_rows, *as_rows, False, True)
         finish(columns, partial, grad_columns)
     return grad_rows, grad_columns, grad_own

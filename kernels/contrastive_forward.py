@@ -12,29 +12,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import block_dim, rows_per_program, tile_config
+from .config import TileConfig, block_dim, chunk_columns, chunk_config, operand_shape, rows_per_program, tile_config
+from .contrastive_chunks import chunks_of, load_products, multiply_all
 from .contrastive_math import (
     DENOMINATOR,
     EMPTY,
     INVERSE_NORM,
     IS_EMPTY,
+    LENGTH,
     NEGATIVES,
     NUM_STATS,
     POSITIVE_COUNT,
     POSITIVE_MEAN,
     POSITIVES,
     ROW_NEGATIVES,
+    as_operands,
+    cosines,
     is_finite,
+    load_operands,
     load_vectors,
     log_add_exp,
     log_of_sum,
     matches,
+    multiply,
     norms,
     own_columns,
-    similarities,
+    power_of_two,
     store_vectors,
 )
-from .launch import accumulator_dtype, architecture, dot_dtypes, launch
+from .launch import accumulator_dtype, architecture, launch
 
 # Rows of the partial statistics [splits, NUM_PARTIAL, R] of the columns of one split.
 NEGATIVE_MAX = tl.constexpr(0)
@@ -49,13 +55,16 @@ GROUP_BLOCK = 1024  # rows that a program of a group reads at a time
 
 
 @triton.jit
-def _inverse_norm_kernel(
+def _prepare_kernel(
     vectors,
+    operands,
+    operand_scale,
     inverse_norm,
     own,
     own_scale,
     own_logit,
     count,
+    padded_count,
     num_own,
     dim,
     stride,
@@ -63,18 +72,35 @@ def _inverse_norm_kernel(
     own_stride,
     own_stride_own,
     own_stride_dim,
+    PARTS: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Inverse norm of every vector [N] and, for rows, the logits [M,N] of their own columns."""
+    """Operands [PARTS,N,D] of products, padded by zeros, and their scales [N]: cosines are products times both scales.
+
+    A vector is multiplied by a power of two, so that its norm is in (2^11, 2^12]. One that is not finite becomes zeros,
+    with a scale of NaN. Of rows also the inverse norms [N] are kept, and the logits [M,N] of their own columns.
+    """
     index = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = index < count
-    unit = load_vectors(vectors, index, inside, dim, stride, stride_dim, BLOCK_D).to(inverse_norm.dtype.element_ty)
-    _, inverse = norms(unit, EPS)
-    tl.store(inverse_norm + index, inverse, mask=inside)
+    accumulator = operand_scale.dtype.element_ty
+    dot = operands.dtype.element_ty
+    raw = load_vectors(vectors, index, inside, dim, stride, stride_dim, BLOCK_D).to(accumulator)
+    _, inverse = norms(raw, EPS)
+    finite = is_finite(inverse)
+    power = power_of_two(inverse, 2.0**-1028 if accumulator == tl.float64 else 2.0**-132) * LENGTH
+    tl.store(operand_scale + index, tl.where(inside, inverse / power, 0.0), mask=index < padded_count)
+    high, low = as_operands(tl.where(finite[:, None], raw * power[:, None], 0.0), dot, PARTS)
+    place = operands + index.to(tl.int64)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    exists = (index < padded_count)[:, None]
+    tl.store(place, high, mask=exists)
+    if PARTS == 2:
+        tl.store(place + tl.cast(padded_count, tl.int64) * BLOCK_D, low, mask=exists)
+    if inverse_norm is not None:
+        tl.store(inverse_norm + index, inverse, mask=inside)
     if own is not None:
-        unit = unit * inverse[:, None]
+        unit = raw * inverse[:, None]
         for m in range(num_own):
             _, _, _, scale, present, cosine = own_columns(
                 unit,
@@ -99,8 +125,9 @@ def _inverse_norm_kernel(
 def _statistics_kernel(
     rows,
     columns,
-    row_inverse,
-    column_inverse,
+    products,
+    row_scale,
+    column_scale,
     row_code,
     column_code,
     self_column,
@@ -111,18 +138,15 @@ def _statistics_kernel(
     partial_mean,
     num_rows,
     num_columns,
+    first_column,
+    row_part,
+    column_part,
     columns_per_split,
     dim,
-    row_stride,
-    row_stride_dim,
-    column_stride,
-    column_stride_dim,
     NUM_CODES: tl.constexpr,
     MATCH_IS_POSITIVE: tl.constexpr,
     SIGN: tl.constexpr,
-    DOT: tl.constexpr,
-    GRADIENT_DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -130,16 +154,20 @@ def _statistics_kernel(
 ):
     """Running log-sums of the positives' and negatives' logits of a block of rows, over the columns of one split.
 
-    SIGN is -1 in form "prod", whose positives enter as exp(-x).
+    Products come from prepared rows and columns, or are there: ``products`` [R,C] are those of the rows with C columns
+    from ``first_column`` on, which all other arguments of columns then are about. ``row_part`` and ``column_part``:
+    elements of one part of the prepared vectors. SIGN is -1 in form "prod", whose positives enter as exp(-x).
     """
     split = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_start = tl.program_id(0) * BLOCK_R
+    row = row_start + tl.arange(0, BLOCK_R)
     row_inside = row < num_rows
-    accumulator = row_inverse.dtype.element_ty
-    x = None
-    if BLOCK_K == BLOCK_D:
-        x = load_vectors(rows, row, row_inside, dim, row_stride, row_stride_dim, BLOCK_D)
-    x_inverse = tl.load(row_inverse + row, mask=row_inside, other=0.0)
+    accumulator = row_scale.dtype.element_ty
+    x_high = None
+    x_low = None
+    if products is None and BLOCK_K == BLOCK_D:
+        x_high, x_low = load_operands(rows, row_part, row_start, 0, PARTS, BLOCK_R, BLOCK_K, BLOCK_D)
+    x_scale = tl.load(row_scale + row)
     positive = tl.load(positive_scale + row, mask=row_inside, other=0.0).to(accumulator)[:, None]
     negative = tl.load(negative_scale + row, mask=row_inside, other=0.0).to(accumulator)[:, None]
     if negative_bias is not None:
@@ -162,22 +190,22 @@ def _statistics_kernel(
     for start in range(first, tl.minimum(first + columns_per_split, num_columns), BLOCK_C):
         column = start + tl.arange(0, BLOCK_C)
         column_inside = column < num_columns
-        y_inverse = tl.load(column_inverse + column, mask=column_inside, other=0.0)
-        # A column that is not finite is read as zeros; its inverse norm is NaN and makes its similarities NaN.
-        y_finite = is_finite(y_inverse)
-        y_keep = column_inside & y_finite
-        y = None
-        if BLOCK_K == BLOCK_D or partial_mean is not None:
-            y = load_vectors(columns, column, y_keep, dim, column_stride, column_stride_dim, BLOCK_D)
-        s = similarities(
-            x, rows, row, row_inside, x_inverse, row_stride, row_stride_dim,
-            y, columns, column, y_keep, y_inverse, column_stride, column_stride_dim,
-            dim, DOT, PRECISION, BLOCK_K, BLOCK_D,
-        )  # fmt: skip
+        y_scale = tl.load(column_scale + column, mask=column_inside, other=0.0)
+        if products is None:
+            y_high = None
+            y_low = None
+            if BLOCK_K == BLOCK_D or partial_mean is not None:
+                y_high, y_low = load_operands(columns, column_part, start, 0, PARTS, BLOCK_C, BLOCK_D, BLOCK_D)
+            s = cosines(
+                rows, row_part, row_start, x_high, x_low, x_scale, columns, column_part, start, y_high, y_low, y_scale,
+                PARTS, BLOCK_R, BLOCK_C, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
+        else:
+            s = load_products(products, row, row_inside, x_scale, column, column_inside, y_scale, num_columns)
 
         is_negative = row_inside[:, None] & column_inside[None, :]
         if self_column is not None:
-            is_negative = is_negative & (itself != column[None, :])
+            is_negative = is_negative & (itself != (column + first_column)[None, :])
         if NUM_CODES > 0:
             match = matches(code, column_code, column, column_inside, 0, NUM_CODES)
             if MATCH_IS_POSITIVE:
@@ -207,14 +235,10 @@ def _statistics_kernel(
         exponential = tl.where(is_negative, exponential, 0.0)
         negative_sum = negative_sum * scaling + tl.sum(exponential, axis=1)
         if partial_mean is not None:
-            weight = exponential * tl.where(y_finite, y_inverse, 0.0)[None, :]
-            mean = tl.dot(
-                weight.to(GRADIENT_DOT),
-                y.to(GRADIENT_DOT),
-                mean * scaling[:, None],
-                input_precision=PRECISION,
-                out_dtype=accumulator,
-            )
+            # In [0, LENGTH]. A column that is not finite has made the row's sum NaN already.
+            weight = exponential * tl.where(is_finite(y_scale), y_scale * (LENGTH * (LENGTH / 2)), 0.0)[None, :]
+            weight_high, weight_low = as_operands(weight, columns.dtype.element_ty, PARTS)
+            mean = multiply(weight_high, weight_low, y_high, y_low, mean * scaling[:, None], PARTS)
 
     out = partial + split.to(tl.int64) * NUM_PARTIAL * num_rows + row
     tl.store(out + NEGATIVE_MAX * num_rows, negative_max, mask=row_inside)
@@ -225,7 +249,7 @@ def _statistics_kernel(
         tl.store(out + POSITIVE_NUMBER * num_rows, positive_number, mask=row_inside)
         tl.store(out + POSITIVE_TOTAL * num_rows, positive_total, mask=row_inside)
     if partial_mean is not None:
-        mean = mean / tl.where(negative_sum == 0.0, 1.0, negative_sum)[:, None]
+        mean = mean / (tl.where(negative_sum == 0.0, 1.0, negative_sum) * (LENGTH * (LENGTH / 2)))[:, None]
         out = partial_mean + split.to(tl.int64) * num_rows * dim
         store_vectors(out, row, row_inside, dim, dim, mean, BLOCK_D)
 
@@ -375,36 +399,46 @@ def _group_loss_kernel(
         tl.store(row_loss + row, loss, mask=member)
 
 
-def inverse_norms(
+def prepare(
     vectors: Tensor,
-    out: Tensor,
     eps: float,
+    input_precision: str,
+    inverse_norm: Tensor | None = None,
     own: Tensor | None = None,
     own_scale: Tensor | None = None,
     own_logit: Tensor | None = None,
-) -> None:
-    """Writes 1/max(norm, eps) of vectors [N,D] to out [N], and the logits of own [N,M,D] to own_logit [M,N]."""
+) -> tuple[Tensor, Tensor]:
+    """Operands of products with the vectors [N,D]: [parts, N', D'] of `operand_shape`, and their scales [N'].
+
+    Of rows it also writes 1/max(norm, eps) to ``inverse_norm`` [N], and the logits of own [N,M,D] to own_logit [M,N].
+    """
     count, dim = vectors.shape
+    shape, dtype = operand_shape(count, dim, vectors.dtype, input_precision)
+    operands = vectors.new_empty(shape, dtype=dtype)
+    scale = vectors.new_empty(shape[1], dtype=accumulator_dtype(vectors.dtype))
     block = rows_per_program(dim)
-    own_strides = (0, 0, 0) if own is None else own.stride()
-    num_own = 0 if own is None else own.shape[1]
     launch(
-        _inverse_norm_kernel,
-        (triton.cdiv(count, block),),
+        _prepare_kernel,
+        (triton.cdiv(shape[1], block),),
         vectors,
-        out,
+        operands,
+        scale,
+        inverse_norm,
         own,
         own_scale,
         own_logit,
         count,
-        num_own,
+        shape[1],
+        0 if own is None else own.shape[1],
         dim,
         *vectors.stride(),
-        *own_strides,
+        *((0, 0, 0) if own is None else own.stride()),
+        PARTS=shape[0],
         EPS=eps,
         BLOCK_N=block,
-        BLOCK_D=block_dim(dim),
+        BLOCK_D=shape[2],
     )
+    return operands, scale
 
 
 def contrastive_forward(
@@ -428,92 +462,116 @@ def contrastive_forward(
     eps: float,
     keep_mean: bool,
     input_precision: str,
+    in_chunks: bool = False,
     arch: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments as in the reference, integer codes in int32, all but rows, columns and own contiguous.
 
     ``keep_mean``: also keep the mean of the negatives, from which the backward derives the rows' gradient without
     looking at the columns again; requires that no column is a positive of a row. ``input_precision``: of the products
-    of float32 vectors, "ieee", "tf32x3" or "tf32".
+    of float32 vectors, "tf32x3" (as exact as three TF32 products) or "tf32". ``in_chunks``: products by torch.mm, a
+    chunk of columns at a time (contrastive_chunks.py), without ``keep_mean``.
 
     Returns:
-        loss [R], statistics [NUM_STATS + M, R], inverse norms of the columns [C] (empty if they are the rows), and the
-        mean [R,D] (empty without ``keep_mean``), in the accumulator's dtype.
+        loss [R]; statistics [NUM_STATS + M, R]; prepared rows, their scales, prepared columns, theirs (`prepare`; the
+        columns' are empty if they are the rows, and all four are with ``keep_mean``, as the backward needs none); and
+        the mean [R,D] (empty without ``keep_mean``).
     """
     arch = architecture(rows) if arch is None else arch
     num_rows, dim = rows.shape
     dtype = accumulator_dtype(rows.dtype)
     num_own = 0 if own is None else own.shape[1]
     num_columns = num_rows if columns is None else columns.shape[0]
-    kernel = "mean" if keep_mean else "statistics"
-    config = tile_config(kernel, num_rows, num_columns, dim, rows.dtype, input_precision, arch)
     has_match = column_code is not None and match == "positive"
+    if in_chunks:
+        chunk = chunk_columns(num_rows, num_columns, arch)
+        config = chunk_config(num_rows, chunk, dim, arch)
+        splits = config.splits * len(chunks_of(num_columns, chunk))
+    else:
+        kernel = "mean" if keep_mean else "statistics"
+        chunk, config = 0, tile_config(kernel, num_rows, num_columns, dim, rows.dtype, input_precision, arch, has_match)
+        splits = config.splits
     log_floor = math.log(floor) if floor > 0 else None
 
     row_loss = rows.new_empty(num_rows, dtype=dtype)
     stats = rows.new_empty(NUM_STATS.value + num_own, num_rows, dtype=dtype)
-    partial = rows.new_empty(config.splits, NUM_PARTIAL.value, num_rows, dtype=dtype)
+    partial = rows.new_empty(splits, NUM_PARTIAL.value, num_rows, dtype=dtype)
     mean_column = rows.new_empty(num_rows if keep_mean else 0, dim, dtype=dtype)
     partial_mean = None
     if keep_mean:  # the mean of a single split is the mean
         single = config.splits == 1
         partial_mean = mean_column if single else rows.new_empty(config.splits, num_rows, dim, dtype=dtype)
 
-    own_logit = None if own is None else stats[NUM_STATS.value :]
-    inverse_norms(rows, stats[INVERSE_NORM.value], eps, own=own, own_scale=own_scale, own_logit=own_logit)
-    column_inverse = rows.new_empty(0 if columns is None else num_columns, dtype=dtype)
-    if columns is not None:
-        inverse_norms(columns, column_inverse, eps)
-
-    seen = rows if columns is None else columns
-    dot, gradient_dot = dot_dtypes(rows.dtype)
-    tiles = triton.cdiv(num_columns, config.block_streamed)
-    launch(
-        _statistics_kernel,
-        (triton.cdiv(num_rows, config.block_resident), config.splits),
+    precision = "ieee" if in_chunks else input_precision
+    operands, scale = prepare(
         rows,
-        seen,
-        stats[INVERSE_NORM.value],
-        stats[INVERSE_NORM.value] if columns is None else column_inverse,
-        row_code,
-        column_code,
-        self_column,
-        positive_scale,
-        negative_scale,
-        negative_bias,
-        partial,
-        partial_mean,
-        num_rows,
-        num_columns,
-        triton.cdiv(tiles, config.splits) * config.block_streamed,
-        dim,
-        *rows.stride(),
-        *seen.stride(),
-        NUM_CODES=0 if column_code is None else column_code.shape[1],
-        MATCH_IS_POSITIVE=has_match,
-        SIGN=-1 if form == "prod" else 1,
-        DOT=dot,
-        GRADIENT_DOT=gradient_dot,
-        PRECISION=input_precision,
-        BLOCK_R=config.block_resident,
-        BLOCK_C=config.block_streamed,
-        BLOCK_K=config.block_slice,
-        BLOCK_D=config.block_dim,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        eps,
+        precision,
+        inverse_norm=stats[INVERSE_NORM.value],
+        own=own,
+        own_scale=own_scale,
+        own_logit=None if own is None else stats[NUM_STATS.value :],
     )
+    nothing = operands.new_empty(0, 0, 0), scale.new_empty(0)
+    of_columns = nothing if columns is None else prepare(columns, eps, precision)
+    seen, seen_scale = (operands, scale) if columns is None else of_columns
+    num_codes = 0 if column_code is None else column_code.shape[1]
+
+    def statistics(tiles: TileConfig, partial: Tensor, first: int, last: int, products: Tensor | None) -> None:
+        """Statistics of the columns first..last-1, from their products with the rows if these are there."""
+        launch(
+            _statistics_kernel,
+            (triton.cdiv(num_rows, tiles.block_resident), tiles.splits),
+            operands if products is None else None,
+            seen if products is None else None,
+            products,
+            scale,
+            seen_scale[first:],
+            row_code,
+            None if column_code is None else column_code[first:],
+            self_column,
+            positive_scale,
+            negative_scale,
+            negative_bias,
+            partial,
+            partial_mean,
+            num_rows,
+            last - first,
+            first,
+            operands[0].numel(),
+            seen[0].numel(),
+            triton.cdiv(triton.cdiv(last - first, tiles.block_streamed), tiles.splits) * tiles.block_streamed,
+            dim,
+            NUM_CODES=num_codes,
+            MATCH_IS_POSITIVE=has_match,
+            SIGN=-1 if form == "prod" else 1,
+            PARTS=operands.shape[0],
+            BLOCK_R=tiles.block_resident,
+            BLOCK_C=tiles.block_streamed,
+            BLOCK_K=tiles.block_slice,
+            BLOCK_D=tiles.block_dim,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )
+
+    if chunk:
+        for index, (first, last) in enumerate(chunks_of(num_columns, chunk)):
+            products = multiply_all(operands[0, :num_rows], seen[0, first:last].t())
+            statistics(config, partial[index * config.splits :], first, last, products)
+    else:
+        statistics(config, partial, 0, num_columns, None)
     block = rows_per_program(dim)
     launch(
         _row_loss_kernel,
         (triton.cdiv(num_rows, block),),
         partial,
-        partial_mean if config.splits > 1 else None,
+        partial_mean if splits > 1 else None,
         negative_offset,
         stats,
         row_loss,
         mean_column,
         num_rows,
-        config.splits,
+        splits,
         num_own,
         dim,
         MATCH_IS_POSITIVE=has_match,
@@ -521,7 +579,7 @@ def contrastive_forward(
         FORM=form,
         LOG_FLOOR=log_floor,
         BLOCK_R=block,
-        BLOCK_D=config.block_dim,
+        BLOCK_D=block_dim(dim),
     )
     if group is not None:
         launch(
@@ -536,4 +594,6 @@ def contrastive_forward(
             LOG_FLOOR=log_floor,
             BLOCK=GROUP_BLOCK,
         )
-    return row_loss, stats, column_inverse, mean_column
+    if keep_mean:
+        return row_loss, stats, *nothing, *(value.clone() for value in nothing), mean_column
+    return row_loss, stats, operands, scale, *of_columns, mean_column

@@ -21,6 +21,10 @@ POSITIVE_COUNT = tl.constexpr(5)
 POSITIVE_MEAN = tl.constexpr(6)  # a
 NUM_STATS = tl.constexpr(7)
 
+# Prepared vectors are shorter than this, and 11 bits of float16 go down to 2^-36 of it: far below what a sum of
+# float32 keeps. Weights of vectors are brought below it too.
+LENGTH = tl.constexpr(2.0**12)
+
 
 @triton.jit
 def is_finite(x):
@@ -87,25 +91,6 @@ def norms(vectors, EPS: tl.constexpr):
 
 
 @triton.jit
-def shortening(inverse, dtype: tl.constexpr):
-    """Powers of two that make vectors shorter than 1/32, by their inverse norms.
-
-    No product with another vector of up to MAX_DIM finite elements overflows then. Vectors of float16 keep their
-    length: their products cannot overflow, and shorter ones would lose bits.
-    """
-    if dtype == tl.float16:
-        power = tl.full(inverse.shape, 1.0, inverse.dtype)
-    elif dtype == tl.float64:
-        bits = inverse.to(tl.int64, bitcast=True) & 0x7FF0000000000000
-        power = tl.maximum(bits.to(tl.float64, bitcast=True), tl.full(inverse.shape, 2.0**-1028, tl.float64)) * 2.0**-6
-    else:
-        bits = inverse.to(tl.int32, bitcast=True) & 0x7F800000
-        # Filled, as a number that is no normal float32 would make everything float64.
-        power = tl.maximum(bits.to(tl.float32, bitcast=True), tl.full(inverse.shape, 2.0**-132, tl.float32)) * 2.0**-6
-    return power
-
-
-@triton.jit
 def own_columns(
     unit,
     own,
@@ -132,33 +117,72 @@ def own_columns(
 
 
 @triton.jit
-def similarities(
-    x, x_base, x_index, x_keep, x_inverse, x_stride, x_stride_dim,
-    y, y_base, y_index, y_keep, y_inverse, y_stride, y_stride_dim,
-    dim, DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Cosines [X, Y] of raw vectors. Rounding x·y once beats normalizing half-precision vectors first.
-
-    BLOCK_K = BLOCK_D multiplies the tiles x and y. A smaller BLOCK_K reads them again in slices of that many elements:
-    whole float32 tiles, split for "tf32x3", do not fit into the registers.
-    """
-    accumulator: tl.constexpr = x_inverse.dtype
-    power = shortening(x_inverse, x_base.dtype.element_ty)
-    if BLOCK_K == BLOCK_D:
-        short = (x.to(accumulator) * power[:, None]).to(DOT)
-        product = tl.dot(short, tl.trans(y.to(DOT)), input_precision=PRECISION, out_dtype=accumulator)
+def power_of_two(positive, SMALLEST: tl.constexpr):
+    """The largest power of two that is not above a positive number, and ``SMALLEST`` for smaller numbers."""
+    if positive.dtype == tl.float64:
+        bits = positive.to(tl.int64, bitcast=True) & 0x7FF0000000000000
+        power = bits.to(tl.float64, bitcast=True)
     else:
-        product = tl.zeros([x_inverse.shape[0], y_inverse.shape[0]], accumulator)
-        for k in range(0, dim, BLOCK_K):
-            x_start = x_base + tl.cast(k, tl.int64) * x_stride_dim
-            y_start = y_base + tl.cast(k, tl.int64) * y_stride_dim
-            x_slice = load_vectors(x_start, x_index, x_keep, dim - k, x_stride, x_stride_dim, BLOCK_K)
-            y_slice = load_vectors(y_start, y_index, y_keep, dim - k, y_stride, y_stride_dim, BLOCK_K)
-            short = (x_slice.to(accumulator) * power[:, None]).to(DOT)
-            product = tl.dot(
-                short, tl.trans(y_slice.to(DOT)), product, input_precision=PRECISION, out_dtype=accumulator
-            )
-    return product * y_inverse[None, :] * (x_inverse / power)[:, None]
+        bits = positive.to(tl.int32, bitcast=True) & 0x7F800000
+        power = bits.to(tl.float32, bitcast=True)
+    # Filled, as a number that is no normal float32 would make everything float64.
+    return tl.maximum(power, tl.full(power.shape, SMALLEST, power.dtype))
+
+
+@triton.jit
+def as_operands(values, DOT: tl.constexpr, PARTS: tl.constexpr):
+    """One or two operands of a product whose sum is the values, to 11 bits of float16 each; else the same one twice."""
+    high = values.to(DOT)
+    low = high
+    if PARTS == 2:
+        low = (values - high.to(values.dtype)).to(DOT)
+    return high, low
+
+
+@triton.jit
+def multiply(a_high, a_low, b_high, b_low, total, PARTS: tl.constexpr):
+    """total + a·b. With two parts three products; the fourth is below 2^-22 of each term."""
+    if PARTS == 2:
+        total = tl.dot(a_low, b_high, total, input_precision="ieee", out_dtype=total.dtype)
+        total = tl.dot(a_high, b_low, total, input_precision="ieee", out_dtype=total.dtype)
+    return tl.dot(a_high, b_high, total, input_precision="ieee", out_dtype=total.dtype)
+
+
+@triton.jit
+def load_operands(
+    operands, size, start, k, PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Parts [BLOCK, BLOCK_K] of prepared vectors from ``start`` on, their elements from ``k`` on. All of it exists.
+
+    ``size``: elements of one part of all vectors.
+    """
+    place = operands + tl.cast(start, tl.int64) * BLOCK_D + k
+    offsets = tl.arange(0, BLOCK)[:, None] * BLOCK_D + tl.arange(0, BLOCK_K)[None, :]
+    high = tl.load(place + offsets)
+    low = high
+    if PARTS == 2:
+        low = tl.load(place + size + offsets)
+    return high, low
+
+
+@triton.jit
+def cosines(
+    x, x_size, x_start, x_high, x_low, x_scale, y, y_size, y_start, y_high, y_low, y_scale,
+    PARTS: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Cosines [BLOCK_X, BLOCK_Y] of prepared vectors.
+
+    BLOCK_K = BLOCK_D multiplies the tiles that were loaded. A smaller one reads slices of that many elements.
+    """
+    product = tl.zeros([BLOCK_X, BLOCK_Y], x_scale.dtype)
+    if BLOCK_K == BLOCK_D:
+        product = multiply(x_high, x_low, tl.trans(y_high), tl.trans(y_low), product, PARTS)
+    else:
+        for k in range(0, BLOCK_D, BLOCK_K):
+            a_high, a_low = load_operands(x, x_size, x_start, k, PARTS, BLOCK_X, BLOCK_K, BLOCK_D)
+            b_high, b_low = load_operands(y, y_size, y_start, k, PARTS, BLOCK_Y, BLOCK_K, BLOCK_D)
+            product = multiply(a_high, a_low, tl.trans(b_high), tl.trans(b_low), product, PARTS)
+    return product * y_scale[None, :] * x_scale[:, None]
 
 
 @triton.jit

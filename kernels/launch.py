@@ -1,6 +1,5 @@
 """Shared by the launchers: the dtypes of a computation, the architecture it runs on, and the launch itself."""
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -8,9 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.values import accumulator_dtype as accumulator_dtype  # for the launchers
-from .config import INTERPRETER
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported, so a constant
+from .config import INTERPRETED, INTERPRETER
 
 TRITON_DTYPE = {
     torch.float16: tl.float16,
@@ -20,8 +17,14 @@ TRITON_DTYPE = {
 }
 
 
+# If set, the architecture whose tiles all launches get: what is recorded for a card that is not here.
+pretended: int | None = None
+
+
 def architecture(tensor: Tensor) -> int:
     """Compute capability as a number (90 for 9.0) of the tensor's device, `INTERPRETER` off the GPU."""
+    if pretended is not None:
+        return pretended
     if not tensor.is_cuda:
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(tensor.device)

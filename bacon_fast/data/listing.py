@@ -75,7 +75,7 @@ def list_images(
     else:
         listing = _of_folder(source, classes, follow_links, other_labels, [*further])
     for path in unlabeled:
-        listing.unlabeled += [file for file, _ in read_csv(path, label=False)] if _is_csv(path) else _plain(path)
+        listing.unlabeled += unlabeled_files(path)
     for part, paths in (("test", test), ("val", val)):
         for path in paths:
             found = _all_labeled(path, read_csv(path)) if _is_csv(path) else _class_folder(path, follow_links)
@@ -84,6 +84,14 @@ def list_images(
             getattr(listing, part).extend(found)
     _require_one_place(listing)
     return listing
+
+
+def unlabeled_files(source: Path) -> list[Path]:
+    """Image files of a folder, at any depth, or of a CSV file, whose labels are not read.
+
+    Raises FileNotFoundError and ValueError as `read_csv` and `image_files`.
+    """
+    return [file for file, _ in read_csv(source, label=False)] if _is_csv(source) else _plain(source)
 
 
 # --- CSV files -------------------------------------------------------------------------------------------------------

@@ -39,13 +39,14 @@ def require_names(source: str, names: Sequence[str]) -> None:
     shown = ", ".join(f"'{name}'" for name in distinct(*names))
     if len(set(names)) != len(names) or not all(name.strip() for name in names):
         raise ValueError(f"{source}: expected different names, none of them empty, found {shown}")
-    if foreign := [name for name in names if not _is_utf8(name)]:
+    if foreign := [name for name in names if not is_utf8(name)]:
         raise ValueError(f"{source}: expected names in UTF-8, found {', '.join(map(ascii, foreign))}")
     if len({unicodedata.normalize("NFC", name) for name in names}) != len(names):
         raise ValueError(f"{source}: expected names that look different, found {shown}")
 
 
-def _is_utf8(name: str) -> bool:
+def is_utf8(name: str) -> bool:
+    """Whether it can be written as UTF-8: a file's name may hold other bytes."""
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -54,12 +54,14 @@ class Evaluation:
         calibration: float64 [15, 3], for equal bins of confidence: images, sum of confidences, right predictions.
         intra_class_variance: mean over classes of the mean squared distance of unit features to their class mean, 0-d.
         log_loss: class-balanced, see `balanced_log_loss`, 0-d.
+        logits: float32 [N,K], of all images.
     """
 
     confusion: Tensor
     calibration: Tensor
     intra_class_variance: Tensor
     log_loss: Tensor
+    logits: Tensor
 
 
 @torch.inference_mode()
@@ -107,6 +109,7 @@ def evaluate(network: nn.Module, normalize: Augment, part: Part, num_classes: in
         calibration_bins(logits, labels),
         intra_class_variance(features, labels, num_classes),
         balanced_log_loss(logits, labels, num_classes),
+        logits,
     )
 
 

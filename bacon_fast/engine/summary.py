@@ -48,6 +48,7 @@ def summarize(
         "step": step,
         **_measured(config, parts, history),
         "choice": choice(config, parts, history),
+        "calibration": calibration(config, parts, history),
         "class_names": list(dataset.class_names),
         "steps_per_second": step / train_seconds,
         "train_seconds": train_seconds,
@@ -82,8 +83,10 @@ def _measured(config: Config, parts: Sequence[Part], history: History) -> dict[s
         readings["best_on_validation"] = {name: row[name] for name in names if name in row}
     counts = torch.bincount(part.labels, minlength=len(row["per_class"])).tolist()
     validation = {name.removeprefix("validation_"): row[name] for name in row if name.startswith("validation_")}
+    errors = {name: _finite(row.get(name)) for name in ("calibration_error", "scaled_calibration_error") if name in row}
     return {
         **{name: row[name] for name in (*HEADLINE, "per_class")},
+        **errors,
         "bacc_error": standard_error(row["per_class"], counts),
         "evaluated_on": part.name,
         "images": len(part.labels),
@@ -107,6 +110,31 @@ def choice(config: Config, parts: Sequence[Part], history: History) -> str:
     counts = torch.bincount(part.labels, minlength=len(row["per_class"])).tolist()
     precision = f"{len(part.labels):,} images, bACC ±{standard_error(row['per_class'], counts):.2f}"
     return f"last averaged weights, reported on {part.name} ({precision}){ended}"
+
+
+def calibration(config: Config, parts: Sequence[Part], history: History) -> str:
+    """What is known of the reported probabilities, in words: the temperature, and the expected calibration error."""
+    if not parts:
+        return "uncalibrated: no validation images (--validation, --val)"
+    row, part = chosen_row(config, history), parts[0]
+    before, after = (_percent(row.get(name)) for name in ("calibration_error", "scaled_calibration_error"))
+    if (temperature := row.get("validation_temperature")) is None:
+        why = " (the validation images determine no temperature)" if "validation_images" in row else ""
+        return f"uncalibrated{why}: expected calibration error {before} on {part.name}"
+    where = "test" if part.name == "test" else "the same images"
+    return (
+        f"temperature {temperature:.2f}, of {row['validation_images']:,} validation images: expected calibration error "
+        f"{before} before, {after} after, on {where}"
+    )
+
+
+def _finite(value: float | None) -> float | None:
+    """None for what JSON does not have."""
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _percent(value: float | None) -> str:
+    return "unknown" if _finite(value) is None else f"{100 * value:.1f} %"
 
 
 def read_summary(path: Path, config: Config, split: str) -> dict[str, Any]:

@@ -29,7 +29,15 @@ from bacon_fast.engine.config import Config
 from bacon_fast.engine.diagnostics import Diagnostics
 from bacon_fast.engine.directory import newest_state
 from bacon_fast.engine.ema import EMA
-from bacon_fast.engine.evaluation import Evaluation, Part, calibration_error, evaluate, parts_of, predict_together
+from bacon_fast.engine.evaluation import (
+    Evaluation,
+    Part,
+    calibration_bins,
+    calibration_error,
+    evaluate,
+    parts_of,
+    predict_together,
+)
 from bacon_fast.engine.features import FeatureBatches, Features, load_features
 from bacon_fast.engine.finite import not_finite
 from bacon_fast.engine.graph import CudaCapture, GraphedStep, use_graph
@@ -43,6 +51,7 @@ from bacon_fast.engine.schedule import learning_rate
 from bacon_fast.engine.selection import LOSS, KeptWeights, best_row, is_out_of_patience, require_validation
 from bacon_fast.engine.step import AUTOCAST, TrainStep, autocast
 from bacon_fast.engine.summary import summarize
+from bacon_fast.engine.temperature import fit_temperature
 from bacon_fast.files import remove_leftovers, write_record
 from bacon_fast.methods.method import Method, NewGeneration, RefreshContext
 from bacon_fast.methods.part import DataInfo
@@ -337,6 +346,7 @@ class Trainer:
             "selected_step": self.selected_step,
             "mean": list(self.dataset.mean),
             "std": list(self.dataset.std),
+            "temperature": self.temperature,
             "weights": self._weights,
         }
 
@@ -475,6 +485,14 @@ class Trainer:
         best = best_row(self.history.rows) if self.config.log.select == "validation" else None
         return None if best is None else self.history.rows[best]["step"]
 
+    @property
+    def temperature(self) -> float | None:
+        """By which the logits of the weights to use are divided, from the validation images; None if it is not known
+        of these weights, as between two evaluations.
+        """
+        step = self.selected_step or self.step
+        return next((row.get("validation_temperature") for row in self.history.rows if row["step"] == step), None)
+
     def chosen_network(self) -> nn.Module:
         """The averaged network by which the run is reported, in evaluation mode: the best on validation, or the newest.
 
@@ -574,6 +592,9 @@ class Trainer:
         metrics["intra_class_variance"] = float(evaluation.intra_class_variance)
         if "validation" in found:
             metrics |= self._on_validation(found["validation"])
+            if (temperature := metrics["validation_temperature"]) is not None:
+                bins = calibration_bins(evaluation.logits / temperature, self.parts[0].labels.to(self.device))
+                metrics["scaled_calibration_error"] = calibration_error(bins)
         metrics |= self.diagnostics.read()
         if self.method.regularizer is not None:
             metrics["temperatures"] = self.method.regularizer.temperatures(self.step / self.config.steps).tolist()
@@ -588,12 +609,16 @@ class Trainer:
         self.logger.show_eval(row)
 
     def _on_validation(self, evaluation: Evaluation) -> dict[str, float | None]:
-        """What an evaluation's row says of the validation part. All ranks get rank 0's loss, for it decides."""
+        """What an evaluation's row says of the validation part. All ranks get rank 0's loss and
+        temperature, for they decide and are saved."""
         metrics = compute_metrics(evaluation.confusion, self.split.labeled_counts)
         images = evaluation.confusion.sum(1).tolist()
-        loss = distributed.broadcast(float(evaluation.log_loss))
+        labels = next(part.labels for part in self.parts if part.name == "validation")
+        found = float(evaluation.log_loss), fit_temperature(evaluation.logits, labels)
+        loss, temperature = distributed.broadcast(found)
         return {
             LOSS: loss if math.isfinite(loss) else None,
+            "validation_temperature": temperature,
             "validation_bacc": metrics["bacc"],
             "validation_bacc_error": standard_error(metrics["per_class"], images),
             "validation_images": sum(images),

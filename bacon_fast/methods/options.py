@@ -86,7 +86,7 @@ class SharedOptions(Options):
     """Momentum of the mean prediction (ReMixMatch, CReST+, DebiasPL)."""
     usb_compat: bool = False
     """Bring back errors of USB's code that published numbers contain."""
-    loss_backend: Literal["auto", "reference", "cpp", "triton"] = "auto"
+    loss_backend: Literal["auto", "reference", "cpp", "triton", "chunks"] = "auto"
     """Implementation of the fused losses."""
 
     def check(self) -> None:

@@ -1,7 +1,7 @@
 """Which backend serves a tensor, and why another does not.
 
 An operation's file enters its backends into `BACKENDS`: "reference" is plain PyTorch, "cpp" the native CPU code, "cuda"
-the native GPU code, "triton" the kernels, which serve a GPU.
+the native GPU code, "triton" the kernels, which serve a GPU, "chunks" matrix products by torch beside smaller kernels.
 """
 
 import os
@@ -37,9 +37,11 @@ class Backend(NamedTuple):
     why_not: Callable[[Tensor], str | None]
 
 
-BACKEND_NAMES = ("reference", "cpp", "triton", "cuda")
+BACKEND_NAMES = ("reference", "cpp", "triton", "chunks", "cuda")
 # Operation -> its backends, the preferred one first.
 BACKENDS: dict[str, dict[str, Backend]] = {}
+# Operation -> which of its backends to prefer for a tensor and a number of columns it is compared with, if it has one.
+PREFERENCES: dict[str, Callable[[Tensor, int], str | None]] = {}
 
 
 def always(tensor: Tensor) -> None:
@@ -78,16 +80,22 @@ def why_not_triton(tensor: Tensor) -> str | None:
     return f"it serves cuda tensors (cpu ones under TRITON_INTERPRET=1), and these are on {tensor.device}"
 
 
-def choose_backend(operation: str, name: str | None, tensor: Tensor) -> Callable[..., Any]:
+def choose_backend(operation: str, name: str | None, tensor: Tensor, columns: int | None = None) -> Callable[..., Any]:
     """The implementation called ``name``, or for None the best one, of an operation on ``tensor``.
 
-    Raises ValueError for a name that no backend has, RuntimeError with the reason for one that cannot serve the tensor.
+    Which is the best may depend on the number of ``columns`` that the tensor's rows are compared with: None means with
+    each other. Raises ValueError for a name that no backend has, RuntimeError with the reason for one that cannot serve
+    the tensor.
     """
     table = BACKENDS[operation]
     if name is None:
+        if operation in PREFERENCES:
+            preferred = PREFERENCES[operation](tensor, tensor.shape[0] if columns is None else columns)
+            if preferred in table and table[preferred].why_not(tensor) is None:
+                return table[preferred].run
         # On a CPU Triton can only interpret its kernels: good for tests, never the best choice.
-        skipped = "triton" if tensor.device.type == "cpu" else ""
-        return next(b.run for key, b in table.items() if key != skipped and b.why_not(tensor) is None)
+        skipped = ("triton", "chunks") if tensor.device.type == "cpu" else ()
+        return next(b.run for key, b in table.items() if key not in skipped and b.why_not(tensor) is None)
     if name not in BACKEND_NAMES:
         raise ValueError(f"backend: expected None or one of {', '.join(BACKEND_NAMES)}, found {name!r}")
     if name not in table:

@@ -1,6 +1,7 @@
 """BaCon's loss: `bacon_loss` and its temperatures."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..reference.bacon_loss import EPS_COSINE, EPS_LOG, row_codes
 from ..reference.values import accumulator_dtype
-from .backends import BACKENDS, Backend, always, choose_backend, why_not_cpp
+from .backends import BACKENDS, PREFERENCES, Backend, always, choose_backend, why_not_cpp
 from .checks import (
     check_choice,
     check_devices,
@@ -21,6 +22,7 @@ from .checks import (
     check_temperatures,
 )
 from .contrastive import contrastive, why_not_triton_family
+from .contrastive_times import fastest_on_gpu
 
 NEG_MODES = ("authors", "paper")
 
@@ -74,7 +76,7 @@ def bacon_loss(
         has_center: [K] bool, False for classes without a center; None means that all have one. Rows of classes without
             a center, and of classes without a negative in the batch, have no term.
         min_temperature: lower bound of the positives' temperatures.
-        backend: None for the best one, "reference", "cpp" or "triton".
+        backend: None for the best one, "reference", "cpp", "triton" or "chunks".
 
     Returns:
         Mean over the reliable rows; exactly 0 with zero gradient where no row has a term.
@@ -248,7 +250,7 @@ def _count(classes: Tensor, weight: Tensor, num_classes: int) -> Tensor:
     return bins.scatter_add_(0, classes.where(classes >= 0, num_classes).flatten(), weight.flatten())[:num_classes]
 
 
-def _run_triton(
+def _run_family(
     features: Tensor,
     labels: Tensor,
     logits: Tensor,
@@ -264,8 +266,9 @@ def _run_triton(
     neg_mode: str,
     has_center: Tensor | None,
     min_temperature: float,
+    backend: str,
 ) -> Tensor:
-    """Backend "triton": BaCon's loss as an instance of the contrastive family, by its codes, scales and offsets."""
+    """Backends "triton" and "chunks": BaCon's loss as an instance of the family, by its codes, scales and offsets."""
     num_rows, num_classes = features.shape[0], centers.shape[0]
     dtype = accumulator_dtype(features.dtype)
     classes, codes = row_codes(labels, logits.detach(), num_classes, top_k)
@@ -305,13 +308,15 @@ def _run_triton(
         match="ignore",
         floor=EPS_LOG,
         eps=EPS_COSINE,
-        backend="triton",
+        backend=backend,
     )
     return torch.where(contributes, row_loss, 0).sum() / reliable.sum().clamp_min(1)
 
 
 BACKENDS["bacon_loss"] = {
     "cpp": Backend(_run_cpp, why_not_cpp),
-    "triton": Backend(_run_triton, why_not_triton_family),
+    "triton": Backend(partial(_run_family, backend="triton"), why_not_triton_family),
+    "chunks": Backend(partial(_run_family, backend="chunks"), why_not_triton_family),
     "reference": Backend(reference.bacon_loss, always),
 }
+PREFERENCES["bacon_loss"] = fastest_on_gpu

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.values import accumulator_dtype
-from .backends import BACKENDS, Backend, always, why_not_cpp, why_not_triton
+from .backends import BACKENDS, PREFERENCES, Backend, always, why_not_cpp, why_not_triton
+from .contrastive_times import fastest_on_gpu
 
 
 def contrastive(
@@ -35,7 +36,7 @@ def contrastive(
     eps: float = 1e-12,
     backend: str,
 ) -> Tensor:
-    """The family's loss of every row by the backend "cpp" or "triton". Rows and columns must have one dtype.
+    """The family's loss of every row by the backend "cpp", "triton" or "chunks". Rows and columns must have one dtype.
 
     Arguments and formulas: `reference.contrastive.contrastive`. `choose_backend("contrastive", ...)` returns this
     function with its backend, or the reference.
@@ -113,8 +114,9 @@ _CPP_ARGUMENTS = f"{_arguments({'own', 'own_scale', 'group'})}, int num_groups"
 _OPTIONS = "str form, str match, float floor, float eps"
 _NEEDS = "bool needs_rows, bool needs_columns, bool needs_own"
 _GRADIENTS = "(Tensor grad_rows, Tensor grad_columns, Tensor grad_own)"
-# The forward saves these for the backward, in the accumulator's dtype; the C++ code uses only the first.
-_SAVED = "Tensor stats, Tensor column_inverse_norm, Tensor mean_column"
+# The forward saves these for the backward; the C++ code uses only the first.
+_OPERANDS = "Tensor row_operands, Tensor row_operand_scale, Tensor column_operands, Tensor column_operand_scale"
+_SAVED = f"Tensor stats, {_OPERANDS}, Tensor mean_column"
 _CPP_STATS = 5  # kNumStats in csrc/contrastive/family.h
 _TRITON_STATS = 7  # NUM_STATS in kernels/contrastive_math.py; the own logits follow
 
@@ -163,29 +165,49 @@ def _native_arguments(arguments: tuple) -> tuple:
 
 
 @torch.library.impl("bacon_fast::contrastive", ("cpu", "cuda"))
-def _forward(*arguments: Any, backend: str, keep_mean: bool, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(*arguments: Any, backend: str, keep_mean: bool, **options: Any) -> tuple[Tensor, ...]:
     rows = arguments[0]
     if backend == "cpp":
         row_loss, stats = torch.ops.bacon_fast.contrastive_cpp(*_native_arguments(arguments), **options)
-        return row_loss, stats, row_loss.new_empty(0), row_loss.new_empty(0, rows.shape[1])
+        empty, no_scale = partial(rows.new_empty, (0, 0, 0)), partial(row_loss.new_empty, 0)
+        return row_loss, stats, empty(), no_scale(), empty(), no_scale(), row_loss.new_empty(0, rows.shape[1])
     from ..kernels.contrastive_forward import contrastive_forward
 
-    precision = input_precision(rows.dtype)
-    return contrastive_forward(*arguments, **options, keep_mean=keep_mean, input_precision=precision)
+    return contrastive_forward(
+        *arguments,
+        **options,
+        keep_mean=keep_mean,
+        input_precision=input_precision(rows.dtype),
+        in_chunks=backend == "chunks",
+    )
 
 
 @torch.library.register_fake("bacon_fast::contrastive")
 def _(rows, columns, own, *arguments, backend, keep_mean, **options):
     dtype = accumulator_dtype(rows.dtype)
+
+    def operands(vectors: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What `kernels.contrastive_forward.prepare` makes, if the backward needs it."""
+        shape, of = (0, 0, 0), rows.dtype
+        if backend != "cpp":
+            count = 0 if vectors is None else vectors.shape[0]
+            precision = "ieee" if backend == "chunks" else input_precision(rows.dtype)
+            full, of = operand_shape(count, rows.shape[1], rows.dtype, precision)
+            if vectors is not None and not keep_mean:
+                shape = full
+        return rows.new_empty(shape, dtype=of), rows.new_empty(shape[1], dtype=dtype)
+
     if backend == "cpp":
-        num_stats, num_inverse = _CPP_STATS, 0
+        num_stats = _CPP_STATS
     else:
+        from ..kernels.config import operand_shape
+
         num_stats = _TRITON_STATS + (0 if own is None else own.shape[1])
-        num_inverse = 0 if columns is None else columns.shape[0]
     return (
         rows.new_empty(rows.shape[0], dtype=dtype),
         rows.new_empty(num_stats, rows.shape[0], dtype=dtype),
-        rows.new_empty(num_inverse, dtype=dtype),
+        *operands(rows),
+        *operands(columns),
         rows.new_empty(rows.shape[0] if keep_mean else 0, rows.shape[1], dtype=dtype),
     )
 
@@ -194,15 +216,14 @@ def _(rows, columns, own, *arguments, backend, keep_mean, **options):
 def _backward(
     grad_row_loss: Tensor,
     stats: Tensor,
-    column_inverse_norm: Tensor,
-    mean_column: Tensor,
-    *arguments: Any,
+    *saved_and_arguments: Any,
     backend: str,
     needs_rows: bool,
     needs_columns: bool,
     needs_own: bool,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    saved, arguments = saved_and_arguments[:5], saved_and_arguments[5:]
     rows, columns = arguments[:2]
     grad = grad_row_loss.to(stats.dtype).contiguous()
     if backend == "cpp":
@@ -224,21 +245,21 @@ def _backward(
     return contrastive_backward(
         grad,
         stats,
-        column_inverse_norm,
-        mean_column,
+        *saved,
         *arguments,
         **options,
         needs_rows=needs_rows,
         needs_columns=needs_columns,
         needs_own=needs_own,
         input_precision=input_precision(rows.dtype),
+        in_chunks=backend == "chunks",
     )
 
 
 @torch.library.register_fake("bacon_fast::contrastive_backward")
 def _(
-    grad_row_loss, stats, column_inverse_norm, mean_column, rows, columns, own, *arguments,
-    needs_rows, needs_columns, needs_own, **options,
+    grad_row_loss, stats, row_operands, row_operand_scale, column_operands, column_operand_scale, mean_column,
+    rows, columns, own, *arguments, needs_rows, needs_columns, needs_own, **options,
 ):  # fmt: skip
     def gradient(of: Tensor | None, needed: bool) -> Tensor:
         return of.new_empty(of.shape) if needed and of is not None else rows.new_empty(0)
@@ -307,5 +328,7 @@ def why_not_triton_family(vectors: Tensor) -> str | None:
 BACKENDS["contrastive"] = {
     "cpp": Backend(partial(contrastive, backend="cpp"), why_not_cpp),
     "triton": Backend(partial(contrastive, backend="triton"), why_not_triton_family),
+    "chunks": Backend(partial(contrastive, backend="chunks"), why_not_triton_family),
     "reference": Backend(reference.contrastive, always),
 }
+PREFERENCES["contrastive"] = fastest_on_gpu

@@ -1,7 +1,7 @@
 """The contrastive losses beside BaCon's, as instances of the fused family: `sup_con_loss`, `info_nce`, `sscl_loss`.
 
 No backend but the reference builds a matrix of similarities, and all are deterministic. On a GPU, products of float32
-vectors are as exact as torch.set_float32_matmul_precision says: three tf32 products by default, one for "high".
+vectors are as exact as torch.set_float32_matmul_precision says: as three tf32 products by default, as one for "high".
 """
 
 import math
@@ -75,7 +75,7 @@ def sup_con_loss(
         temperature: > 0.
         reduction: "wmean", Σ w·loss / Σ w over the rows that have a positive; "pml", as pytorch-metric-learning's
             SupConLoss for losses multiplied by w / mean(w), which averages over losses above 0; "none".
-        backend: None for the best one, "reference", "cpp" or "triton".
+        backend: None for the best one, "reference", "cpp", "triton" or "chunks".
 
     Returns:
         0-d tensor, or with "none" the weighted loss of each row [K+N], prototypes first. Exactly 0 with zero gradient
@@ -169,7 +169,7 @@ def info_nce(
         negatives: [C,D] float, the negatives of every query, a queue for instance; None: the positives of the others.
         temperature: > 0.
         reduction: "mean" or "none".
-        backend: None for the best one, "reference", "cpp" or "triton".
+        backend: None for the best one, "reference", "cpp", "triton" or "chunks".
 
     Returns:
         0-d tensor, the mean over the queries (0 for none), or the loss of each [R]. All inputs receive gradients;
@@ -193,7 +193,7 @@ def info_nce(
     check_devices("queries", queries, positives=positives, negatives=negatives)
     check_number("temperature", temperature, low=0)
     check_choice("reduction", reduction, REDUCTIONS)
-    run = choose_backend("contrastive", backend, queries)
+    run = choose_backend("contrastive", backend, queries, None if negatives is None else negatives.shape[0])
     index = torch.arange(queries.shape[0], device=queries.device)
     if negatives is None:
         queries, positives = _same_dtype(queries, positives)
@@ -257,7 +257,7 @@ def sscl_loss(
         query_classes, queue_classes: [R] and [C] int64 in 0..2^31-1. A queue entry of the query's class is no negative;
             -1 is nobody's class. None, as in the paper: all entries are negatives.
         reduction: "mean" or "none".
-        backend: None for the best one, "reference", "cpp" or "triton".
+        backend: None for the best one, "reference", "cpp", "triton" or "chunks".
 
     Returns:
         0-d tensor, the mean over the queries (0 for none), or the loss of each [R]. 0 for a query without keys.
@@ -307,7 +307,7 @@ def sscl_loss(
     check_number("margin", margin, low=-math.inf)
     check_choice("form", form, ("prod", "sum"))
     check_choice("reduction", reduction, REDUCTIONS)
-    run = choose_backend("contrastive", backend, queries)
+    run = choose_backend("contrastive", backend, queries, queue.shape[0])
     queries, keys, queue = _same_dtype(queries, keys.detach(), queue.detach())
     scale = _per_row(queries, gamma)
     own_scale = scale[:, None].expand(rows, keys.shape[1])

@@ -46,6 +46,7 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
         [
             html.header(data.title, _facts(data)),
             html.line(data.summary.get("choice", "")),
+            html.line(data.summary.get("calibration", "")),
             _cards(data),
             html.note(_bacon_never_acted(data)),
             html.section("Training", html.group("pair", training_pictures(data, picture))),

@@ -30,6 +30,8 @@ def test_launches_are_recorded_and_compiled_once(tmp_path):
     pointers = {kind for row in rows for kind in dict(row[2]).values()}
     # The kernels of a whole step of BaCon for either dtype, and no other's.
     assert all("bacon_step" in module for module, *_ in rows) and {"*bf16", "*fp16"} <= pointers
+    # With the tiles of the GPU: the interpreter's programs have one warp.
+    assert {row[5] for row in rows if row[1] in ("_compare_kernel", "_gradient_kernel")} == {4}
     path.write_bytes(pickle.dumps(rows[-1:]))
     for _ in range(2):  # the second time it is found
         run("benchmarks.gpu_bundle.compile", path, TRITON_CACHE_DIR=str(cache))

@@ -340,6 +340,7 @@ def test_control_characters_in_names_do_not_reach_the_terminal(capsys):
         "seed": 0,
         "steps_per_second": 1.0,
         "choice": "",
+        "calibration": "",
     }
     summary |= {"last": row, "mean_last_20": row, "best_on_test": row, "class_names": names, "per_class": [1.0, None]}
     assert "\x1b" not in (text := format_summary(summary, [1, 1], None)) and "\\x1b[31mdog" in text

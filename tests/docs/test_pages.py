@@ -121,6 +121,9 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "integrations.metric_learning" in page.read_text():
         pytest.importorskip("pytorch_metric_learning")
+    if "onnxruntime" in page.read_text():
+        for package in ("onnxscript", "onnxruntime"):
+            pytest.importorskip(package, reason="the page needs the extra export")
     namespace: dict = {}
     with mock.patch.dict(methods.PARTS):  # a page may add a part
         for number, block in enumerate(blocks(page.read_text(), "python"), 1):

@@ -177,6 +177,31 @@ def test_strided_inputs_and_progress_on_the_device():
         assert_same_state(*modules)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("exponent", [65, 90, 120])
+def test_features_beyond_1e19_count_as_others(exponent, dtype):
+    """Their products overflow. No loss looks at lengths: loss and gradient are those of features a power of two less.
+
+    The bank clamps them, and takes none that is not finite: so its fixed-point sums never see a NaN.
+    """
+    shape, scale = SHAPES["odd"], 2.0**exponent
+    plain, large, broken = (module(shape, "triton") for _ in range(3))
+    steps = [batch(shape, seed, dtype) for seed in range(2)]
+    for each in (plain, large, broken):
+        take(each, steps[0])  # the centers that the next step pulls to
+    expected, slope, _ = take(plain, steps[1])
+    loss, gradient, _ = take(large, steps[1] | {"features": steps[1]["features"] * scale})
+    features = steps[1]["features"].clone()
+    features[:, 0] = torch.nan
+    assert take(broken, steps[1] | {"features": features})[0].isnan()
+    assert expected > 0 and slope.any()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    smallest = 1e-40 * scale  # gradients near the end of the range keep few bits
+    torch.testing.assert_close(gradient.float() * scale, slope.float(), rtol=1e-2, atol=smallest + 1e-6)
+    assert large.bank.features.isfinite().all() and large.bank.features.abs().max() <= 4096
+    assert broken.bank.features.isfinite().all() and broken.bank.centers.isfinite().all()
+
+
 def test_rows_of_nan_reach_the_loss_only_if_they_matter():
     shape = SHAPES["one-class"]  # nobody is a negative, so no row matters
     modules = [module(shape, backend) for backend in ("triton", "reference")]

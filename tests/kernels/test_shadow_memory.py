@@ -185,6 +185,17 @@ def test_contrastive(shadow, case, form):
         assert torch.equal(one, two) and one.isfinite().all()
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("bacon", "queue", "odd")], ids=str)
+def test_contrastive_in_chunks(shadow, case):
+    arguments, options = problem(case, torch.float32)
+    grad = upstream(case, torch.float32)
+    loss, gradients = loss_and_gradients(contrastive, case, arguments, grad, backend="chunks", form="sum", **options)
+    assert loss.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
+    assert {"_statistics_kernel", "_weights_kernel"} <= set(
+        shadow.launches
+    ) and "_gradient_kernel" not in shadow.launches
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (0, 9, 7), (9, 0, 7), (33, 65, 20)], ids=str)
 def test_fixmatch_abc(shadow, sizes):
     inputs = random_batch(*sizes, torch.float32)

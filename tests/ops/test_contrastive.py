@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bacon_fast import reference
 from bacon_fast.kernels import contrastive_backward, contrastive_forward
-from bacon_fast.kernels.config import MAX_DIM, tile_config
+from bacon_fast.kernels.config import MAX_BLOCK, MAX_DIM, tile_config
 from bacon_fast.ops import backends
 from bacon_fast.ops.contrastive import contrastive
 
@@ -60,6 +60,15 @@ def test_as_accurate_as_torch(backend, index, dtype):
     # One form a case and dtype: the interpreter is slow, and the formulas do not depend on the dtype.
     form = FORMS[(index + dtype.itemsize + (dtype == torch.float16)) % 3]
     assert_as_accurate_as_torch(run_on(backend), CASES[index], form, dtype)
+
+
+@needs("chunks")
+@pytest.mark.parametrize("name", ["odd", "no-columns", "no-rows", "bacon", "ssc", "queue", "memory"])
+def test_chunks_are_as_accurate_as_torch(name):
+    """Several chunks of 64 columns; the kernels but two are those of "triton". A dtype for each case, all in turn."""
+    index, case = next((index, case) for index, case in enumerate(CASES) if case.name == name)
+    dtype = [torch.float32, torch.float64, torch.bfloat16, torch.float16][index % 4]
+    assert_as_accurate_as_torch(run_on("chunks"), case, FORMS[index % 3], dtype)
 
 
 @needs("triton")
@@ -220,7 +229,7 @@ def test_what_nobody_looks_at_may_be_nan(backend, form):
     assert torch.equal(gradients[2][others], clean[2][others])
 
 
-@pytest.mark.parametrize("backend", ALL_BACKENDS)
+@pytest.mark.parametrize("backend", [*ALL_BACKENDS, pytest.param("chunks", marks=needs("chunks"))])
 def test_nan_that_matters_is_seen(backend):
     case = Case("nan", 4, 9, 5, own=1)
     arguments, options = problem(case, torch.float32)
@@ -304,7 +313,7 @@ def op_arguments(case: Case, backend: str, dtype: torch.dtype = torch.float32):
     return arguments, options | {"form": "mean", "backend": backend}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("chunks", marks=needs("chunks"))])
 @pytest.mark.parametrize(
     "case",
     [
@@ -446,6 +455,7 @@ def test_tile_configurations_are_pure_and_cover_the_problem(kernel, arch, precis
     for dim in (1, 16, 17, 64, 100, 128, 129, 256, 300, MAX_DIM):
         for resident, streamed in ((1, 1), (0, 5), (192, 192), (192, 65536), (7168, 7168), (100_000, 3)):
             config = tile_config(kernel, resident, streamed, dim, dtype, precision, arch)
+            assert max(config.block_resident, config.block_streamed) <= MAX_BLOCK  # what vectors are padded to
             assert config == tile_config(kernel, resident, streamed, dim, dtype, precision, arch)
             assert hash(config) is not None
             assert config.block_dim >= max(dim, 16) and config.block_dim % config.block_slice == 0

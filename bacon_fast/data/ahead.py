@@ -1,0 +1,50 @@
+"""Image files for prediction, decoded in chunks: the next one is decoded while the caller works on the one before."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bacon_fast.data.images import decode
+
+CHUNK = 128
+"""Files a chunk."""
+
+
+class Chunk(NamedTuple):
+    """Files, in order, and what is in them.
+
+    images: uint8 [n,H,W,3] for each (H, W) that was asked for; black for a file that cannot be decoded.
+    failed: name and reason of each such file by its index.
+    """
+
+    files: Sequence[Path]
+    images: dict[tuple[int, int], Tensor]
+    failed: dict[int, str]
+
+
+def read_ahead(
+    files: Sequence[Path], sizes: Sequence[tuple[int, int]], done: Callable[[], object] = lambda: None
+) -> Iterator[Chunk]:
+    """All files in order, decoded in threads at each of the sizes (H, W). `done` is called after each file."""
+
+    def read(start: int) -> Chunk:
+        part = files[start : start + CHUNK]
+        images, failed = {}, {}
+        for number, size in enumerate(dict.fromkeys(sizes)):
+            rows = np.zeros((len(part), *size, 3), dtype=np.uint8)
+            failed |= decode(part, rows, done=(lambda: None) if number else done)
+            images[size] = torch.from_numpy(rows)
+        return Chunk(part, images, failed)
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read, 0)
+        for start in range(CHUNK, len(files) + CHUNK, CHUNK):
+            chunk = ahead.result()
+            if start < len(files):
+                ahead = reader.submit(read, start)
+            yield chunk
