@@ -152,7 +152,8 @@ def from_json(options: type[Options], values: dict) -> Options:
 
 
 def as_fields(options: type[Options], values: Mapping[str, object]) -> dict[str, object]:
-    """The values with a path in the place of a string, and a tuple in that of a list, where the field takes one."""
+    """The values with a path in the place of a string, or the other way round, and a tuple in that of a list, as the
+    fields take them."""
     kinds, given = _kinds(options), {}
     for name, value in values.items():
         kind = kinds.get(name)
@@ -160,6 +161,8 @@ def as_fields(options: type[Options], values: Mapping[str, object]) -> dict[str,
             value = [_path(entry) for entry in value] if isinstance(value, (list, tuple)) else _path(value)
             if get_origin(kind) is tuple and isinstance(value, Path):  # one alone
                 value = (value,)
+        elif isinstance(value, Path) and str in (kind, *get_args(kind)):
+            value = str(value)
         given[name] = tuple(value) if isinstance(value, list) else value
     return given
 

@@ -69,9 +69,9 @@ def row(arm: str, seed: int, summary: dict) -> dict:
     last, (_, method, options) = summary["last"], ARMS[arm]
     found = {"arm": arm, "method": method, "seed": seed, "steps": options["steps"]}
     found |= {f"{name}_last_percent": 100 * last[name] for name in ("bacc", "few", "gm")}
-    calibration = summary.get("calibration") or {}
-    for name in ("before", "after"):
-        found[f"calibration_error_{name}_percent"] = 100 * calibration[name] if name in calibration else ""
+    for name in ("calibration_error", "scaled_calibration_error"):  # before and after the temperature
+        value = summary.get(name)
+        found[f"{name}_percent"] = "" if value is None else 100 * value
     return {**provenance("cpu"), **found, "train_seconds": round(summary["train_seconds"], 1)}
 
 

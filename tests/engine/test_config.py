@@ -12,7 +12,7 @@ import torch
 from bacon_fast.cli import parse
 from bacon_fast.engine.checkpoint import load_latest
 from bacon_fast.engine.config import FORMAT, GROUP_OF, GROUPS, Config
-from bacon_fast.engine.groups import DataOptions
+from bacon_fast.engine.groups import DataOptions, ModelOptions
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.files import write_record
 from bacon_fast.losses import BaConLoss
@@ -271,6 +271,7 @@ def test_lists_of_paths_are_saved_and_one_path_may_stand_alone():
     assert to_json(options)["unlabeled"] == ["a", "b"] and from_json(DataOptions, to_json(options)) == options
     given = as_fields(DataOptions, {"val": "inbox", "test": ["x.csv"]})
     assert given == {"val": (Path("inbox"),), "test": (Path("x.csv"),)}
+    assert as_fields(ModelOptions, {"weights": Path("a.pt")}) == {"weights": "a.pt"}
     with pytest.raises(ValueError, match="validation: expected 0 beside --val"):
         DataOptions(dataset="folder", protocol="as-is", val=(Path("a"),), validation=0.2)
     with pytest.raises(ValueError, match="unlabeled: expected none, but for dataset folder"):
