@@ -509,6 +509,8 @@ def contrastive_backward(
 
     def unit_gradient(num_x: int, x, x_scale, num_y: int, y, y_scale, as_anchor: bool, as_column: bool) -> Tensor:
         """Gradient [splits,X,D] of normalized x, of which and of y come what `prepare` has made."""
+        if num_x == 0 or num_y == 0:
+            return stats.new_zeros(1, num_x, dim)
         if in_chunks:
             return unit_gradient_in_chunks(num_x, x, x_scale, num_y, y, y_scale, as_anchor, as_column)
         tiles = tile_config("gradient", num_x, num_y, dim, rows.dtype, input_precision, arch, has_match)

@@ -177,7 +177,8 @@ def test_parts_are_those_of_the_method():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_comes_back_from_json(name):
-    for method in (None, "fixmatch+crest+pda", "sscl"):
+    own_views = PRESETS[name].overrides.get("views", {}).get("strong_crop") == "resized"  # SsCL has a crop of its own
+    for method in (None, "fixmatch+crest+pda", *(() if own_views else ("sscl",))):
         config = PRESETS[name].config(method).replace(data_dir=Path("data"), classes=("a", "b"))
         assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

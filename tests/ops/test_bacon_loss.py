@@ -391,7 +391,7 @@ def valid():
         (
             {"backend": "numpy"},
             ValueError,
-            "backend: expected None or one of reference, cpp, triton, cuda, found 'numpy'",
+            "backend: expected None or one of reference, cpp, triton, chunks, cuda, found 'numpy'",
         ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,

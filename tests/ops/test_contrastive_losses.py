@@ -442,6 +442,6 @@ def test_an_unusable_backend_is_an_error():
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run contrastive here: it serves"):
         info_nce(torch.randn(2, 600), torch.randn(2, 600), backend="triton")
     with pytest.raises(
-        ValueError, match="backend: expected None or one of reference, cpp, triton, cuda, found 'numpy'"
+        ValueError, match="backend: expected None or one of reference, cpp, triton, chunks, cuda, found 'numpy'"
     ):
         info_nce(torch.randn(2, 6), torch.randn(2, 6), backend="numpy")
