@@ -138,6 +138,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(tmp_path, method, monkeypatch):
     engine cannot run without a device.
     """
     monkeypatch.setattr(_C, "built_with_cuda", True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")  # of which no times are known
     monkeypatch.setattr(augment, "why_not", lambda images: None)
     trainer = Trainer(tiny(tmp_path, method=method, steps=8))
     trainer.logger.close()
