@@ -6,7 +6,6 @@ import torch
 import torchvision.transforms.functional as tvf
 from PIL import Image
 
-from bacon_fast import evaluate, predict
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.several import fit_together
 from bacon_fast.engine.trainer import Trainer
@@ -58,7 +57,7 @@ def test_predict_and_evaluate_see_what_the_training_evaluated(photos, trained):
     run = open_run(trainer.run_dir, "cpu")
     assert (run.stored_size, run.image_size) == ((18, 18), (16, 16))
     files = sorted((photos / "test").rglob("*.png"))
-    rows = list(predict.predictions(predict.Arguments(run=trainer.run_dir, files=tuple(files), device="cpu")))
+    rows = run.predict(files)
     # By other means: Pillow's resize to the stored square, torchvision's center, the network in evaluation mode.
     squares = [Image.open(file).convert("RGB").resize((18, 18), Image.Resampling.BILINEAR) for file in files]
     windows = [tvf.to_tensor(tvf.center_crop(square, [16, 16])) for square in squares]
@@ -73,8 +72,7 @@ def test_predict_and_evaluate_see_what_the_training_evaluated(photos, trained):
     for file, row in zip(files, rows):
         confusion[names.index(file.parent.name), names.index(row["class"])] += 1
     assert trainer.evaluation().confusion.tolist() == confusion.tolist()
-    arguments = evaluate.Arguments(run=trainer.run_dir, device="cpu")
-    assert evaluate.evaluate(arguments)["confusion"] == confusion.tolist()
+    assert run.evaluate()["confusion"] == confusion.tolist()
 
 
 def test_views_are_windows_and_resized_parts_of_the_stored_images(trained):
