@@ -197,7 +197,7 @@ def _rows(
     def features(images: Tensor) -> Tensor:
         found = backbone(images).half()
         if not found.isfinite().all():
-            raise ValueError(f"cached_views: expected features within float16, found others in {backbone.num_features}")
+            raise ValueError("cached_views: expected features that are finite in float16, found some that are not")
         return found
 
     def center(images: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class TrainStep:
         counter: completed steps, 0-d int64 on the device.
         rate: learning rate of the last step, 0-d float32 on the device.
         rates: `rate` times each `lr_scale` of the optimizer's groups, float32 [scales]. A group's `lr` is `rate` where
-            there is one scale, else a 0-d view of `rates`.
+            no group has a scale, else a 0-d view of `rates`.
         scaler: fp16's loss scale, which lives on the device.
     """
 
@@ -67,7 +67,8 @@ class TrainStep:
         distinct = sorted(set(scales))
         self._scales = torch.tensor(distinct, device=self.device)
         self.rates = self.rate * self._scales
-        views = self.rates.unbind() if distinct != [1.0] else (self.rate,)
+        self._has_scales = distinct != [1.0]
+        views = self.rates.unbind() if self._has_scales else (self.rate,)
         self._rate_of_group = [views[distinct.index(scale)] for scale in scales]
         self._one = torch.ones((), device=self.device)  # the gradient of the loss by itself
         # torch.compile fuses casts by itself, and ranks exchange gradients as they come, not all at the end.
@@ -94,7 +95,7 @@ class TrainStep:
         self.scaler.scale(output.total).backward(self._one)
         options, schedule = config.optimizer, self.method.schedule(self.counter, config.steps)
         set_learning_rate(self.rate, options.lr_schedule, options.lr, *schedule, options.warmup)
-        if len(self._scales) > 1:
+        if self._has_scales:
             torch.mul(self._scales, self.rate, out=self.rates)
         # Set in every step: a checkpoint may have brought another rate.
         for group, rate in zip(self.optimizer.param_groups, self._rate_of_group):
