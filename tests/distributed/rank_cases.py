@@ -232,7 +232,7 @@ def train_command(config: Config) -> list[str]:
     return [str(ROOT / "train.py"), *command_words(config)]
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 120.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"nothing happened for {seconds} s"
