@@ -80,11 +80,13 @@ def style_axes(axes: Axes, theme: Theme, xlabel: str | None, ylabel: str | None)
 
 
 def add_legend(axes: Axes, theme: Theme) -> None:
-    """A legend above the axes, if anything in them is named."""
+    """A legend above the axes, if anything in them is named, in up to 3 columns, as there is room for."""
     labels = axes.get_legend_handles_labels()[1]
     if labels:
+        column = 0.4 + 0.07 * max(map(len, labels))  # inches: the line, and its letters
+        room = max(1, int((axes.figure.get_figwidth() - 0.6) / column))
         axes.legend(
-            loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=min(len(labels), 3), frameon=False, fontsize=9,
+            loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=min(len(labels), room, 3), frameon=False, fontsize=9,
             labelcolor=theme.ink, handlelength=1.4, columnspacing=1.4, borderaxespad=0.2,
         )  # fmt: skip
 
