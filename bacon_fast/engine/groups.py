@@ -120,7 +120,7 @@ class ViewOptions(Options):
     """mu: unlabeled images a step are mu*B."""
     stored_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Side in pixels that images are kept at; views are windows of --image-size (USB's photos: 256 and 224).
-    Default: --image-size, and views are windows of the image with a reflected border."""
+    None: --image-size, and the windows reach into a reflected border."""
     strong_crop: Literal["window", "resized"] = "window"
     """Crop of strong views: a window, or a random part, resized."""
     hflip: bool = True
