@@ -153,8 +153,27 @@ def normalized_for(config: Config, dataset: ImageDataset) -> ImageDataset:
     return dataclasses.replace(dataset, mean=known.mean, std=known.std)
 
 
+ENOUGH_LABELS, HELD_OUT = 100, 0.2
+"""From so many labeled images on, validation None holds out this share of them."""
+
+
+def settle_validation(config: Config, dataset: ImageDataset) -> float:
+    """The share to hold out: the configured one, or what None comes to for these data, see `DataOptions`.
+
+    0 where the validation images are given, by the data or by --split.
+    """
+    if config.data.validation is not None:
+        return config.data.validation
+    if dataset.val_images is not None or config.data.split is not None:
+        return 0.0
+    counts = build_split(config.replace(validation=0.0), dataset, None).labeled_counts
+    return HELD_OUT if sum(counts) >= ENOUGH_LABELS and max(counts) > 1 else 0.0
+
+
 def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Split:
     """The split of the file `saved`, or of --split, or else one drawn by protocol, overrides and seed.
+
+    The configuration's share of validation images is settled: None holds out none.
 
     Raises ValueError when `saved` and --split are not the same split.
     """
@@ -180,7 +199,7 @@ def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Sp
         protocol = dataclasses.replace(protocol, **overrides, **named)
     if config.data.validation and dataset.val_images is not None:
         raise ValueError("validation: expected 0, for the data have validation images of their own")
-    return make_split(dataset, protocol, config.seed, config.data.validation)
+    return make_split(dataset, protocol, config.seed, config.data.validation or 0.0)
 
 
 def _refuse_without_effect(protocol: Protocol, overrides: dict) -> None:
