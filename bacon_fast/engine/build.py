@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bacon_fast import methods
 from bacon_fast.data.datasets import ImageDataset, load_dataset
+from bacon_fast.data.images import Interpolation
 from bacon_fast.data.longtail import PROTOCOLS, Protocol, Split, make_split
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.distributed import Launch
@@ -107,8 +108,14 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def build_dataset(config: Config, device: torch.device | None = None) -> ImageDataset:
-    """The images that the configuration names, for the device; None: a CPU."""
+def build_dataset(
+    config: Config, device: torch.device | None = None, resized: Interpolation | None = None
+) -> ImageDataset:
+    """The images that the configuration names, for the device; None: a CPU.
+
+    Args:
+        resized: how a run's images were resized; None: as a new run's are, see `interpolation`.
+    """
     data = config.data
     return load_dataset(
         data.dataset,
@@ -124,6 +131,7 @@ def build_dataset(config: Config, device: torch.device | None = None) -> ImageDa
         val=data.val,
         other_labels=data.other_labels,
         unreadable=data.unreadable,
+        interpolation=resized or interpolation(config),
     )
 
 
@@ -143,6 +151,12 @@ def image_size(config: Config) -> int | None:
     if config.data.image_size is None and config.model.backbone.startswith(PREFIX):
         return pretrained_input(config.model.backbone).default_size
     return config.data.image_size
+
+
+def interpolation(config: Config) -> Interpolation:
+    """How images are resized: as those that a timm backbone was trained on, else bilinearly."""
+    backbone = config.model.backbone
+    return pretrained_input(backbone).interpolation if backbone.startswith(PREFIX) else "bilinear"
 
 
 def normalized_for(config: Config, dataset: ImageDataset) -> ImageDataset:

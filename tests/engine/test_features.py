@@ -223,7 +223,7 @@ def test_features_outside_float16_are_refused_and_leave_no_file(weights, tmp_pat
     tensors = {k: v * 1e6 if k.endswith(("bn.weight", "norm.weight")) else v for k, v in torch.load(weights).items()}
     tensors = {k: torch.full_like(v, 1e9) if v.dim() == 1 and k.endswith("bias") else v for k, v in tensors.items()}
     torch.save(tensors, tmp_path / "large.pt")
-    with pytest.raises(ValueError, match="cached_views: expected features within float16"):
+    with pytest.raises(ValueError, match="cached_views: expected features that are finite in float16"):
         Trainer(cached(tmp_path / "run", str(tmp_path / "large.pt")))
     assert not list(tmp_path.rglob("*.features"))
 
