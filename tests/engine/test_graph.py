@@ -165,11 +165,11 @@ def break_a_step(trainer: Trainer, owner: object, name: str) -> None:
     """The first captured step breaks off when it reads `name` of `owner`."""
     whole = getattr(owner, name)
 
-    def broken(*arguments):
+    def broken(*arguments, **named):
         if "capture" in trainer.events:
             setattr(owner, name, whole)
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
-        return whole(*arguments)
+        return whole(*arguments, **named)
 
     setattr(owner, name, broken)
 

@@ -20,9 +20,9 @@ def test_the_remaining_time_counts_the_evaluations(tmp_path, monkeypatch):
     trainer = Trainer(tiny(tmp_path / "run", method="supervised", steps=10, eval_every=4, log_every=1))
     evaluation, shown = trainer.evaluation, []
 
-    def slowly():
+    def slowly(part):
         time.sleep(0.2)
-        return evaluation()
+        return evaluation(part)
 
     monkeypatch.setattr(trainer, "evaluation", slowly)
     monkeypatch.setattr(trainer.logger, "show_train", lambda row, left: shown.append((row, left)))

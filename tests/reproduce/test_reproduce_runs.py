@@ -115,7 +115,7 @@ def test_a_killed_call_leaves_nothing_behind_and_the_next_one_finishes(tmp_path)
     assert run.state == "done" and resumed(run) == [False, True]
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if row["kind"] == "train"]
-    assert steps == sorted(set(steps)) and steps[-1] == 400 and step in steps
+    assert steps == list(range(5, 401, 5)), "as of a run that nothing interrupted"
     (row,) = csv.DictReader(io.StringIO((tmp_path / "runs.csv").read_text()))
     assert row["seed"] == "0" and float(row["bacc_last_percent"]) == 100 * run.summary()["last"]["bacc"]
 
