@@ -246,7 +246,7 @@ def _class_table(data: ReportData, order: np.ndarray) -> str:
         row, predicted = data.confusion[c], data.confusion[:, c].sum()
         errors = np.where(np.arange(len(row)) == c, 0, row)
         worst = int(errors.argmax())
-        taken_for = f"{data.class_names[worst]} ({100 * errors[worst] / row.sum():.0f} %)" if errors.any() else "–"
+        taken_for = f"{data.class_names[worst]} ({100 * errors[worst] / row.sum():.0f}\u00a0%)" if errors.any() else "–"
         unlabeled = [f"{int(data.unlabeled_counts[c]):,}"] if data.unlabeled_counts is not None else []
         precision = percent(row[c] / predicted) if predicted else "–"
         counts = [f"{int(data.labeled_counts[c]):,}", *unlabeled, f"{int(row.sum()):,}"]

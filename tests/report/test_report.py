@@ -169,7 +169,7 @@ def test_class_table_lists_counts_recall_precision_and_the_favored_confusion(wri
     cells = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in rows]
     assert cells[0] == ["class", "recall %", "precision %", "most often taken for", "labeled", "unlabeled", "test"]
     # Class 9 takes the 40 errors of class 8; its own 50 errors go to class 0.
-    assert cells[10] == ["digit 9", "50.0", f"{100 * 50 / 90:.1f}", "digit 0 (50 %)", "1", "4", "100"]
+    assert cells[10] == ["digit 9", "50.0", f"{100 * 50 / 90:.1f}", "digit 0 (50\u00a0%)", "1", "4", "100"]
 
 
 def test_the_worst_pairs_of_classes_and_the_mistakes_among_the_images_are_shown(tmp_path):
