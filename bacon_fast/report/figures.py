@@ -24,6 +24,7 @@ from bacon_fast.report.style import (
     percent_label,
     rank_colorbar,
     rank_colors,
+    readable_on,
     scatter_classes,
     step_axis,
     step_label,
@@ -94,7 +95,7 @@ def confusion(matrix: np.ndarray, labels: Sequence[str], order: np.ndarray, them
         axes.set_yticks(range(num_classes), literal(rows))
         for (row, column), value in np.ndenumerate(share):
             if value >= 0.005:
-                color = theme.background if value > 0.3 else theme.ink
+                color = readable_on(scale(np.sqrt(value)), theme)
                 axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=8)
     for spine in axes.spines.values():
         spine.set_visible(True)

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
-from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -77,6 +77,19 @@ def style_axes(axes: Axes, theme: Theme, xlabel: str | None, ylabel: str | None)
         axes.set_xlabel(xlabel, color=theme.muted, fontsize=9.5)
     if ylabel:
         axes.set_ylabel(ylabel, color=theme.muted, fontsize=9.5)
+
+
+def contrast(one: object, other: object) -> float:
+    """Ratio of the luminances of two colors, 1 to 21 (WCAG 2.1): text is read well from 4.5 on."""
+    rgb = np.array([to_rgb(one), to_rgb(other)])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    low, high = sorted(linear @ (0.2126, 0.7152, 0.0722))
+    return float((high + 0.05) / (low + 0.05))
+
+
+def readable_on(color: object, theme: Theme) -> str:
+    """The theme's ink or its background, whichever is read better on this color."""
+    return max(theme.ink, theme.background, key=lambda text: contrast(text, color))
 
 
 def add_legend(axes: Axes, theme: Theme) -> None:

@@ -9,7 +9,7 @@ from bacon_fast.engine.metrics import GROUPS, class_groups
 from bacon_fast.report import diagnostic_figures, figures
 from bacon_fast.report.figures import Line, Panel
 from bacon_fast.report.labels import class_labels, replaced
-from bacon_fast.report.style import DARK, LIGHT, to_png
+from bacon_fast.report.style import DARK, LIGHT, contrast, to_png
 
 
 def test_confusion_matrix_is_drawn_in_percent_of_the_true_class():
@@ -20,6 +20,16 @@ def test_confusion_matrix_is_drawn_in_percent_of_the_true_class():
     ]  # fmt: skip
     drawn = axes.images[0].get_array()
     np.testing.assert_allclose(np.square(drawn), [[0.75, 0.25], [0.01, 0.99]])
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+def test_the_numbers_of_a_confusion_matrix_can_be_read_on_every_shade(theme):
+    assert contrast("white", "black") == pytest.approx(21) and contrast("#777777", "white") == pytest.approx(4.48, 0.01)
+    for percent in range(1, 51):
+        axes = figures.confusion(np.array([[percent, 100 - percent], [0, 1]]), ["a", "b"], np.array([0, 1]), theme).axes
+        (image,), texts = axes[0].images, axes[0].texts
+        shades = image.to_rgba(image.get_array())[0]
+        assert all(contrast(text.get_color(), shade[:3]) > 3.7 for text, shade in zip(texts[:2], shades)), percent
 
 
 def test_class_bars_follow_the_order_of_the_labeled_counts():
