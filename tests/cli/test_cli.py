@@ -207,7 +207,8 @@ def run_dir(tmp_path_factory) -> Path:
     assert result.returncode == 0, result.stderr
     for word in ("last evaluation", "best (chosen on the test set)", "mean of last 20", "recall", "report"):
         assert word in result.stdout
-    assert "steps/s" in result.stderr and "ETA" in result.stderr, "plain progress lines without a terminal"
+    speed = re.search(r"step 10/30 .* [\d.]+ (steps/s|s/step) ETA ", result.stderr)  # a crowded machine makes few
+    assert speed, "plain progress lines without a terminal"
     return folder
 
 
