@@ -77,15 +77,17 @@ def export_model(
         model = ImageClassifier(network, normalize, info)
         write_atomically(paths[1], lambda path: write_onnx(path, model, tuple(info["stored_size"])))
     stored, window = info["stored_size"], info["image_size"]
+    interpolation = info.get("interpolation", "bilinear")
     values = {
         "bacon_fast": bacon_fast.__version__,
         # Merged, LoRA's network is the plain one; what was trained of it no longer matters.
         "architecture": info["network"] | {"train": "all"},
         "class_names": info["class_names"],
-        "input": f"RGB images resized to {stored[0]} x {stored[1]} pixels, bilinear, whatever their sides; the network "
-        f"sees the middle {window[0]} x {window[1]}; (pixel / 255 - mean) / std",
+        "input": f"RGB images resized to {stored[0]} x {stored[1]} pixels, {interpolation}, whatever their sides; the "
+        f"network sees the middle {window[0]} x {window[1]}; (pixel / 255 - mean) / std",
         "stored_size": stored,
         "image_size": window,
+        "interpolation": interpolation,
         "mean": info["mean"],
         "std": info["std"],
         "temperature": info["temperature"],

@@ -17,7 +17,7 @@ from bacon_fast.run import Run
 @dataclass(frozen=True)
 class Arguments:
     """Label the images of a folder or a CSV file with the averaged networks of runs. The CSV file that is written is a
-    file to train on, once its labels are checked."""
+    file to train on, once its labels are checked. Status 1: it is written, and has images without a label."""
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN... IMAGES")]
     """Run directories, averaged if several; then a folder of images, or a CSV file with a column image_path."""
@@ -30,7 +30,10 @@ class Arguments:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The command, with these words or those of the process."""
+    """The command, with these words or those of the process.
+
+    Its status is 1 if the file was written and an image in it has no label, 2 if there was an error and no file.
+    """
     arguments = tyro.cli(Arguments, prog="bacon-fast label", args=args)
 
     def show() -> None:
@@ -40,10 +43,12 @@ def main(args: Sequence[str] | None = None) -> None:
         *directories, images = arguments.paths
         runs = [Run.open(directory, arguments.device) for directory in directories]
         result = label_images(runs, images, arguments.out, per_class=arguments.per_class)
-        failed = f", {result.failed} not (column error)" if result.failed else ""
-        print(f"{arguments.out}: {result.labeled} images labeled{failed}", file=sys.stderr)
         if any(run.temperature is None for run in runs):
             print("probabilities are uncalibrated: train with --validation or --val", file=sys.stderr)
+        failed = f", {result.failed} not (column error)" if result.failed else ""
+        print(f"{arguments.out}: {result.labeled} images labeled{failed}", file=sys.stderr)
+        if result.failed:
+            sys.exit(1)
 
     with_clear_errors(show)
 

@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bacon_fast.data.ahead import read_ahead
+from bacon_fast.data.ahead import Stored, read_ahead
 from bacon_fast.data.image_csv import COLUMNS
-from bacon_fast.data.images import decoding, is_inside
+from bacon_fast.data.images import Interpolation, decoding, is_inside
 from bacon_fast.data.listing import unlabeled_files
 from bacon_fast.data.names import distinct, is_utf8, printable, shown
 from bacon_fast.files import write_atomically
@@ -25,6 +25,7 @@ class Classifier(Protocol):
 
     class_names: tuple[str, ...]
     stored_size: tuple[int, int]
+    interpolation: Interpolation
 
     def probabilities(self, images: Tensor) -> Tensor:
         """uint8 [N,H,W,3], of the stored size -> float64 [N,K], on the CPU."""
@@ -60,8 +61,11 @@ def answers(
                 f"{', '.join(distinct(*other.class_names))}"
             )
     columns = [[one.class_names.index(name) for name in names] for one in classifiers]
-    for chunk in read_ahead(files, [one.stored_size for one in classifiers], done):
-        found = [one.probabilities(chunk.images[one.stored_size])[:, order] for one, order in zip(classifiers, columns)]
+    kinds = [Stored(*one.stored_size, one.interpolation) for one in classifiers]
+    for chunk in read_ahead(files, kinds, done):
+        found = [
+            one.probabilities(chunk.images[kind])[:, order] for one, kind, order in zip(classifiers, kinds, columns)
+        ]
         for i, (file, row) in enumerate(zip(chunk.files, torch.stack(found).mean(0))):
             if i in chunk.failed:
                 yield Answer(file, None, chunk.failed[i])

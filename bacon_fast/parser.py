@@ -8,9 +8,16 @@ import tyro
 
 from bacon_fast import methods
 from bacon_fast.engine.config import GROUPS, Config
+from bacon_fast.methods.options import Options
 
-# --help leaves these out: how a run is computed, measured and logged.
-RARE = ("engine", "log")
+# --help leaves these out: groups of how a run is computed, measured and logged, and options that few runs change.
+RARE_GROUPS = ("engine", "log")
+RARE = frozenset(
+    {
+        *("other_labels", "unreadable", "follow_links", "lb_in_ulb", "cached_views", "layer_decay", "ema_buffers"),
+        *("ema_warmup", "distribution_momentum", "usb_compat", "loss_backend"),
+    }
+)
 STEPS_HELP = "T, optimizer steps. Schedules run on t/T."
 SEED_HELP = "Of split, initialization, sampling order and augmentation draws."
 
@@ -46,28 +53,28 @@ def override(
 ) -> tuple[Config, dict[str, object]]:
     """The configuration as changed by command-line words, and the values of the extra options.
 
-    Under --help it prints the options of the method's parts and of all groups but `RARE`, under --help-all those of
-    every part and group, and exits.
+    Under --help it prints the options of the method's parts and of all groups but `RARE_GROUPS`, without those of
+    `RARE` that the preset leaves alone; under --help-all all options of every part and group. Then it exits.
 
     Raises:
         ValueError: an option belongs to a part that the method does not have.
         SystemExit: tyro refused the words.
     """
     default = with_variants(default, {name: value_in(words, f"--{name}.variant") for name in default.parts})
-    extra, parts, groups = extra or {}, default.parts, list(GROUPS)
+    extra, parts, groups, rare = extra or {}, default.parts, list(GROUPS), frozenset()
     if "--help-all" in words:
         parts = {name: part.options() for name, part in methods.PARTS.items()} | parts
         words = ["--help"]
     elif {"-h", "--help"} & set(words):
-        groups = [name for name in groups if name not in RARE]
-        description = f"{description}\n\nOptions of the engine, of logging and of other methods: --help-all"
+        groups, rare = [name for name in groups if name not in RARE_GROUPS], RARE
+        description = f"{description}\n\nRare options, those of the engine, of logging and of other methods: --help-all"
         words = ["--help"]
     else:
         _refuse_other_parts(default.method, words)
     fields = [_method(default), _field("steps", int, default, STEPS_HELP), _field("seed", int, default, SEED_HELP)]
     fields += [(name, kind, dataclasses.field(default=value)) for name, (kind, value) in extra.items()]
     for name in groups:
-        options = getattr(default, name)
+        options = _without(getattr(default, name), rare)
         fields.append((name, Annotated[type(options), tyro.conf.arg(name="")], dataclasses.field(default=options)))
     fields += [(name, type(o), dataclasses.field(default=o)) for name, o in parts.items() if dataclasses.fields(o)]
     kind = dataclasses.make_dataclass("Arguments", fields, frozen=True)
@@ -101,6 +108,18 @@ def with_variants(default: Config, variants: Mapping[str, str | None]) -> Config
     for part, variant in variants.items():
         default = default.replace(**default.parts[part].variants.get(variant, {}))
     return default
+
+
+def _without(options: Options, hidden: frozenset[str]) -> Options:
+    """The options, for a help text that leaves out those of `hidden` that have the value of their class."""
+    kinds = {f.name: f.type for f in dataclasses.fields(options) if f.name in hidden}
+    usual = {name: kind for name, kind in kinds.items() if getattr(options, name) == getattr(type(options), name)}
+    if not usual:
+        return options
+    annotations = {name: Annotated[kind, tyro.conf.Suppress] for name, kind in usual.items()}
+    defaults = {name: getattr(type(options), name) for name in usual}
+    kind = type(type(options).__name__, (type(options),), {"__annotations__": annotations, **defaults})
+    return dataclasses.dataclass(frozen=True)(kind)(**vars(options))
 
 
 def _method(default: Config) -> tuple:

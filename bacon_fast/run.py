@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bacon_fast.data.augment import Augment
 from bacon_fast.data.datasets import check_image_size
+from bacon_fast.data.images import Interpolation, resampling
 from bacon_fast.data.longtail import Split
 from bacon_fast.engine.build import build_dataset, resolve_device
 from bacon_fast.engine.checkpoint import CheckpointError, content_of
@@ -39,7 +40,8 @@ class Run:
 
     step: after which the network had these weights.
     saved: the run's configuration in the checkpoint, as `Config.to_dict` gives it. checkpoint: the file. Images are
-    read at `stored_size`, and the network sees their center windows of `image_size`; `normalize` makes these.
+    read at `stored_size`, resized by `interpolation`, and the network sees their center windows of `image_size`, which
+    `normalize` makes.
     temperature: by which logits are divided before they become probabilities; None: uncalibrated, as the run had no
     validation images, or its newest checkpoint is from between two evaluations. info: the checkpoint's inference block.
 
@@ -66,6 +68,7 @@ class Run:
     device: torch.device
     temperature: float | None = None
     info: dict = field(default_factory=dict)
+    interpolation: Interpolation = "bilinear"
 
     @classmethod
     def open(cls, directory: Path | str, device: str = "auto") -> "Run":
@@ -94,7 +97,7 @@ class Run:
             config = Config.from_dict(self.saved)
         if data_dir is not None:
             config = config.replace(data_dir=Path(data_dir))
-        dataset = build_dataset(config, self.device)
+        dataset = build_dataset(config, self.device, self.interpolation)
         if tuple(dataset.class_names) != self.class_names:
             raise ValueError(f"data_dir: expected the classes {self.class_names}, found {tuple(dataset.class_names)}")
         if (size := tuple(dataset.train_images.shape[1:3])) != self.stored_size:
@@ -211,6 +214,8 @@ def open_run(directory: Path | str, device: str = "auto") -> Run:
         stored, size = tuple(info["stored_size"]), tuple(info["image_size"])
         check_image_size(*stored, *size)
         normalize = Augment(size, source_size=stored, mean=tuple(info["mean"]), std=tuple(info["std"])).to(target)
+        interpolation = info.get("interpolation", "bilinear")  # older runs knew one way only
+        resampling(interpolation)
         temperature = info["temperature"]
         if temperature is not None and not (isinstance(temperature, float) and 0 < temperature < math.inf):
             raise ValueError(f"temperature: expected a number above 0 or None, found {temperature!r}")
@@ -221,4 +226,6 @@ def open_run(directory: Path | str, device: str = "auto") -> Run:
     network = network.to(target).eval()
     saved, step = state.get("config"), info["selected_step"] or state["step"]
     sizes = stored, size
-    return Run(directory, path, saved, step, network, normalize, class_names, *sizes, target, temperature, info)
+    return Run(
+        directory, path, saved, step, network, normalize, class_names, *sizes, target, temperature, info, interpolation
+    )

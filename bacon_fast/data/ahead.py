@@ -9,36 +9,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bacon_fast.data.images import decode
+from bacon_fast.data.images import Interpolation, decode
 
 CHUNK = 128
 """Files a chunk."""
 
 
+class Stored(NamedTuple):
+    """How images are resized: to H x W, by what."""
+
+    height: int
+    width: int
+    interpolation: Interpolation = "bilinear"
+
+
 class Chunk(NamedTuple):
     """Files, in order, and what is in them.
 
-    images: uint8 [n,H,W,3] for each (H, W) that was asked for; black for a file that cannot be decoded.
+    images: uint8 [n,H,W,3] for each `Stored` that was asked for; black for a file that cannot be decoded.
     failed: name and reason of each such file by its index.
     """
 
     files: Sequence[Path]
-    images: dict[tuple[int, int], Tensor]
+    images: dict[Stored, Tensor]
     failed: dict[int, str]
 
 
 def read_ahead(
-    files: Sequence[Path], sizes: Sequence[tuple[int, int]], done: Callable[[], object] = lambda: None
+    files: Sequence[Path], kinds: Sequence[Stored], done: Callable[[], object] = lambda: None
 ) -> Iterator[Chunk]:
-    """All files in order, decoded in threads at each of the sizes (H, W). `done` is called after each file."""
+    """All files in order, decoded in threads and resized in each of the ways. `done` is called after each file."""
 
     def read(start: int) -> Chunk:
         part = files[start : start + CHUNK]
         images, failed = {}, {}
-        for number, size in enumerate(dict.fromkeys(sizes)):
-            rows = np.zeros((len(part), *size, 3), dtype=np.uint8)
-            failed |= decode(part, rows, done=(lambda: None) if number else done)
-            images[size] = torch.from_numpy(rows)
+        for number, kind in enumerate(dict.fromkeys(kinds)):
+            rows = np.zeros((len(part), kind.height, kind.width, 3), dtype=np.uint8)
+            failed |= decode(part, rows, kind.interpolation, done=(lambda: None) if number else done)
+            images[kind] = torch.from_numpy(rows)
         return Chunk(part, images, failed)
 
     with ThreadPoolExecutor(1) as reader:

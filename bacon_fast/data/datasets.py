@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bacon_fast.data import image_cache, sources
+from bacon_fast.data.images import Interpolation
 from bacon_fast.data.listing import OtherLabels
 
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder", "arrays")
@@ -159,11 +160,12 @@ def load_dataset(
     val: Sequence[str | Path] = (),
     other_labels: OtherLabels = "error",
     unreadable: Literal["skip", "error"] = "skip",
+    interpolation: Interpolation = "bilinear",
 ) -> ImageDataset:
     """Loads a dataset by name.
 
-    - digits: scikit-learn's 1,797 handwritten digits, which come with that package; resized from 8x8 to 16x16 (Pillow,
-      bilinear) and divided once and for all into 60 % train and 40 % test of each class. A writer may be in both parts.
+    - digits: scikit-learn's 1,797 handwritten digits, which come with that package; resized from 8x8 to 16x16 and
+      divided once and for all into 60 % train and 40 % test of each class. A writer may be in both parts.
     - cifar10, cifar100, svhn, stl10: torchvision's, at 32x32 (STL-10 is resized from 96x96, and SVHN's train images
       include its extra part, as in USB and BaCon).
     - folder: image files in train/<class>/ and, if present, test/<class>/ and unlabeled/, at any depth; or the files
@@ -178,8 +180,8 @@ def load_dataset(
     Args:
         data_dir: folder of the torchvision files, the image folder or CSV file, or the .npz file; digits needs none.
         download: let torchvision fetch missing files into `data_dir`.
-        image_size: side in pixels that images are resized to (Pillow, bilinear). Default: 16 for digits, 32 for STL-10,
-            else the images' own size, which must then be the same for all.
+        image_size: side in pixels that images are resized to (Pillow). Default: 16 for digits, 32 for STL-10, else the
+            images' own size, which must then be the same for all.
         classes: class names in order (folder only).
         images: "mapped": decode image files once, into a file beside them that is then read as needed (`image_cache`),
             for images that do not fit into memory; needs `image_size`. "auto": so for more than `most_in_memory` bytes.
@@ -190,6 +192,7 @@ def load_dataset(
         other_labels: what becomes of images whose label is none of the classes (folder only).
         unreadable: leave out unlabeled files that cannot be decoded, with a warning, or refuse them. Labeled ones are
             always an error.
+        interpolation: how images are resized.
 
     Raises:
         ValueError: a wrong argument, or data that is not as described; unreadable files are named.
@@ -222,17 +225,18 @@ def load_dataset(
         if paths and not files:
             raise ValueError(f"{option}: expected none beside {_what(name, is_arrays)}, found {len(paths)}")
     if name == "digits":
-        return ImageDataset(name, **sources.digits(image_size))
+        return ImageDataset(name, **sources.digits(image_size, interpolation))
     if data_dir is None:
         what = {"folder": "an image folder or a CSV file", "arrays": "an .npz file"}.get(name, "where its files lie")
         raise ValueError(f"data_dir: expected {what} for dataset {name!r}, found None")
     root = Path(data_dir)
     if is_arrays:
-        fields = sources.arrays(root, image_size)
+        fields = sources.arrays(root, image_size, interpolation)
     elif name == "folder":
         fields = sources.folder(
             root,
             image_size,
+            interpolation,
             images=images if image_size else "memory",
             most_in_memory=most_in_memory,
             unreadable=unreadable,
@@ -244,7 +248,7 @@ def load_dataset(
             other_labels=other_labels,
         )
     else:
-        fields = sources.torchvision_dataset(name, root, download, image_size)
+        fields = sources.torchvision_dataset(name, root, download, image_size, interpolation)
     dataset = ImageDataset(**({"test_images": None, "test_labels": None} | fields), name=name)
     if dataset.mapped:
         _ = dataset.fingerprint  # now, where under torchrun the other processes of the machine wait for its file

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bacon_fast.data.images import decode, decoding, in_threads, require_readable
+from bacon_fast.data.images import Interpolation, decode, decoding, in_threads, require_readable
 from bacon_fast.files import write_atomically
 from bacon_fast.system import lock_file
 
@@ -32,7 +32,11 @@ DECODING = 4
 
 
 def mapped_files(
-    root: Path, files: Sequence[Path], size: int, optional: Container[int] = ()
+    root: Path,
+    files: Sequence[Path],
+    size: int,
+    optional: Container[int] = (),
+    interpolation: Interpolation = "bilinear",
 ) -> tuple[Tensor, dict[int, str], Path]:
     """Files decoded as RGB at size x size, as a memory-mapped tensor.
 
@@ -53,7 +57,7 @@ def mapped_files(
         UnreadableImagesError: other files that cannot be decoded.
         OSError: the file cannot be written, for lack of space for instance.
     """
-    lines = [f"{DECODING} {size}"]
+    lines = [f"{DECODING} {size}" if interpolation == "bilinear" else f"{DECODING} {size} {interpolation}"]
     for path in files:
         name = path.relative_to(root) if path.is_relative_to(root) else path
         try:
@@ -70,7 +74,7 @@ def mapped_files(
             if not _is_whole(path, len(files), size):  # else another process wrote it while this one waited
                 if path.exists():
                     warnings.warn(f"{path}: damaged, decoding the images again", stacklevel=2)
-                _decode(files, size, path, optional)
+                _decode(files, size, path, optional, interpolation)
     failed = _left_out(path)
     require_readable({i: reason for i, reason in failed.items() if i not in optional})
     return _mapped(path, (len(files) - len(failed), size, size, 3)), failed, path
@@ -169,7 +173,9 @@ def digest_of(path: Path, size: int) -> bytes:
     return hashlib.sha256(b"".join(in_threads(of_block, range(0, size, _BLOCK)))).digest()
 
 
-def _decode(files: Sequence[Path], size: int, path: Path, optional: Container[int]) -> None:
+def _decode(
+    files: Sequence[Path], size: int, path: Path, optional: Container[int], interpolation: Interpolation
+) -> None:
     """Writes `path`, and the files beside it."""
     failed: dict[int, str] = {}
 
@@ -178,7 +184,7 @@ def _decode(files: Sequence[Path], size: int, path: Path, optional: Container[in
         with open(temporary, "wb") as output, decoding(len(files)) as done:
             for start in range(0, len(files), CHUNK):
                 chunk = files[start : start + CHUNK]
-                broken = decode(chunk, rows, done=done)
+                broken = decode(chunk, rows, interpolation=interpolation, done=done)
                 readable = [i for i in range(len(chunk)) if i not in broken]
                 output.write(rows[readable].data if broken else rows[: len(chunk)].data)
                 failed.update({start + i: reason for i, reason in broken.items()})

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ SUFFIXES = frozenset(
 )
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "AVIF")
 """Formats of the suffixes, in Pillow's words. One of its other decoders starts a program: Ghostscript."""
+Interpolation = Literal["bilinear", "bicubic"]
+"""How images are resized: Pillow's filters of these names, which look at the whole area that a pixel stands for."""
 _MAX_NAMED = 100
 _MANY = 5000  # files that take long enough to decode for a line in a log
 _DRAFT = 2  # a reduced JPEG keeps at least this many times the sides asked for
@@ -65,17 +68,24 @@ def as_rgb(name: str, images: np.ndarray) -> np.ndarray:
     )
 
 
-def resize(images: np.ndarray, size: int | None) -> Tensor:
-    """uint8 [N, H, W, 3] at size x size (Pillow, bilinear); `size` None or equal to H and W leaves the images alone."""
+def resize(images: np.ndarray, size: int | None, interpolation: Interpolation = "bilinear") -> Tensor:
+    """uint8 [N, H, W, 3] at size x size (Pillow); `size` None or equal to H and W leaves the images alone."""
     if size is None or images.shape[1:3] == (size, size):
         return torch.from_numpy(np.ascontiguousarray(images))
     resized = np.empty((len(images), size, size, 3), dtype=np.uint8)
 
     def one(i: int) -> None:
-        resized[i] = Image.fromarray(images[i]).resize((size, size), Image.Resampling.BILINEAR)
+        resized[i] = Image.fromarray(images[i]).resize((size, size), resampling(interpolation))
 
     in_threads(one, range(len(images)))
     return torch.from_numpy(resized)
+
+
+def resampling(interpolation: str) -> Image.Resampling:
+    """Pillow's filter. Raises ValueError for another word than bilinear and bicubic."""
+    if interpolation not in get_args(Interpolation):
+        raise ValueError(f"interpolation: expected {' or '.join(get_args(Interpolation))}, found {interpolation!r}")
+    return Image.Resampling[interpolation.upper()]
 
 
 def image_files(folder: Path, *, follow_links: bool = True) -> tuple[list[Path], list[Path]]:
@@ -126,7 +136,9 @@ def require_targets(paths: Iterable[Path]) -> None:
         raise ValueError(f"{len(broken)} links lead nowhere:{_listed(broken)}")
 
 
-def read_files(files: Sequence[Path], size: int | tuple[int, int] | None) -> Tensor:
+def read_files(
+    files: Sequence[Path], size: int | tuple[int, int] | None, interpolation: Interpolation = "bilinear"
+) -> Tensor:
     """Decodes files as RGB: uint8 [N, H, W, 3], resized to size x size or (H, W) when `size` is given.
 
     A file may have any of `FORMATS`, whatever its suffix. Images are read as a viewer shows them: turned by their EXIF
@@ -136,19 +148,21 @@ def read_files(files: Sequence[Path], size: int | tuple[int, int] | None) -> Ten
     Raises:
         UnreadableImagesError: files that cannot be decoded. ValueError: without `size`, files of different sizes.
     """
-    images, failed = read_readable(files, size)
+    images, failed = read_readable(files, size, interpolation)
     require_readable(failed)
     return images
 
 
-def read_readable(files: Sequence[Path], size: int | tuple[int, int] | None) -> tuple[Tensor, dict[int, str]]:
+def read_readable(
+    files: Sequence[Path], size: int | tuple[int, int] | None, interpolation: Interpolation = "bilinear"
+) -> tuple[Tensor, dict[int, str]]:
     """As `read_files`, without the files that cannot be decoded: the images of the others, and name and reason of each
     failed one by its index. One array holds all images from the start."""
     size = (size, size) if isinstance(size, int) else size
     shape = size or _first_size(files) or (1, 1)
     rows = np.empty((len(files), *shape, 3), dtype=np.uint8)
     with decoding(len(files)) as done:
-        failed = decode(files, rows, resized=size is not None, done=done)
+        failed = decode(files, rows, interpolation, resized=size is not None, done=done)
     if failed:  # the others move up, one by one: a copy would need the memory twice
         readable = (i for i in range(len(files)) if i not in failed)
         for row, i in enumerate(readable):
@@ -164,7 +178,12 @@ def require_readable(failed: Mapping[int, str]) -> None:
 
 
 def decode(
-    files: Sequence[Path], rows: np.ndarray, *, resized: bool = True, done: Callable[[], object] = lambda: None
+    files: Sequence[Path],
+    rows: np.ndarray,
+    interpolation: Interpolation = "bilinear",
+    *,
+    resized: bool = True,
+    done: Callable[[], object] = lambda: None,
 ) -> dict[int, str]:
     """Decodes file i into rows[i], uint8 [N, H, W, 3], as `read_files` says, in threads.
 
@@ -179,12 +198,13 @@ def decode(
         ValueError: with resized=False, for files of another size.
     """
     height, width = rows.shape[1:3]
+    resample = resampling(interpolation)
 
     def one(i: int) -> Exception | tuple[int, int] | None:
         try:
             rgb = _read(files[i], max(height, width) if resized else None)
             if resized:
-                rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
+                rgb = rgb.resize((width, height), resample)
             elif rgb.size != (width, height):
                 return rgb.size
             rows[i] = np.asarray(rgb)

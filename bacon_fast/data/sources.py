@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor
 
 from bacon_fast.data.image_cache import FINGERPRINT, mapped_files
-from bacon_fast.data.images import as_rgb, read_readable, require_readable, resize
+from bacon_fast.data.images import Interpolation, as_rgb, read_readable, require_readable, resize
 from bacon_fast.data.listing import list_images
 from bacon_fast.data.names import require_names
 from bacon_fast.data.philox import Stream, philox
@@ -38,7 +38,7 @@ _DIGITS_SEED = 0
 _NAMED = 10  # unreadable files in a warning
 
 
-def digits(image_size: int | None) -> dict:
+def digits(image_size: int | None, interpolation: Interpolation) -> dict:
     """scikit-learn's handwritten digits (UCI optical recognition, 8x8, values 0..16), by default at 16x16.
 
     The train part is, per class, the first 60 % in the order of Philox keys of (seed 0, Stream.TRAIN_TEST, image); it
@@ -48,7 +48,7 @@ def digits(image_size: int | None) -> dict:
 
     source = load_digits()
     values = np.rint(source.images * (255 / 16)).astype(np.uint8)
-    images = resize(as_rgb("digits", values), image_size or 16)
+    images = resize(as_rgb("digits", values), image_size or 16, interpolation)
     labels = torch.from_numpy(source.target.astype(np.int64))
     keys = philox(_DIGITS_SEED, 0, Stream.TRAIN_TEST, torch.arange(len(labels)), 1)[:, 0]
     train = torch.zeros(len(labels), dtype=torch.bool)
@@ -67,7 +67,9 @@ def digits(image_size: int | None) -> dict:
     }
 
 
-def torchvision_dataset(name: str, root: Path, download: bool, image_size: int | None) -> dict:
+def torchvision_dataset(
+    name: str, root: Path, download: bool, image_size: int | None, interpolation: Interpolation
+) -> dict:
     """CIFAR-10, CIFAR-100, SVHN or STL-10 (by default resized to 32x32) through torchvision.
 
     Raises FileNotFoundError when the files are not under `root` and `download` is off.
@@ -102,11 +104,11 @@ def torchvision_dataset(name: str, root: Path, download: bool, image_size: int |
     if name == "stl10":
         image_size = image_size or 32
     return {
-        "train_images": resize(train_images, image_size),
+        "train_images": resize(train_images, image_size, interpolation),
         "train_labels": torch.as_tensor(np.asarray(train_labels, dtype=np.int64)),
-        "test_images": resize(test_images, image_size),
+        "test_images": resize(test_images, image_size, interpolation),
         "test_labels": torch.as_tensor(np.asarray(test_labels, dtype=np.int64)),
-        "unlabeled_images": None if unlabeled is None else resize(unlabeled, image_size),
+        "unlabeled_images": None if unlabeled is None else resize(unlabeled, image_size, interpolation),
         "class_names": class_names,
         **_NORMALIZATION[name],
     }
@@ -115,6 +117,7 @@ def torchvision_dataset(name: str, root: Path, download: bool, image_size: int |
 def folder(
     source: Path,
     image_size: int | None,
+    interpolation: Interpolation,
     *,
     images: Literal["auto", "memory", "mapped"] = "memory",
     most_in_memory: int | None = None,
@@ -124,6 +127,7 @@ def folder(
     """An image folder or a CSV file of images, normalized with ImageNet's statistics.
 
     Args:
+        image_size, interpolation: how images are resized, see `load_dataset`.
         images: decode into memory, or into a file that is then mapped; "auto": mapped above `most_in_memory` bytes.
         unreadable: what becomes of unlabeled files that cannot be decoded: left out with a warning, or an error.
         lists: see `list_images`.
@@ -141,10 +145,10 @@ def folder(
     pixels = 3 * len(paths) * (image_size or 0) ** 2
     if images == "mapped" or (images == "auto" and most_in_memory is not None and pixels > most_in_memory):
         root = source.parent if source.is_file() else source
-        found, failed, file = mapped_files(root, paths, image_size, may_fail)
+        found, failed, file = mapped_files(root, paths, image_size, may_fail, interpolation)
     else:
         _require_memory(len(paths), image_size)
-        found, failed = read_readable(paths, image_size)
+        found, failed = read_readable(paths, image_size, interpolation)
         require_readable({i: reason for i, reason in failed.items() if i not in may_fail})
     if failed:
         names = list(failed.values())
@@ -178,7 +182,7 @@ def _require_memory(count: int, size: int | None) -> None:
         )
 
 
-def arrays(path: Path, image_size: int | None) -> dict:
+def arrays(path: Path, image_size: int | None, interpolation: Interpolation) -> dict:
     """An .npz file of arrays, normalized with mean and deviation of its train images.
 
     Raises:
@@ -201,7 +205,11 @@ def arrays(path: Path, image_size: int | None) -> dict:
     for name in (f"{part}_labels" for part in parts):
         if content[name].dtype.kind not in "iu" or content[name].ndim != 1:
             raise ValueError(f"{name}: expected integers [N], found {content[name].dtype} {list(content[name].shape)}")
-    train_images = resize(as_rgb("train_images", content["train_images"]), image_size)
+
+    def resized(name: str, images: np.ndarray) -> Tensor:
+        return resize(as_rgb(name, images), image_size, interpolation)
+
+    train_images = resized("train_images", content["train_images"])
     unlabeled = content.get("unlabeled_images")
     highest, names = int(content["train_labels"].max(initial=0)), content.get("class_names")
     if names is not None:
@@ -219,13 +227,15 @@ def arrays(path: Path, image_size: int | None) -> dict:
     measured = {}
     for part in parts[1:]:
         images, labels = f"{part}_images", f"{part}_labels"
-        measured[images] = resize(as_rgb(images, content[images]), image_size)
+        measured[images] = resized(images, content[images])
         measured[labels] = torch.from_numpy(content[labels].astype(np.int64))
     return {
         "train_images": train_images,
         "train_labels": torch.from_numpy(content["train_labels"].astype(np.int64)),
         **measured,
-        "unlabeled_images": None if unlabeled is None else resize(as_rgb("unlabeled_images", unlabeled), image_size),
+        "unlabeled_images": None
+        if unlabeled is None
+        else resize(as_rgb("unlabeled_images", unlabeled), image_size, interpolation),
         "class_names": class_names,
         **_statistics(train_images),
     }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bacon_fast import methods
 from bacon_fast.data.datasets import ImageDataset, load_dataset
+from bacon_fast.data.images import Interpolation
 from bacon_fast.data.longtail import PROTOCOLS, Protocol, Split, make_split
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.distributed import Launch
@@ -107,8 +108,14 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def build_dataset(config: Config, device: torch.device | None = None) -> ImageDataset:
-    """The images that the configuration names, for the device; None: a CPU."""
+def build_dataset(
+    config: Config, device: torch.device | None = None, resized: Interpolation | None = None
+) -> ImageDataset:
+    """The images that the configuration names, for the device; None: a CPU.
+
+    Args:
+        resized: how a run's images were resized; None: as a new run's are, see `interpolation`.
+    """
     data = config.data
     return load_dataset(
         data.dataset,
@@ -124,6 +131,7 @@ def build_dataset(config: Config, device: torch.device | None = None) -> ImageDa
         val=data.val,
         other_labels=data.other_labels,
         unreadable=data.unreadable,
+        interpolation=resized or interpolation(config),
     )
 
 
@@ -145,6 +153,12 @@ def image_size(config: Config) -> int | None:
     return config.data.image_size
 
 
+def interpolation(config: Config) -> Interpolation:
+    """How images are resized: as those that a timm backbone was trained on, else bilinearly."""
+    backbone = config.model.backbone
+    return pretrained_input(backbone).interpolation if backbone.startswith(PREFIX) else "bilinear"
+
+
 def normalized_for(config: Config, dataset: ImageDataset) -> ImageDataset:
     """The dataset with the mean and the deviation of a timm backbone's training; others take its own."""
     if not config.model.backbone.startswith(PREFIX):
@@ -153,8 +167,27 @@ def normalized_for(config: Config, dataset: ImageDataset) -> ImageDataset:
     return dataclasses.replace(dataset, mean=known.mean, std=known.std)
 
 
+ENOUGH_LABELS, HELD_OUT = 100, 0.2
+"""From so many labeled images on, validation None holds out this share of them."""
+
+
+def settle_validation(config: Config, dataset: ImageDataset) -> float:
+    """The share to hold out: the configured one, or what None comes to for these data, see `DataOptions`.
+
+    0 where the validation images are given, by the data or by --split.
+    """
+    if config.data.validation is not None:
+        return config.data.validation
+    if dataset.val_images is not None or config.data.split is not None:
+        return 0.0
+    counts = build_split(config.replace(validation=0.0), dataset, None).labeled_counts
+    return HELD_OUT if sum(counts) >= ENOUGH_LABELS and max(counts) > 1 else 0.0
+
+
 def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Split:
     """The split of the file `saved`, or of --split, or else one drawn by protocol, overrides and seed.
+
+    The configuration's share of validation images is settled: None holds out none.
 
     Raises ValueError when `saved` and --split are not the same split.
     """
@@ -180,7 +213,7 @@ def build_split(config: Config, dataset: ImageDataset, saved: Path | None) -> Sp
         protocol = dataclasses.replace(protocol, **overrides, **named)
     if config.data.validation and dataset.val_images is not None:
         raise ValueError("validation: expected 0, for the data have validation images of their own")
-    return make_split(dataset, protocol, config.seed, config.data.validation)
+    return make_split(dataset, protocol, config.seed, config.data.validation or 0.0)
 
 
 def _refuse_without_effect(protocol: Protocol, overrides: dict) -> None:

@@ -231,11 +231,14 @@ class Config(Options):
     def differences(self, other: "Config") -> list[str]:
         """Readable lines, one for each value by which `other`, a saved configuration, computes something else.
 
-        A run records what "auto" became on its device, so "auto" agrees with whatever was recorded.
+        A run records what "auto" became on its device, and validation None with its data: these agree with whatever
+        was recorded.
         """
         mine, theirs = self.flat(), other.flat()
         if self.engine.precision == "auto":
             mine["precision"] = theirs["precision"]
+        if self.data.validation is None:
+            mine["validation"] = theirs["validation"]
         if self.method != other.method:  # of which all other differences in parts follow
             mine, theirs = ({k: v for k, v in values.items() if "." not in k} for values in (mine, theirs))
         changed = [name for name in mine if name not in _MAY_CHANGE and mine[name] != theirs[name]]

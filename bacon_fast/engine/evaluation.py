@@ -14,6 +14,8 @@ from bacon_fast.engine.distributed import gather_rows, num_ranks, rank
 from bacon_fast.engine.metrics import confusion_matrix
 
 EVALUATION_BATCH = 500
+EVALUATION_PIXELS = 1 << 21
+"""Most images, and pixels, that are predicted at once: a network's memory grows with both."""
 CALIBRATION_BINS = 15
 SUM_ROWS = 8192  # rows a product: its one-hot matrix has as many
 
@@ -67,14 +69,16 @@ class Evaluation:
 @torch.inference_mode()
 def predict(network: nn.Module, normalize: Augment, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Features float32 [N,F] and logits float32 [N,K] of uint8 images [N,H,W,3] as they are stored, in batches, in
-    evaluation mode: of their center windows; or of features [N,F] that a frozen backbone gave for these.
+    evaluation mode: of their center windows; or of features [N,F] that a frozen backbone gave for these. A batch has at
+    most EVALUATION_BATCH images, and at most EVALUATION_PIXELS pixels if that is one image or more.
 
     `network` has a method `predict(images) -> (features, logits)`. Its mode, training or evaluation, is left as it was.
     """
     was_training = network.training
     network.eval()
     features, logits = [], []
-    for chunk in images.split(EVALUATION_BATCH):
+    pixels = 1 if images.dim() == 2 else normalize.height * normalize.width
+    for chunk in images.split(max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // pixels))):
         if chunk.dim() == 2:
             f, z = network.predict(chunk.to(device).float())
         else:

@@ -82,8 +82,8 @@ class DataOptions(Options):
     """Imbalance of the unlabeled set, likewise."""
     lb_in_ulb: Annotated[bool | None, tyro.conf.arg(metavar="{True,False}")] = None
     """Put the labeled images into the unlabeled set too."""
-    validation: float = 0.0
-    """Share of each class's labeled images to hold out (or --val)."""
+    validation: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = 0.0
+    """Share of each class's labeled images to hold out (or --val). None: 0.2 of at least 100, else 0."""
     split: Annotated[Path | None, _PATH] = None
     """Reuse this split.json of another run instead of drawing one."""
 
@@ -94,7 +94,8 @@ class DataOptions(Options):
         self.require(not self.follow_links or self.dataset == "folder", "follow_links", "False, but for dataset folder")
         for name in ("unlabeled", "test", "val"):
             self.require(self.dataset == "folder" or not getattr(self, name), name, "none, but for dataset folder")
-        self.require(0 <= self.validation < 1, "validation", "a number from 0 to below 1")
+        share = self.validation
+        self.require(share is None or 0 <= share < 1, "validation", "None or a number from 0 to below 1")
         self.require(not (self.val and self.validation), "validation", "0 beside --val, which gives the images")
         if self.images == "mapped":
             self.require(self.dataset == "folder", "images", "auto or memory, except for dataset folder")
@@ -120,7 +121,7 @@ class ViewOptions(Options):
     """mu: unlabeled images a step are mu*B."""
     stored_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Side in pixels that images are kept at; views are windows of --image-size (USB's photos: 256 and 224).
-    Default: --image-size, and views are windows of the image with a reflected border."""
+    None: --image-size, and the windows reach into a reflected border."""
     strong_crop: Literal["window", "resized"] = "window"
     """Crop of strong views: a window, or a random part, resized."""
     hflip: bool = True

@@ -127,11 +127,11 @@ def _photos() -> Preset:
 
     From there: backbone, LoRA, AdamW without layer decay, B=32, mu=1, 3,420 steps, a warm-up of 2.5 % and USB's weight
     decay 5e-4 and cosine. There the rate is searched from 1e-3 to 1e-5; 1e-4 is its middle. Not there: LoRA on proj
-    beside qkv, ABC, and the average of 0.99, which nobody has measured. Views as USB has them for photos
-    (augmentation.md). A quarter of the work: --backbone timm/vit_small_patch14_dinov2.lvd142m.
+    beside qkv, ABC, validation images, and the average of 0.99, which nobody has measured. Views as USB has them for
+    photos (augmentation.md). A quarter of the work: --backbone timm/vit_small_patch14_dinov2.lvd142m.
     """
     overrides = {
-        **_data("folder", "as-is", image_size=224),
+        **_data("folder", "as-is", image_size=224, validation=None),
         "views": {"batch_size": 32, "unlabeled_ratio": 1, "stored_size": 256, "strong_crop": "resized"},
         "model": {"backbone": "timm/vit_base_patch14_dinov2.lvd142m", "weights": "pretrained", "train": "lora"},
         "optimizer": {

@@ -133,18 +133,25 @@ class Trainer:
 
     def _open(self, dataset: ImageDataset | None, progress: Progress | None, name: str, on_row: RowHook | None) -> None:
         """Builds or restores the run, and its files on rank 0."""
-        config = self.config
-        build.use_threads(config.engine.threads)
+        build.use_threads(self.config.engine.threads)
         saved = self._saved_state()
+        config = self.config
         torch.backends.cudnn.allow_tf32 = config.engine.precision == "tf32"
         torch.set_float32_matmul_precision("highest")  # the losses' similarities are products of matrices
         torch.backends.cudnn.benchmark = self.device.type == "cuda"  # shapes never change: time each convolution once
 
-        load_dataset = functools.partial(build.build_dataset, config, self.device)
+        # A checkpoint that does not say it is of a version that knew one way only.
+        self._interpolation = build.interpolation(config)
+        if saved:
+            with content_of(saved[0]):
+                self._interpolation = saved[1]["inference"].get("interpolation", "bilinear")
+        load_dataset = functools.partial(build.build_dataset, config, self.device, self._interpolation)
         writes_files = config.data.download or (config.data.dataset == "folder" and config.data.images != "memory")
         if dataset is None:
             dataset = distributed.leader_first(load_dataset) if writes_files else load_dataset()
         self.dataset = build.normalized_for(config, dataset)
+        held_out_by_itself = config.data.validation is None
+        self.config = config = config.replace(validation=build.settle_validation(config, self.dataset))
         split_file = self.run_dir / "split.json"
         own_split = config.run.resume and split_file.exists()  # also of a run that has no checkpoint yet
         self.split = build.build_split(config, self.dataset, split_file if own_split else None)
@@ -173,6 +180,11 @@ class Trainer:
         config.write(self.run_dir / "config.json")
         if not saved:
             self.logger.say(pool_line(self.split, self.dataset))
+            if held_out_by_itself and config.data.validation:
+                self.logger.say(
+                    f"validation: {config.data.validation} of the labels of each class are held out, as there are at "
+                    f"least {build.ENOUGH_LABELS}; --validation 0 trains on all"
+                )
             if self._weights is not None:
                 self.logger.say(build.weights_line(self._weights, self.method))
             if self._features is not None:
@@ -190,6 +202,8 @@ class Trainer:
             return None if state is None else (path, state["step"])
 
         chosen = distributed.from_main(choose)
+        if self.config.run.resume:  # what the run settled; rank 0 has read it
+            self.config = self.config.replace(validation=distributed.from_main(lambda: self.config.data.validation))
         if chosen is None:
             return None
         path, step = chosen
@@ -219,6 +233,8 @@ class Trainer:
         else:
             saved = Config.read(path)
         self._require_same_run(path, saved)
+        if self.config.data.validation is None:
+            self.config = self.config.replace(validation=saved.data.validation)
         if state is None:
             print(f"{self.run_dir} holds no checkpoint yet: starting it again from step 0", flush=True)
         else:
@@ -343,6 +359,7 @@ class Trainer:
             "class_names": list(self.dataset.class_names),
             "stored_size": list(augment.source_size),
             "image_size": [augment.height, augment.width],
+            "interpolation": self._interpolation,
             "selected_step": self.selected_step,
             "mean": list(self.dataset.mean),
             "std": list(self.dataset.std),

@@ -28,7 +28,7 @@ class PretrainedInput:
         native_size: side of its images in pixels.
         default_size: the side to take: at most 224, and a multiple of the patch.
         mean, std: by channel, of pixels in 0..1.
-        interpolation: of the resizing in its training; ours is bilinear for all networks.
+        interpolation: of the resizing in its training: bilinear or bicubic, in timm 1.0.
         licence: of the weights, as timm says.
         hub: repository and file on the Hugging Face hub, or None.
     """

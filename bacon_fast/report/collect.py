@@ -5,9 +5,9 @@ import torch
 
 from bacon_fast.data.augment import Augment
 from bacon_fast.data.philox import Stream
-from bacon_fast.engine.evaluation import predict
+from bacon_fast.engine.evaluation import Evaluation, Part, parts_of, predict
 from bacon_fast.engine.trainer import Trainer
-from bacon_fast.report.data import MAX_POINTS, MAX_VIEWS, ReportData
+from bacon_fast.report.data import MAX_MISTAKES, MAX_POINTS, MAX_VIEWS, Mistake, ReportData
 
 
 def collect(trainer: Trainer, summary: dict) -> ReportData:
@@ -22,12 +22,14 @@ def collect(trainer: Trainer, summary: dict) -> ReportData:
     base_temperature = temperatures = temperature_history = projections = None
     part, network = trainer.parts[0] if trainer.parts else None, trainer.chosen_network()
     features = labels = confusion = calibration = None
+    mistakes: list[Mistake] = []
     if part is not None:
         every = slice(None, None, max(1, len(part.labels) // MAX_POINTS))
         images, labels = part.images[every], part.labels[every].numpy()
         features, _ = predict(network, trainer.batches.augment, images, trainer.device)
         evaluation = trainer.evaluation(part, network)
         confusion, calibration = evaluation.confusion.cpu().numpy(), evaluation.calibration.cpu().numpy()
+        mistakes = _mistakes(trainer, part, evaluation)
     if regularizer is not None:
         config["temperature"] = base_temperature = regularizer.temperature
         temperature_history = [{"step": r["step"], "temperatures": r["temperatures"]} for r in trainer.history.rows]
@@ -37,10 +39,10 @@ def collect(trainer: Trainer, summary: dict) -> ReportData:
                 projections = regularizer.projection(features).cpu().numpy()
     originals, weak, strong = _sample_views(trainer)
     return ReportData(
-        title=f"{trainer.config.method} on {dataset.name}",
+        title=f"{trainer.config.method} on {_data_name(trainer)}",
         config=config,
         dataset={
-            "name": dataset.name,
+            "name": _data_name(trainer),
             "train images": len(dataset.train_images),
             "image size": _size_words(trainer.batches.augment),
             **{f"{part.name} images": len(part.labels) for part in trainer.parts},
@@ -69,8 +71,28 @@ def collect(trainer: Trainer, summary: dict) -> ReportData:
         original_samples=originals,
         weak_samples=weak,
         strong_samples=strong,
+        mistakes=mistakes,
         summary=summary,
     )
+
+
+def _data_name(trainer: Trainer) -> str:
+    """What a person calls the data: the name of their folder or file, else of the dataset."""
+    data = trainer.config.data
+    own = data.dataset in ("folder", "arrays") and data.data_dir is not None and data.data_dir.name
+    return own or trainer.dataset.name
+
+
+def _mistakes(trainer: Trainer, part: Part, evaluation: Evaluation) -> list[Mistake]:
+    """The images of the part that are wrong with the highest probability, by the run's temperature if it has one."""
+    probabilities = (evaluation.logits.double().cpu() / (trainer.temperature or 1.0)).softmax(1)
+    highest, predicted = probabilities.max(1)
+    wrong = torch.nonzero(predicted != part.labels)[:, 0]
+    wrong = wrong[highest[wrong].argsort(descending=True, stable=True)[:MAX_MISTAKES]].tolist()
+    # Of the dataset: a run on kept features has no images in its parts.
+    images = next(p.images for p in parts_of(trainer.dataset, trainer.split) if p.name == part.name)
+    shown = trainer.batches.augment.center(images[wrong]).numpy() if wrong else ()
+    return [Mistake(image, int(part.labels[i]), int(predicted[i]), float(highest[i])) for image, i in zip(shown, wrong)]
 
 
 def _size_words(augment: Augment) -> str:

@@ -2,13 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-# The most test images that are embedded, and the most images that are shown with their views.
+# The most test images that are embedded, that are shown with their views, and that are shown as mistakes.
 MAX_POINTS = 2000
 MAX_VIEWS = 10
+MAX_MISTAKES = 12
+
+
+class Mistake(NamedTuple):
+    """A measured image, uint8 [H, W, 3], its class, the other one that was predicted, and its probability."""
+
+    image: np.ndarray
+    truth: int
+    predicted: int
+    probability: float
 
 
 @dataclass
@@ -59,6 +69,8 @@ class ReportData:
     """Unlabeled images before augmentation, uint8 [n, H, W, 3]."""
     weak_samples: np.ndarray | None = None
     strong_samples: np.ndarray | None = None
+    mistakes: Sequence[Mistake] = ()
+    """Measured images that were classified wrong, the most probable ones first."""
     summary: Mapping[str, Any] = field(default_factory=dict)
     """summary.json; its single values are shown under Run."""
 

@@ -17,7 +17,7 @@ def by_class(ylabel: str, steps: Sequence[float], table: np.ndarray, order: np.n
         steps: [S]; table: values [S, K] with NaN where there is none.
         order: [K], class indices from the most to the fewest labeled images.
     """
-    figure = style.new_figure(5.2, 3.5, theme)
+    figure = style.new_figure(4.8, 3.4, theme)
     colors, norm = style.rank_colors(len(order), theme)
     axes = figure.add_subplot()
     style.style_axes(axes, theme, "training step", ylabel)
@@ -60,7 +60,7 @@ def reliability(bins: np.ndarray, theme: Theme) -> Figure:
     Args:
         bins: float [M, 3], as `evaluation.calibration_bins` gives them.
     """
-    figure = style.new_figure(5.2, 4.6, theme)
+    figure = style.new_figure(4.8, 4.4, theme)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     images, _, right = bins.T
     left, bar = np.linspace(0, 1, len(bins), endpoint=False), {"width": 1 / len(bins), "align": "edge"}

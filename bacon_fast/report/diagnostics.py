@@ -59,13 +59,14 @@ def diagnostic_pictures(
             )
         )
     if data.calibration is not None:
+        scaled = " before the temperature" if data.summary.get("scaled_calibration_error") is not None else ""
         narrow.append(
             picture(
                 "reliability",
                 partial(diagnostic_figures.reliability, data.calibration),
                 f"Accuracy on the {data.measured_on} images by confidence",
                 f"Calibration on {data.where}: expected calibration error "
-                f"{100 * calibration_error(torch.as_tensor(data.calibration)):.1f} %.",
+                f"{100 * calibration_error(torch.as_tensor(data.calibration)):.1f} %{scaled}.",
                 520,
             )
         )

@@ -24,6 +24,7 @@ from bacon_fast.report.style import (
     percent_label,
     rank_colorbar,
     rank_colors,
+    readable_on,
     scatter_classes,
     step_axis,
     step_label,
@@ -54,7 +55,7 @@ class Panel:
 
 def curves(panel: Panel, theme: Theme) -> Figure:
     """Curves over training steps."""
-    figure = new_figure(5.2, 3.5, theme)
+    figure = new_figure(4.8, 3.4, theme)
     axes = figure.add_subplot()
     style_axes(axes, theme, "training step", panel.ylabel)
     axes.grid(color=theme.grid, linewidth=0.8)
@@ -94,7 +95,7 @@ def confusion(matrix: np.ndarray, labels: Sequence[str], order: np.ndarray, them
         axes.set_yticks(range(num_classes), literal(rows))
         for (row, column), value in np.ndenumerate(share):
             if value >= 0.005:
-                color = theme.background if value > 0.3 else theme.ink
+                color = readable_on(scale(np.sqrt(value)), theme)
                 axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=8)
     for spine in axes.spines.values():
         spine.set_visible(True)
@@ -112,6 +113,7 @@ def per_class(
     groups: Sequence[str],
     labels: Sequence[str],
     order: np.ndarray,
+    ylabel: str,
     theme: Theme,
 ) -> Figure:
     """Recall of each class above the number of its training images; classes stand in the given order."""
@@ -120,7 +122,7 @@ def per_class(
     position = np.arange(len(order))
     color = dict(zip(GROUPS, theme.series))
 
-    style_axes(upper, theme, None, "recall on the test set")
+    style_axes(upper, theme, None, ylabel)
     upper.grid(axis="y", color=theme.grid, linewidth=0.8)
     for name in GROUPS:
         inside = [i for i in position if groups[order[i]] == name and recall[order[i]] is not None]
@@ -172,7 +174,7 @@ def temperature(
     theme: Theme,
 ) -> Figure:
     """Temperature of each class's positive logit, and at the `first` record of the run, if there is an earlier one."""
-    figure = new_figure(5.2, 3.5, theme)
+    figure = new_figure(4.8, 3.4, theme)
     axes = figure.add_subplot()
     style_axes(axes, theme, class_axis_label(len(order)), "temperature")
     axes.grid(axis="y", color=theme.grid, linewidth=0.8)
@@ -196,7 +198,7 @@ def temperature(
 
 def temperature_history(history: Sequence[Mapping], order: np.ndarray, theme: Theme) -> Figure:
     """The same over training, one curve a class, colored from the most to the fewest labeled images."""
-    figure = new_figure(5.2, 3.5, theme)
+    figure = new_figure(4.8, 3.4, theme)
     axes = figure.add_subplot()
     style_axes(axes, theme, "training step", "temperature")
     axes.grid(color=theme.grid, linewidth=0.8)

@@ -47,10 +47,16 @@ figure img { display: block; width: 100%; height: auto; margin: 0 auto; }
 figcaption { color: var(--muted); font-size: 0.88rem; margin-top: 10px; }
 .table { overflow-x: auto; padding: 4px 0; }
 table { border-collapse: collapse; width: 100%; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 6px 18px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: 6px 18px; text-align: right; border-bottom: 1px solid var(--line); }
 tr:last-child td { border-bottom: 0; }
-th { color: var(--muted); font-weight: 600; }
+th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child, .left { text-align: left; }
+.thumbs { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px; }
+.thumbs figure { padding: 10px; }
+.thumbs img { aspect-ratio: 1; object-fit: contain; border-radius: 6px; }
+.thumbs figcaption { font-size: 0.82rem; line-height: 1.35; overflow-wrap: anywhere; }
+.thumbs b { color: var(--ink); font-weight: 600; }
+.said { color: var(--muted); font-size: 0.88rem; margin: 18px 0 10px; }
 .settings { columns: 3 300px; column-gap: 32px; padding: 14px 20px; }
 .settings div { display: flex; justify-content: space-between; align-items: baseline; gap: 16px;
   break-inside: avoid; font-size: 0.86rem;  border-bottom: 1px solid var(--line); padding: 4px 0; }
@@ -58,7 +64,8 @@ th:first-child, td:first-child, .left { text-align: left; }
 .settings code { font: 0.84rem ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; text-align: right;
   overflow-wrap: anywhere; }
 @media (max-width: 520px) { main { padding: 28px 12px 48px; } figure { padding: 10px 10px 12px; }
-  .settings { columns: auto; padding: 8px 12px; } th, td { padding: 6px 10px; } }
+  .settings { columns: auto; padding: 8px 12px; } th, td { padding: 6px 8px; } }
+@media (max-width: 680px) { .wide figcaption::before { content: "Scroll the picture sideways. "; } }
 details summary { cursor: pointer; color: var(--accent); margin: 16px 0 12px; font-weight: 600; }
 footer { color: var(--muted); font-size: 0.82rem; margin-top: 56px; }
 """
@@ -106,14 +113,33 @@ def card(title: str, note: str, accuracies: Mapping[str, float | None], *, optim
 
 def figure(picture: Picture) -> str:
     """A picture that follows the reader's light or dark setting."""
-    light, dark = (base64.b64encode(data).decode("ascii") for data in (picture.light, picture.dark))
+    wide = ' class="wide"' if picture.least else ""
     return (
-        f'<figure><div class="frame"><picture>'
-        f'<source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
-        f'<img src="data:image/png;base64,{light}" alt="{escape(picture.alt)}" '
+        f'<figure{wide}><div class="frame"><picture>'
+        f'<source media="(prefers-color-scheme: dark)" srcset="{_embedded(picture.dark)}">'
+        f'<img src="{_embedded(picture.light)}" alt="{escape(picture.alt)}" '
         f'style="max-width:{picture.width}px;min-width:{picture.least}px">'
         f"</picture></div><figcaption>{escape(picture.caption)}</figcaption></figure>"
     )
+
+
+def thumbs(images: Sequence[tuple[bytes, str, str, str]]) -> str:
+    """Small images beside each other, each a PNG with its true class, the predicted one, and what else is said."""
+    figures = "".join(
+        f'<figure><img src="{_embedded(data)}" alt="{escape(f"{truth}, taken for {predicted}")}"><figcaption>'
+        f"<b>{escape(truth)}</b>, taken for <b>{escape(predicted)}</b>{escape(more)}</figcaption></figure>"
+        for data, truth, predicted, more in images
+    )
+    return f'<div class="thumbs">{figures}</div>'
+
+
+def _embedded(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+
+
+def said(text: str) -> str:
+    """What the next part of a section shows."""
+    return f'<p class="said">{escape(text)}</p>'
 
 
 def note(text: str) -> str:
@@ -144,15 +170,15 @@ def group(kind: str, pictures: Sequence[Picture]) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
+    """A table whose first column is text and whose others are numbers, mostly."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def details(summary: str, content: str) -> str:
-    """Content that opens on a click."""
-    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+def details(summary: str, content: str, *, opened: bool = False) -> str:
+    """Content that opens and closes on a click."""
+    return f"<details{' open' if opened else ''}><summary>{escape(summary)}</summary>{content}</details>"
 
 
 def settings(values: Mapping[str, Any]) -> str:
@@ -188,5 +214,5 @@ def show(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.4g}"
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(show, value))
+        return ", ".join(map(show, value)) or "–"
     return str(value)

@@ -16,6 +16,7 @@ from bacon_fast.report.diagnostics import diagnostic_pictures
 from bacon_fast.report.embedding import embed
 from bacon_fast.report.html import Picture, percent
 from bacon_fast.report.labels import class_labels, replaced
+from bacon_fast.report.mistakes import mistakes
 from bacon_fast.report.style import DARK, LIGHT, NAMED_CLASSES, to_png
 from bacon_fast.report.training import training_pictures
 
@@ -49,14 +50,9 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
             html.line(data.summary.get("calibration", "")),
             _cards(data),
             html.note(_bacon_never_acted(data)),
-            html.section("Training", html.group("pair", training_pictures(data, picture))),
-            html.section(
-                "Classes",
-                names,
-                html.group("stack", bars),
-                html.group("pair", temperatures),
-                _class_table(data, order),
-            ),
+            html.section("Classes", names, html.group("stack", bars), _class_table(data, order)),
+            html.section("Mistakes", mistakes(data)),
+            html.section("Training", html.group("pair", training_pictures(data, picture) + temperatures)),
             html.section("Diagnostics", html.group("pair", narrow), html.group("stack", wide)),
             html.section(
                 f"{data.measured_on.capitalize()} images in feature space",
@@ -65,7 +61,7 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
             html.section("Augmentation", html.group("stack", _view_pictures(data, picture))),
             html.section("Data", html.settings(data.dataset)),
             html.section("Run", html.settings(_scalars(data.summary))),
-            html.section("Configuration", html.settings(data.config)),
+            html.details("Configuration", html.settings(data.config)),
             f"<footer>Accuracies belong to the averaged (EMA) model on {data.where}; the geometric mean counts a "
             f"recall of 0 as {1 / len(data.class_names):.2g} % (1 / (100 x classes)). "
             "The pictures are also in the folder figures.</footer>",
@@ -79,7 +75,7 @@ def write_report(run_dir: Path, data: ReportData) -> Path:
 
 def _facts(data: ReportData) -> dict[str, Any]:
     facts = {
-        "dataset": data.summary.get("dataset"),
+        "dataset": data.dataset.get("name"),
         "method": data.summary.get("method"),
         "steps": data.history[-1]["step"] if data.history else data.summary.get("step"),
         "classes": len(data.class_names),
@@ -102,13 +98,20 @@ def _cards(data: ReportData) -> str:
     groups = compute_metrics(data.confusion, data.labeled_counts)
     evaluations = summary["mean_last_20"]["evaluations"]
     averaged = "evaluations" if evaluations == MEAN_WINDOW else f"only {evaluations}, as this network has no more"
+    error = data.summary.get("bacc_error")
+
+    def with_error(values: dict[str, float]) -> dict[str, float]:
+        known = {} if error is None else {"standard error": error}
+        return {"balanced": values["balanced"], **known, **values}
+
     cards = []
     if chosen := data.summary.get("best_on_validation"):
-        values = {label: chosen[key] for label, key in named.items()}
+        values = with_error({label: chosen[key] for label, key in named.items()})
         note = f"after step {chosen['step']:,}, by its log-loss"
-        cards.append(html.card("Chosen by validation", note, values, optimistic=data.measured_on != "test"))
+        optimistic = data.measured_on != "test"
+        cards.append(html.card("Chosen by validation", note, values, optimistic=optimistic))
     cards += [
-        html.card("Last evaluation", f"after step {summary['last']['step']:,}", last),
+        html.card("Last evaluation", f"after step {summary['last']['step']:,}", last if chosen else with_error(last)),
         html.card(f"Mean of the last {MEAN_WINDOW}", averaged, mean),
         html.card("Best evaluation", f"chosen on {data.where}: optimistic", best, optimistic=True),
         html.card(
@@ -153,7 +156,14 @@ def _class_pictures(
     metrics = compute_metrics(data.confusion, data.labeled_counts)
     groups = class_groups(len(data.class_names), data.labeled_counts)
     draw = partial(
-        figures.per_class, metrics["per_class"], data.labeled_counts, data.unlabeled_counts, groups, labels, order
+        figures.per_class,
+        metrics["per_class"],
+        data.labeled_counts,
+        data.unlabeled_counts,
+        groups,
+        labels,
+        order,
+        f"recall on {data.where}",
     )
     known = "" if data.unlabeled_counts is None else " and unlabeled"
     wide = [
@@ -223,24 +233,25 @@ def _temperature_range(data: ReportData) -> str:
 
 
 def _class_table(data: ReportData, order: np.ndarray) -> str:
-    columns = ["class", "labeled", *(["unlabeled"] if data.unlabeled_counts is not None else [])]
+    known = ["labeled", *(["unlabeled"] if data.unlabeled_counts is not None else [])]
     if data.confusion is None:
         counts = [data.labeled_counts] + ([data.unlabeled_counts] if data.unlabeled_counts is not None else [])
-        rows = [[data.class_names[c], *(f"{int(known[c]):,}" for known in counts)] for c in order]
-        return html.details("All classes as a table", html.table(columns, rows))
-    columns += [data.measured_on, "recall %", "precision %", "most often taken for"]
+        rows = [[data.class_names[c], *(f"{int(found[c]):,}" for found in counts)] for c in order]
+        return html.details("All classes as a table", html.table(["class", *known], rows))
+    # The counts last: a phone shows the first columns, and the picture above has the counts too.
+    columns = ["class", "recall %", "precision %", "most often taken for", *known, data.measured_on]
     recall = compute_metrics(data.confusion, data.labeled_counts)["per_class"]
     rows = []
     for c in order:
         row, predicted = data.confusion[c], data.confusion[:, c].sum()
         errors = np.where(np.arange(len(row)) == c, 0, row)
         worst = int(errors.argmax())
-        taken_for = f"{data.class_names[worst]} ({100 * errors[worst] / row.sum():.0f} %)" if errors.any() else "–"
+        taken_for = f"{data.class_names[worst]} ({100 * errors[worst] / row.sum():.0f}\u00a0%)" if errors.any() else "–"
         unlabeled = [f"{int(data.unlabeled_counts[c]):,}"] if data.unlabeled_counts is not None else []
         precision = percent(row[c] / predicted) if predicted else "–"
         counts = [f"{int(data.labeled_counts[c]):,}", *unlabeled, f"{int(row.sum()):,}"]
-        rows.append([data.class_names[c], *counts, percent(recall[c]), precision, taken_for])
-    return html.details("All classes as a table", html.table(columns, rows))
+        rows.append([data.class_names[c], percent(recall[c]), precision, taken_for, *counts])
+    return html.details("All classes as a table", html.table(columns, rows), opened=_named(data))
 
 
 def _embedding_pictures(

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
-from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -79,12 +79,27 @@ def style_axes(axes: Axes, theme: Theme, xlabel: str | None, ylabel: str | None)
         axes.set_ylabel(ylabel, color=theme.muted, fontsize=9.5)
 
 
+def contrast(one: object, other: object) -> float:
+    """Ratio of the luminances of two colors, 1 to 21 (WCAG 2.1): text is read well from 4.5 on."""
+    rgb = np.array([to_rgb(one), to_rgb(other)])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    low, high = sorted(linear @ (0.2126, 0.7152, 0.0722))
+    return float((high + 0.05) / (low + 0.05))
+
+
+def readable_on(color: object, theme: Theme) -> str:
+    """The theme's ink or its background, whichever is read better on this color."""
+    return max(theme.ink, theme.background, key=lambda text: contrast(text, color))
+
+
 def add_legend(axes: Axes, theme: Theme) -> None:
-    """A legend above the axes, if anything in them is named."""
+    """A legend above the axes, if anything in them is named, in up to 3 columns, as there is room for."""
     labels = axes.get_legend_handles_labels()[1]
     if labels:
+        column = 0.4 + 0.07 * max(map(len, labels))  # inches: the line, and its letters
+        room = max(1, int((axes.figure.get_figwidth() - 0.6) / column))
         axes.legend(
-            loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=min(len(labels), 3), frameon=False, fontsize=9,
+            loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=min(len(labels), room, 3), frameon=False, fontsize=9,
             labelcolor=theme.ink, handlelength=1.4, columnspacing=1.4, borderaxespad=0.2,
         )  # fmt: skip
 

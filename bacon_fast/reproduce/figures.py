@@ -159,7 +159,8 @@ def _name(figure: Figure, results: Sequence[Result], theme: Theme) -> None:
 def _embed(result: Result, device: str) -> tuple[np.ndarray, np.ndarray, str]:
     """Points [N, 2], true classes [N] and technique of the first finished run."""
     config = result.finished[0].config
-    run, dataset = open_run(config.run.run_dir, device), build_dataset(config)
+    run = open_run(config.run.run_dir, device)
+    dataset = build_dataset(config, resized=run.interpolation)
     stride = max(1, len(dataset.test_images) // MAX_POINTS)
     images, labels = dataset.test_images[::stride], dataset.test_labels[::stride]
     features, _ = predict(run.network, run.normalize, images, run.device)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from bacon_fast.data.datasets import ImageDataset
 from bacon_fast.data.longtail import Split
-from bacon_fast.engine.build import build_dataset, split_overrides
+from bacon_fast.engine.build import build_dataset, interpolation, split_overrides
 from bacon_fast.engine.checkpoint import saved_step
 from bacon_fast.engine.config import GROUP_OF, Config
 from bacon_fast.engine.directory import logged_step
@@ -185,7 +185,7 @@ def check_images(runs: Sequence[Run]) -> None:
         recorded = Config.read(run.folder / "config.json").data.data_dir
         if recorded == data.data_dir:
             continue
-        size = config.views.stored_size, data.image_size
+        size = config.views.stored_size, data.image_size, interpolation(config)
         source = data.dataset, data.data_dir, size, data.classes, data.images, data.follow_links
         source += data.unlabeled, data.test, data.val, data.other_labels, data.unreadable
         if source not in datasets:

@@ -11,6 +11,7 @@ import torch
 from run_cases import tiny
 from safetensors.torch import load_file
 
+from bacon_fast.data.augment import Augment
 from bacon_fast.data.longtail import Split
 from bacon_fast.engine.trainer import Trainer
 from bacon_fast.export import main
@@ -134,6 +135,49 @@ def test_onnx_of_networks_that_predict_in_another_way(run, tmp_path, onnxruntime
     if heads == "debiased":
         _, plain, _ = network(run.normalize.normalize(run.normalize.center(images)))
         assert np.abs((plain.double() / 1.7).softmax(1).detach().numpy() - expected).max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "spec",
+    [
+        NetworkSpec("timm/tf_efficientnet_lite0", num_classes=3, image_size=64),
+        NetworkSpec("timm/vit_tiny_patch16_224", num_classes=3, image_size=64, train="lora", lora_rank=2),
+    ],
+    ids=lambda spec: spec.backbone,
+)
+def test_onnx_of_networks_of_timm(run, tmp_path, onnxruntime, spec):
+    """A convolutional one and a transformer with LoRA, which is merged: as `predict`, whatever the number of images."""
+    pytest.importorskip("timm", reason="timm/NAME needs the extra timm")
+    torch.manual_seed(0)
+    network = build_network(spec)
+    for module in network.modules():
+        if isinstance(module, LoRALinear):
+            torch.nn.init.normal_(module.lora_b, std=0.1)
+    network.eval()
+    mean, std = (0.5, 0.4, 0.3), (0.5, 0.4, 0.3)
+    normalize = Augment((64, 64), source_size=(72, 72), mean=mean, std=std)
+    _, logits = network.predict(normalize.normalize(normalize.center(pixels(3, 72, 72, 3))))
+    temperature = float(logits.std(0).mean())  # answers that differ from image to image
+    with torch.no_grad():
+        network.head.bias -= logits.mean(0)
+    info = run.info | {"network": dataclasses.asdict(spec), "stored_size": [72, 72], "image_size": [64, 64]}
+    info |= {"mean": list(mean), "std": list(std), "temperature": temperature}
+    export_model(tmp_path, network, normalize, info, {}, onnx=True)
+    own = dataclasses.replace(run, network=network, normalize=normalize, temperature=temperature)
+    for count in (1, 3):
+        images = pixels(count, 72, 72, 3)
+        expected = own.probabilities(images).numpy()
+        assert np.abs(answer(onnxruntime, tmp_path / "model.onnx", images) - expected).max() < 1e-4
+    assert expected.std(0).max() > 0.01
+    names = {tensor.name for tensor in onnx_initializers(tmp_path / "model.onnx")}
+    assert names and not [name for name in names if "lora" in name]
+
+
+def onnx_initializers(path):
+    import onnx
+
+    return onnx.load(path).graph.initializer
 
 
 def test_what_is_missing_is_named(run, tmp_path, monkeypatch):

@@ -162,4 +162,19 @@ def test_the_command_takes_several_runs(monkeypatch, tmp_path, capsys):
     main(["one", "two", str(tmp_path / "in"), "--out", str(out), "--per-class", "3"])
     assert opened == [Path("one"), Path("two")] and len(table(out)) == 1
     text = capsys.readouterr().err
-    assert f"{out}: 1 images labeled\n" in text and "uncalibrated" in text
+    assert text.endswith(f"{out}: 1 images labeled\n") and "uncalibrated" in text
+
+
+def test_a_script_can_tell_some_labels_from_all_and_from_none(monkeypatch, tmp_path, capsys):
+    """Status 1, as `predict` has it, and 2 for an error; what is written is the same."""
+    gray(tmp_path / "in" / "a.png", 60)
+    (tmp_path / "in" / "bad.png").write_bytes(b"no image")
+    monkeypatch.setattr(Run, "open", lambda directory, device: made(monkeypatch))
+    words = ["one", str(tmp_path / "in"), "--out", str(tmp_path / "labels.csv")]
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 1 and [row["label"] for row in table(tmp_path / "labels.csv")] == ["dark", ""]
+    assert capsys.readouterr().err.splitlines()[-1].endswith("labels.csv: 1 images labeled, 1 not (column error)")
+    with pytest.raises(SystemExit) as stopped:
+        main(words)  # the file is there, and may hold a review
+    assert stopped.value.code == 2

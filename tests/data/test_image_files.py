@@ -122,8 +122,12 @@ def test_plain_images_are_what_pillow_converts(tmp_path, suffix, modes):
         path = tmp_path / f"{mode}.{suffix}"
         Image.fromarray(pixels(9, 7, 3)).convert(mode).save(path)
         assert np.array_equal(read(path), np.asarray(Image.open(path).convert("RGB")))
-        resized = Image.open(path).convert("RGB").resize((4, 5), Image.Resampling.BILINEAR)
-        assert np.array_equal(read_files([path], (5, 4))[0].numpy(), np.asarray(resized))
+        for how in (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC):
+            resized = np.asarray(Image.open(path).convert("RGB").resize((4, 5), how))
+            assert np.array_equal(read_files([path], (5, 4), how.name.lower())[0].numpy(), resized)
+    assert np.array_equal(read_files([path], (5, 4)), read_files([path], (5, 4), "bilinear"))
+    with pytest.raises(ValueError, match="interpolation: expected bilinear or bicubic, found 'lanczos'"):
+        read_files([path], (5, 4), "lanczos")
 
 
 @pytest.mark.parametrize("orientation", range(10))  # 0 and 9 mean nothing

@@ -52,6 +52,16 @@ def test_it_is_the_dataset_that_memory_would_hold(tmp_path, monkeypatch):
     make_split(memory, PROTOCOLS["as-is"], 0).verify(mapped)
 
 
+def test_each_interpolation_has_a_file_of_its_own(tmp_path):
+    write_folder(tmp_path)
+    for how in ("bicubic", "bilinear"):
+        memory, mapped = (load(tmp_path, images=images, interpolation=how) for images in ("memory", "mapped"))
+        assert torch.equal(mapped.train_images, memory.train_images)
+        whole = Image.open(tmp_path / "train" / "ant" / "0.bmp").resize((8, 8), Image.Resampling[how.upper()])
+        assert np.array_equal(memory.train_images[0], np.asarray(whole))
+    assert len(list((tmp_path / ".bacon_fast").glob("*.images"))) == 2
+
+
 def test_the_pool_is_not_copied(tmp_path):
     write_folder(tmp_path)
     for dataset in (load(tmp_path), load(tmp_path, images="memory")):
@@ -276,7 +286,7 @@ def test_a_file_larger_than_memory_is_mapped(tmp_path, monkeypatch):
     memory = 1024 * (int(meminfo["MemTotal:"]) + int(meminfo["SwapTotal:"]))
     size = math.isqrt(2 * memory // 3)
 
-    def write(files, size, path, optional):
+    def write(files, size, path, optional, interpolation):
         with open(path, "wb") as sparse:
             sparse.truncate(len(files) * size * size * 3)
             sparse.seek(-1, os.SEEK_END)

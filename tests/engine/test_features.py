@@ -11,7 +11,9 @@ from bacon_fast.data.longtail import Split
 from bacon_fast.data.philox import Stream, philox
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.engine.trainer import Trainer
+from bacon_fast.files import read_record
 from bacon_fast.models import build_backbone
+from bacon_fast.report.collect import collect
 from bacon_fast.run import open_run
 
 SEEN = 3
@@ -117,6 +119,14 @@ def test_the_saved_run_reads_pixels(trained, tmp_path):
     Image.fromarray(rows[0].numpy()).save(tmp_path / "0.png")
     (answer,) = run.predict([tmp_path / "0.png"])
     assert answer["probability"] == pytest.approx(float(rounded[0].softmax(0).max()), abs=1e-3)
+
+
+def test_the_report_shows_pixels_of_the_mistakes(trained):
+    data = collect(trained, read_record(trained.run_dir / "summary.json"))
+    assert data.mistakes
+    for mistake in data.mistakes:
+        same = (trained.dataset.test_images.numpy() == mistake.image).all(axis=(1, 2, 3))
+        assert trained.dataset.test_labels[torch.from_numpy(same)].tolist() == [mistake.truth]
 
 
 def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(trained, weights, tmp_path):

@@ -1,14 +1,19 @@
 """Images that are stored larger than their views: evaluation and prediction see the same center windows."""
 
+import csv
+
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as tvf
 from PIL import Image
 
+from bacon_fast.engine import build
+from bacon_fast.engine.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.several import fit_together
 from bacon_fast.engine.trainer import Trainer
+from bacon_fast.files import read_record
 from bacon_fast.report.collect import collect
 from bacon_fast.run import open_run
 
@@ -73,6 +78,54 @@ def test_predict_and_evaluate_see_what_the_training_evaluated(photos, trained):
         confusion[names.index(file.parent.name), names.index(row["class"])] += 1
     assert trainer.evaluation().confusion.tolist() == confusion.tolist()
     assert run.evaluate()["confusion"] == confusion.tolist()
+
+
+@pytest.fixture(scope="module")
+def bicubic(photos, tmp_path_factory):
+    """A run on a network of timm, whose weights were trained on images that were resized bicubically."""
+    pytest.importorskip("timm", reason="timm/NAME needs the extra timm")
+    changes = {"backbone": "timm/test_vit", "bn_momentum": None, "image_size": 32, "stored_size": 36}
+    trainer = Trainer(config(photos, tmp_path_factory.mktemp("bicubic") / "run", **changes))
+    trainer.fit()
+    return trainer
+
+
+def test_images_are_resized_as_a_backbone_s_training_resized_them(photos, bicubic, tmp_path):
+    run = open_run(bicubic.run_dir, "cpu")
+    files = sorted((photos / "test").rglob("*.png"))
+    pictures = [Image.open(file).convert("RGB") for file in files]
+    squares = {how: np.stack([np.asarray(picture.resize((36, 36), how)) for picture in pictures])
+               for how in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR)}  # fmt: skip
+    assert np.array_equal(bicubic.dataset.test_images.numpy(), squares[Image.Resampling.BICUBIC])
+    expected, other = (run.probabilities(torch.from_numpy(squares[how])).amax(1).tolist() for how in squares)
+    assert [row["probability"] for row in run.predict(files)] == pytest.approx(expected, abs=1e-9)
+    assert max(abs(a - b) for a, b in zip(expected, other)) > 1e-5, "the filters can be told apart"
+    assert run.evaluate()["confusion"] == bicubic.evaluation().confusion.tolist()
+    run.label(photos / "test", tmp_path / "labels.csv")
+    with open(tmp_path / "labels.csv") as file:
+        assert [float(row["probability"]) for row in csv.DictReader(file)] == pytest.approx(expected, abs=1e-6)
+    run.export(tmp_path / "model")
+    model = read_record(tmp_path / "model" / "model.json")
+    assert model["interpolation"] == "bicubic" and "resized to 36 x 36 pixels, bicubic," in model["input"]
+
+
+def test_a_run_that_does_not_say_how_it_resized_did_it_bilinearly(photos, bicubic, tmp_path, monkeypatch):
+    """A checkpoint of an earlier version: resumed and evaluated on the images that it had."""
+    monkeypatch.setattr(build, "interpolation", lambda config: "bilinear")
+    of_old = bicubic.config.replace(run_dir=tmp_path / "old", steps=2, eval_every=1, checkpoint_every=1)
+    old = Trainer(of_old)
+    old.fit()
+    monkeypatch.undo()
+    for path in list_checkpoints(tmp_path / "old" / "checkpoints"):
+        state = load_checkpoint(path)
+        del state["inference"]["interpolation"]
+        save_checkpoint(path.parent, state["step"], state, 2)
+    assert open_run(tmp_path / "old", "cpu").evaluate()["confusion"] == old.evaluation().confusion.tolist()
+    resumed = Trainer(of_old.replace(resume=True))
+    resumed.logger.close()
+    assert resumed.inference_info()["interpolation"] == "bilinear"
+    assert torch.equal(resumed.dataset.test_images, old.dataset.test_images)
+    assert not torch.equal(resumed.dataset.test_images, bicubic.dataset.test_images)
 
 
 def test_views_are_windows_and_resized_parts_of_the_stored_images(trained):

@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_two_runs_that_start_together_do_not_share_a_directory(tmp_path, monkeypatch):
     load, refusals = build.build_dataset, []
 
-    def slowly(config, device):
+    def slowly(*inputs):
         if not refusals:  # while the first run loads, the second one starts
             with pytest.raises(ValueError, match=r"^run_dir: .*run is in use by another command") as refusal:
                 Trainer(tiny(tmp_path / "run", seed=1, method="supervised"))
             refusals.append(refusal)
-        return load(config, device)
+        return load(*inputs)
 
     monkeypatch.setattr(build, "build_dataset", slowly)
     Trainer(tiny(tmp_path / "run", steps=2)).fit()

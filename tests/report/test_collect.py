@@ -31,6 +31,12 @@ def test_a_run_gives_the_values_of_its_report(tmp_path):
     assert all((images == sample).all(axis=(1, 2, 3)).any() for sample in data.original_samples)
     assert data.weak_samples.shape == data.strong_samples.shape == data.original_samples.shape
     assert not np.array_equal(data.weak_samples, data.strong_samples)
+    wrong = trainer.dataset.test_images.numpy()
+    for mistake in data.mistakes:
+        ((i,),) = np.nonzero((wrong == mistake.image).all(axis=(1, 2, 3)))
+        assert mistake.truth == test_labels[i] != mistake.predicted
+    sure = [mistake.probability for mistake in data.mistakes]
+    assert len(sure) == 12 and sure == sorted(sure, reverse=True) and all(0 < p <= 1 for p in sure)
 
 
 def choice_of(page: str) -> str:
@@ -55,6 +61,7 @@ def test_the_report_says_what_was_measured_on(tmp_path, measured):
     data = collect(trainer, summary)
     page = write_report(tmp_path / "run", data).read_text()
     assert choice_of(redraw(tmp_path / "run").read_text()) == choice_of(page)
+    assert "<h1>fixmatch+abc+bacon on data</h1>" in page, "the folder's name"
     if measured == "nothing":
         assert summary["evaluated_on"] is None and "bacc" not in summary and data.confusion is None
         assert "Last averaged weights, not evaluated: no test images (--test)" in page

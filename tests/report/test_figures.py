@@ -9,7 +9,7 @@ from bacon_fast.engine.metrics import GROUPS, class_groups
 from bacon_fast.report import diagnostic_figures, figures
 from bacon_fast.report.figures import Line, Panel
 from bacon_fast.report.labels import class_labels, replaced
-from bacon_fast.report.style import DARK, LIGHT, to_png
+from bacon_fast.report.style import DARK, LIGHT, contrast, to_png
 
 
 def test_confusion_matrix_is_drawn_in_percent_of_the_true_class():
@@ -22,11 +22,21 @@ def test_confusion_matrix_is_drawn_in_percent_of_the_true_class():
     np.testing.assert_allclose(np.square(drawn), [[0.75, 0.25], [0.01, 0.99]])
 
 
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+def test_the_numbers_of_a_confusion_matrix_can_be_read_on_every_shade(theme):
+    assert contrast("white", "black") == pytest.approx(21) and contrast("#777777", "white") == pytest.approx(4.48, 0.01)
+    for percent in range(1, 51):
+        axes = figures.confusion(np.array([[percent, 100 - percent], [0, 1]]), ["a", "b"], np.array([0, 1]), theme).axes
+        (image,), texts = axes[0].images, axes[0].texts
+        shades = image.to_rgba(image.get_array())[0]
+        assert all(contrast(text.get_color(), shade[:3]) > 3.7 for text, shade in zip(texts[:2], shades)), percent
+
+
 def test_class_bars_follow_the_order_of_the_labeled_counts():
     recall, labeled = [0.2, None, 0.9, 0.5], [5, 50, 500, 20]
     order = np.argsort(-np.array(labeled), kind="stable")
     groups = class_groups(4, labeled)
-    figure = figures.per_class(recall, labeled, None, groups, list("abcd"), order, DARK)
+    figure = figures.per_class(recall, labeled, None, groups, list("abcd"), order, "recall here", DARK)
     upper, lower = figure.axes
     assert [bar.get_height() for bar in upper.patches] == [0.9, 0.5, 0.2]
     assert [bar.get_height() for bar in lower.patches] == [500, 50, 20, 5]
@@ -74,12 +84,21 @@ def test_long_and_foreign_names_leave_room_and_no_boxes(theme):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for figure in (
-            figures.per_class([0.5] * 10, [9] * 10, None, ["many"] * 10, labels, order, theme),
+            figures.per_class([0.5] * 10, [9] * 10, None, ["many"] * 10, labels, order, "recall", theme),
             figures.confusion(np.eye(10, dtype=int), labels, order, theme),
             figures.embedding(np.eye(10)[:, :2], order, labels, order, "PCA", theme),
         ):
             to_png(figure)
             assert figure.axes[0].get_position().width > 0.5
+
+
+@pytest.mark.parametrize("labels", [["a", "b", "c"], ["pseudo-label rate", "pseudo-label rate of ABC", "accuracy"]])
+def test_a_legend_has_as_many_columns_as_there_is_room_for(labels):
+    figure = figures.curves(Panel("share", [Line(label, [1, 2], [0.1, 0.2]) for label in labels]), LIGHT)
+    to_png(figure)
+    legend = figure.axes[0].get_legend()
+    assert legend.get_window_extent().x1 <= figure.bbox.x1 and figure.axes[0].get_position().width > 0.75
+    assert len({text.get_window_extent().y0 for text in legend.get_texts()}) == (1 if labels[0] == "a" else 2)
 
 
 def test_labels_are_names_as_far_as_they_can_be_drawn_and_told_apart():

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 from bacon_fast.engine.metrics import compute_metrics
 from bacon_fast.report import html
-from bacon_fast.report.data import ReportData
+from bacon_fast.report.data import Mistake, ReportData
 from bacon_fast.report.page import write_report
 
 COUNTS = [100, 60, 36, 22, 13, 8, 5, 3, 2, 1]
@@ -167,9 +167,51 @@ def test_class_table_lists_counts_recall_precision_and_the_favored_confusion(wri
     text = written[1].read_text(encoding="utf-8")
     rows = re.findall(r"<tr>(.*?)</tr>", text)
     cells = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in rows]
-    assert cells[0] == ["class", "labeled", "unlabeled", "test", "recall %", "precision %", "most often taken for"]
+    assert cells[0] == ["class", "recall %", "precision %", "most often taken for", "labeled", "unlabeled", "test"]
     # Class 9 takes the 40 errors of class 8; its own 50 errors go to class 0.
-    assert cells[10] == ["digit 9", "1", "4", "100", "50.0", f"{100 * 50 / 90:.1f}", "digit 0 (50 %)"]
+    assert cells[10] == ["digit 9", "50.0", f"{100 * 50 / 90:.1f}", "digit 0 (50\u00a0%)", "1", "4", "100"]
+
+
+def test_the_worst_pairs_of_classes_and_the_mistakes_among_the_images_are_shown(tmp_path):
+    matrix = np.array([[90, 0, 10], [3, 7, 0], [1, 0, 0]])
+    history = [{"step": 1, **compute_metrics(torch.from_numpy(matrix))}]
+    pixels = np.zeros((500, 300, 3), np.uint8)
+    pixels[:, :, 0] = 200
+    wrong = [Mistake(pixels, 2, 0, 0.987), Mistake(pixels[:8, :8], 1, 0, 0.5)]
+    data = ReportData("t", {}, {}, ["<cat>", "dog", "猫"], [3, 2, 1], history, matrix, mistakes=wrong)
+    text = write_report(tmp_path, data).read_text("utf-8")
+    tables = [re.findall(r"<t[hd]>(.*?)</t[hd]>", table) for table in re.findall(r"<table>(.*?)</table>", text)]
+    assert tables[1] == [
+        *("class", "taken for", "test images", "% of the class"),
+        *("&lt;cat&gt;", "猫", "10", "10.0"),
+        *("dog", "&lt;cat&gt;", "3", "30.0"),
+        *("猫", "&lt;cat&gt;", "1", "100.0"),
+    ]
+    thumbs = text[text.index('<div class="thumbs">') :]
+    captions = re.findall(r'<img src="data:image/png;base64,(.*?)" alt="(.*?)"><figcaption>(.*?)</figcaption>', thumbs)
+    assert [(alt, caption) for _, alt, caption in captions] == [
+        ("猫, taken for &lt;cat&gt;", "<b>猫</b>, taken for <b>&lt;cat&gt;</b> with 99\u00a0%"),
+        ("dog, taken for &lt;cat&gt;", "<b>dog</b>, taken for <b>&lt;cat&gt;</b> with 50\u00a0%"),
+    ]
+    large, small = (Image.open(io.BytesIO(base64.b64decode(image))) for image, _, _ in captions)
+    assert large.size == (144, 240) and small.size == (8, 8) and large.getpixel((5, 5)) == (200, 0, 0)
+
+
+def test_a_run_without_mistakes_shows_none(tmp_path):
+    matrix = np.diag([5, 4])
+    history = [{"step": 1, **compute_metrics(torch.from_numpy(matrix))}]
+    text = write_report(tmp_path, ReportData("t", {}, {}, ["a", "b"], [2, 1], history, matrix)).read_text("utf-8")
+    assert "Mistakes" not in text and "taken for" in text, "the table of all classes"
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_the_standard_error_stands_beside_the_reported_balanced_accuracy(tmp_path, chosen):
+    history, matrix = evaluations([80, 60, 40], steps=2)
+    summary = {"bacc_error": 0.123} | ({"best_on_validation": history[0]} if chosen else {})
+    text = write_report(tmp_path, ReportData("t", {}, {}, list("abc"), [3, 2, 1], history, matrix, summary=summary))
+    cards = re.findall(r'<div class="card"><h3>(.*?)</h3>(.*?)</div>', text.read_text("utf-8"))
+    with_error = [title for title, card in cards if "<dl><dt>standard error</dt><dd>12.3</dd><dt>top-1" in card]
+    assert with_error == ["Chosen by validation" if chosen else "Last evaluation"]
 
 
 def test_a_run_with_one_evaluation_and_nothing_else(tmp_path):
@@ -286,6 +328,6 @@ def test_wrong_shapes_are_refused_by_name(change, message):
 
 
 def test_values_are_written_for_readers():
-    shown = [html.show(value) for value in (None, True, 12345, 0.03, 1e-5, 123456.7, ("a", 1), "x")]
-    assert shown == ["–", "yes", "12,345", "0.03", "1e-05", "123,457", "a, 1", "x"]
+    shown = [html.show(value) for value in (None, True, 12345, 0.03, 1e-5, 123456.7, ("a", 1), (), "x")]
+    assert shown == ["–", "yes", "12,345", "0.03", "1e-05", "123,457", "a, 1", "–", "x"]
     assert html.percent(None) == "–" and html.percent(0.98765) == "98.8"
