@@ -222,7 +222,7 @@ H200 = {"threads": 512, "multiprocessors": 132, "shared_limit": 227 * 1024}
 
 @pytest.mark.parametrize(
     "pixels, channels, held",
-    [(32 * 32, 16, (20, 3)), (32 * 32, 32, (20, 3)), (16 * 16, 64, (10, 10)), (8 * 8, 128, (5, 5))],
+    [(32 * 32, 16, (10, 10)), (32 * 32, 32, (20, 3)), (16 * 16, 64, (10, 10)), (8 * 8, 128, (5, 5))],
 )
 def test_every_layer_of_wrn_28_2_fits_an_h200(library, pixels, channels, held):
     """320 images in bfloat16: what is normalized stays in shared memory, of the gradient what there is room for."""
@@ -235,7 +235,7 @@ def test_every_layer_of_wrn_28_2_fits_an_h200(library, pixels, channels, held):
         assert (plan.splits - 1) * plan.rows_per_split < 320 * pixels <= plan.splits * plan.rows_per_split
         assert plan.shared_bytes <= H200["shared_limit"]
         assert plan.held[0] * plan.groups >= plan.rows_per_split
-    assert tuple(plans[1].held) == held
+    assert tuple(plans[2].held) == held
 
 
 def test_no_thread_reads_what_another_still_writes(tmp_path):
