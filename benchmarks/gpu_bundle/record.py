@@ -79,7 +79,7 @@ def run_tests_trainers() -> None:
 
     for precision in ("fp32", "bf16"):
         with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(tiny(Path(folder), precision=precision, **{"bacon.contrast_start": 0.0}))
+            trainer = Trainer(tiny(Path(folder), precision=precision, parts={"bacon.contrast_start": 0.0}))
             for _ in range(2):
                 trainer.train_step()
             trainer.logger.close()

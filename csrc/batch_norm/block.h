@@ -1,11 +1,11 @@
-// What a thread block does in BatchNorm on a GPU: residual sum, moments, a barrier of all blocks, result; and backward.
-// Each way is a first pass over the block's rows, the barrier, and a second pass, for which shared memory keeps what fits.
-// The two passes may also be two launches, which keep nothing. Sums are taken in the order of threads, then of blocks:
-// the result is the same at every run, in one launch or in two.
+// What a thread block does in BatchNorm on a GPU: residual sum, moments, barrier of all blocks, result; and backward.
+// Each way is a first pass over the block's rows, the barrier, and a second pass, for which shared memory keeps what
+// fits. The two passes may also be two launches, which keep nothing. Sums are taken in the order of threads, then of
+// blocks: the result is the same at every run, in one launch or in two.
 //
 // A Block offers
 //   kThreads                   threads of a block, a multiple of kMostChannels
-//   thread(), split(), channel_block(), memory()   which one this is, and the block's shared memory, at a multiple of 16
+//   thread(), split(), channel_block(), memory()   which one this is, and the block's shared memory, 16-byte aligned
 //   copy(to, from), commit()   begins to copy 16 bytes into shared memory; closes a group of such copies
 //   wait(n)                    until all groups but the last n are there, for the thread that asked for them
 //   sync(), grid_sync()        barriers of the block, and of all blocks
@@ -130,8 +130,8 @@ class Share {
     }
   }
 
-  // --- Sums by channel. Of a part, two numbers: (part, channel of the block) -> first(), second(). Parts are the groups
-  // of rows of a block, then the blocks of all rows.
+  // --- Sums by channel. Of a part, two numbers: (part, channel of the block) -> first(), second(). Parts are the
+  // groups of rows of a block, then the blocks of all rows.
 
   BACON_FAST_DEVICE int block_channel() const { return block_.thread() % plan_.block_channels; }
   BACON_FAST_DEVICE int64_t summed_channel() const {
@@ -169,7 +169,7 @@ class Share {
     return result;
   }
 
-  // Moments of all parts from mean and squared deviations of each, which has rows(part) of `all` rows (Chan et al. 1979).
+  // Moments of all parts from mean and squared deviations of each, rows(part) of `all` rows (Chan et al. 1979).
   template <class Rows>
   BACON_FAST_DEVICE void merge(int parts, int64_t all, const Rows& rows, Acc& mean, Acc& squares) const {
     mean = sum(parts, [&](int part) { return rows(part) * first(part); }) / all;

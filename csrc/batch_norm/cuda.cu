@@ -1,6 +1,6 @@
 // BatchNorm in training mode with the residual sum before it and the LeakyReLU after it, on a GPU: one launch each way,
 // whose blocks wait for each other between the moments and the result (a cooperative launch, which a CUDA graph may
-// contain). Where they cannot all run at once, the same code is two launches. No atomics: every run gives the same bits.
+// contain). Where they cannot all run at once, the same code is two launches. No atomics: every run gives equal bits.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -131,7 +131,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const c10::cuda::CUDAGuard guard(sum_in.device());
   const Tensor sum = rows_first(sum_in), gradient = rows_first(gradient_in), result = at::empty_like(sum);
   const std::optional<Tensor> more = more_in ? std::optional(rows_first(*more_in)) : std::nullopt;
-  const Tensor weight = weight_in.to(mean.scalar_type()).contiguous(), bias = bias_in.to(mean.scalar_type()).contiguous();
+  const at::ScalarType wide = mean.scalar_type();
+  const Tensor weight = weight_in.to(wide).contiguous(), bias = bias_in.to(wide).contiguous();
   const Tensor grad_weight = at::empty_like(mean), grad_bias = at::empty_like(mean);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, sum.scalar_type(), "batch_norm_act", [&] {
     using Acc = Accumulator<scalar_t>;

@@ -1,5 +1,5 @@
-// How one launch of BatchNorm on a GPU divides [rows, channels] among thread blocks, and what a block keeps in its shared
-// memory between the two passes over its rows. Rows are pixels: memory is channels_last.
+// How one launch of BatchNorm on a GPU divides [rows, channels] among thread blocks, and what a block keeps in its
+// shared memory between the two passes over its rows. Rows are pixels: memory is channels_last.
 #pragma once
 
 #include <algorithm>
@@ -7,8 +7,8 @@
 
 namespace bacon_fast::norm {
 
-constexpr int kVectorBytes = 16;  // that a thread reads or writes at once
-constexpr int kMostChannels = 32;  // of a block: 64 bytes of a row in half precision, which memory serves as well as more
+constexpr int kVectorBytes = 16;    // that a thread reads or writes at once
+constexpr int kMostChannels = 32;   // of a block: 64 bytes of a row in half precision are read as fast as more
 constexpr int kChannelVectors = 5;  // per-channel values that the second pass reads
 
 struct Plan {
@@ -39,8 +39,8 @@ inline int64_t scratch_bytes(const Plan& plan, int threads, int64_t accumulator_
   return (2 * parts * plan.block_channels + threads + kChannelVectors * plan.block_channels) * accumulator_bytes;
 }
 
-// Blocks for every multiprocessor, as far as there are rows. `tensors`: 1 (forward) or 2 (backward) whose vectors are kept
-// as far as they fit, the others being read again by the second pass; 0: none. Empty: more blocks of channels than
+// Blocks for every multiprocessor, as far as there are rows. `tensors`: 1 (forward) or 2 (backward) whose vectors are
+// kept as far as they fit, the others being read again by the second pass; 0: none. Empty: more blocks of channels than
 // multiprocessors, which matters where blocks wait for each other, or too little memory for the partial sums.
 inline Plan make_plan(int64_t rows, int64_t channels, int64_t scalar_bytes, int64_t accumulator_bytes, int tensors,
                       const Machine& machine) {

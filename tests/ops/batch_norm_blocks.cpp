@@ -1,5 +1,5 @@
 // The GPU's BatchNorm (csrc/batch_norm) on a CPU: a host thread for each thread of every block, all of them at once.
-// A library for test_batch_norm_blocks.py; and a program, for ThreadSanitizer, which reports a missing barrier as a race.
+// A library for test_batch_norm_blocks.py; and a program for ThreadSanitizer, which reports a missing barrier as a race.
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -154,7 +154,8 @@ extern "C" void plan_for(int64_t rows, int64_t channels, int64_t bytes, int tens
 
 int main() {
   constexpr int64_t kRows = 150, kChannels = 24;
-  std::vector<std::vector<float>> images(7, std::vector<float>(kRows * kChannels)), vectors(8, std::vector<float>(32, 1));
+  std::vector<std::vector<float>> images(7, std::vector<float>(kRows * kChannels));
+  std::vector<std::vector<float>> vectors(8, std::vector<float>(32, 1));
   std::mt19937 random(0);
   for (auto* image : {&images[0], &images[1], &images[4], &images[5]}) {
     for (float& value : *image) value = std::normal_distribution<float>()(random);
