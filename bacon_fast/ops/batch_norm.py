@@ -118,8 +118,9 @@ def default_backend(x: Tensor) -> str | None:
 
 
 # A backend is two ops, bacon_fast::batch_norm_act_BACKEND and bacon_fast::batch_norm_act_backward_BACKEND, both for
-# training mode only. Backend "cuda" is the pair of "cpp" on a GPU: csrc/batch_norm has code for both. The forward changes the running statistics, and torch.library gives autograd only to ops that
-# change nothing: so an autograd function ties the two together. The backward has no derivative of its own.
+# training mode only. Backend "cuda" is the pair of "cpp" on a GPU: csrc/batch_norm has code for both. The forward
+# changes the running statistics, and torch.library gives autograd only to ops that change nothing: so an autograd
+# function ties the two together. The backward has no derivative of its own.
 #
 # x, residual [N,C,H,W]; the vectors [C]. sum is x + residual, and empty without a residual: an output is no input.
 # mean and inverse [C], in float32 (float64 for float64 inputs), are the batch's mean and 1 / sqrt(var + eps).

@@ -85,7 +85,9 @@ def test_trainers_run_on_kernels_that_write_nothing(tmp_path):
     )
     values = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = tmp_path / "launches.pkl"
-    done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT, env=values, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], cwd=ROOT, env=values, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     names = {row[1] for row in pickle.loads(path.read_bytes())}
     assert {"_rank_kernel", "_moments_kernel", "_input_gradient_kernel"} <= names

@@ -1,5 +1,5 @@
 // The GPU's BatchNorm (csrc/batch_norm) on a CPU: a host thread for each thread of every block, all of them at once.
-// A library for test_batch_norm_blocks.py; and a program for ThreadSanitizer, which reports a missing barrier as a race.
+// A library for test_batch_norm_blocks.py, and a program for ThreadSanitizer, which reports a missing barrier as a race.
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 

@@ -1,6 +1,7 @@
 """BatchNorm in one launch on a GPU, run on a CPU: blocks, barriers and shared memory, against torch in float64."""
 
 import ctypes
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -239,7 +240,7 @@ def test_every_layer_of_wrn_28_2_fits_an_h200(library, pixels, channels, held):
 
 
 def test_no_thread_reads_what_another_still_writes(tmp_path):
-    """Under ThreadSanitizer; and the detector works: without the barrier of all blocks, or of one block, there is a race."""
+    """Under ThreadSanitizer; and the detector works: without a barrier, of all blocks or of one, there is a race."""
     csrc = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc" / "batch_norm", csrc / "batch_norm")
     block = csrc / "batch_norm" / "block.h"
@@ -254,3 +255,30 @@ def test_no_thread_reads_what_another_still_writes(tmp_path):
             pytest.skip("ThreadSanitizer cannot run in this address space")
         assert ("data race" in result.stderr) == (missing is not None), result.stderr[:3000]
         assert missing is not None or result.stdout.strip() == "done"
+
+
+KERNELS = """
+#include "batch_norm/kernels.cuh"
+using namespace bacon_fast::norm;
+#define BOTH(S) \\
+  template __global__ void forward_kernel<S>(const __grid_constant__ Plan, const __grid_constant__ Forward<S>, int); \\
+  template __global__ void backward_kernel<S>(const __grid_constant__ Plan, const __grid_constant__ Backward<S>, int);
+BOTH(float) BOTH(double) BOTH(c10::Half) BOTH(c10::BFloat16)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_a_block_of_a_multiprocessor_has_room_and_nothing_spills(tmp_path, arch):
+    """512 threads of at most 128 registers are the 65,536 of a multiprocessor: one block is always resident."""
+    (tmp_path / "kernels.cu").write_text(KERNELS)
+    command = ["nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v"]
+    command += [f"-I{ROOT / 'csrc'}", f"-I{HEADERS}", "kernels.cu", "-o", "kernels.cubin"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = done.stdout + done.stderr
+    memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    registers = [int(number) for number in re.findall(r"Used (\d+) registers", report)]
+    assert memory == [("0", "0", "0")] * 8 and len(registers) == 8
+    assert max(registers) * H200["threads"] <= 65_536
