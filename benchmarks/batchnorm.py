@@ -176,7 +176,7 @@ def arms_of(device: str) -> dict[str, Function]:
         "torch" if device == "cpu" else "cuDNN": torchs,
         "torch.compile": torch.compile(torchs, fullgraph=True, dynamic=False),
     }
-    for backend in our_backends("batch_norm_act", torch.empty(0, 1, 1, 1, device=device)):
+    for backend in our_backends("batch_norm_act", torch.empty(0, LAYERS[0].channels, 1, 1, device=device)):
         if device != "cpu" or backend != "triton":  # there it is interpreted
             arms[f"bacon_fast {backend}"] = functools.partial(ours, backend=backend)
     return arms

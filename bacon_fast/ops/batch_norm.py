@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.values import accumulator_dtype
-from .backends import BACKENDS, Backend, always, choose_backend, why_not_cpp, why_not_triton
+from .backends import BACKENDS, Backend, always, choose_backend, why_not_cpp, why_not_cuda, why_not_triton
 from .checks import check_devices, check_kind, check_number, check_shape
 
 
@@ -43,7 +43,9 @@ def batch_norm_act(
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
         negative_slope: slope of the LeakyReLU; 0 is ReLU, 1 no activation.
-        backend: None for the best one, "reference", "cpp" or "triton". Without ``training`` always the reference.
+        backend: None for the best one, "reference", "cpp", "triton" or "cuda"; the last one is a launch each way, takes
+            channels in multiples of 16 bytes, and is chosen only by name until a GPU has measured it. Without
+            ``training`` always the reference.
 
     Returns:
         (activated, sum), both [N,C,H,W] in the dtype of x; the sum is x itself without a residual. Both can be
@@ -116,8 +118,9 @@ def default_backend(x: Tensor) -> str | None:
 
 
 # A backend is two ops, bacon_fast::batch_norm_act_BACKEND and bacon_fast::batch_norm_act_backward_BACKEND, both for
-# training mode only. The forward changes the running statistics, and torch.library gives autograd only to ops that
-# change nothing: so an autograd function ties the two together. The backward has no derivative of its own.
+# training mode only. Backend "cuda" is the pair of "cpp" on a GPU: csrc/batch_norm has code for both. The forward
+# changes the running statistics, and torch.library gives autograd only to ops that change nothing: so an autograd
+# function ties the two together. The backward has no derivative of its own.
 #
 # x, residual [N,C,H,W]; the vectors [C]. sum is x + residual, and empty without a residual: an output is no input.
 # mean and inverse [C], in float32 (float64 for float64 inputs), are the batch's mean and 1 / sqrt(var + eps).
@@ -246,8 +249,16 @@ def _run(
     return (out, x) if residual is None else out
 
 
+def _why_not_one_launch(x: Tensor) -> str | None:
+    """Why the CUDA code cannot serve x: it reads 16 bytes at a time, of one pixel."""
+    size = x.shape[1] * x.element_size()
+    return why_not_cuda(x) or (f"16 bytes do not divide {x.shape[1]} channels of {x.dtype}" if size % 16 else None)
+
+
+# "cuda" comes last, which leaves it to those who name it (docs/gpu_design.md).
 BACKENDS["batch_norm_act"] = {
     "cpp": Backend(partial(_run, "cpp"), why_not_cpp),
     "triton": Backend(partial(_run, "triton"), why_not_triton),
     "reference": Backend(reference.batch_norm_act, always),
+    "cuda": Backend(partial(_run, "cpp"), _why_not_one_launch),
 }

@@ -57,8 +57,8 @@ def make_venv() -> Path:
 
 
 def make_extension(python: Path) -> None:
-    stamp = BUNDLE / "_C.digest"
-    if stamp.exists() and stamp.read_text() == digest() and list(BUNDLE.glob("_C.*.so")):
+    stamp, sources = BUNDLE / "_C.digest", digest()  # of what is built: sources may change meanwhile
+    if stamp.exists() and stamp.read_text() == sources and list(BUNDLE.glob("_C.*.so")):
         print("extension: up to date")
         return
     stamp.unlink(missing_ok=True)
@@ -69,7 +69,7 @@ def make_extension(python: Path) -> None:
         path.unlink()
     (library,) = (build / "lib/bacon_fast").glob("_C.cpython-312-*.so")
     shutil.copy2(library, BUNDLE)
-    stamp.write_text(digest())
+    stamp.write_text(sources)
 
 
 def make_launches(python: Path) -> None:

@@ -51,6 +51,48 @@ def test_the_digest_is_that_of_the_sources(tmp_path, monkeypatch):
     assert len({before, renamed, bundle.digest()}) == 3
 
 
+def test_the_stamp_is_of_the_sources_that_were_built(tmp_path, monkeypatch):
+    """A build takes minutes, in which somebody may change the sources."""
+    (tmp_path / "csrc").mkdir()
+    for name in ("setup.py", "constraints.txt"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(bundle, "ROOT", tmp_path)
+    monkeypatch.setattr(bundle, "BUNDLE", tmp_path / "gpu-bundle")
+    bundle.BUNDLE.mkdir()
+    built = []
+
+    def build(*command: object, **environment: str) -> None:
+        built.append(bundle.digest())
+        library = tmp_path / "build/gpu/lib/bacon_fast/_C.cpython-312-x86_64-linux-gnu.so"
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.touch()
+        (tmp_path / "csrc/b.cpp").write_text("changed")
+
+    monkeypatch.setattr(bundle, "run", build)
+    bundle.make_extension(Path("python"))
+    assert (bundle.BUNDLE / "_C.digest").read_text() == built[0] != bundle.digest()
+    bundle.make_extension(Path("python"))
+    bundle.make_extension(Path("python"))  # nothing to do
+    assert len(built) == 2 and (bundle.BUNDLE / "_C.digest").read_text() == bundle.digest()
+
+
+@pytest.mark.slow
+def test_trainers_run_on_kernels_that_write_nothing(tmp_path):
+    """What a kernel would have written may be an index, and torch's own operations take it as one."""
+    script = (
+        "from benchmarks.gpu_bundle import record; record.run_gate = lambda expression: None; "
+        "record.run_losses = record.run_steps = lambda: None; record.main()"
+    )
+    values = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = tmp_path / "launches.pkl"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], cwd=ROOT, env=values, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = {row[1] for row in pickle.loads(path.read_bytes())}
+    assert {"_rank_kernel", "_moments_kernel", "_input_gradient_kernel"} <= names
+
+
 def test_a_bundle_that_is_too_large_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bundle, "ROOT", tmp_path)
     monkeypatch.setattr(bundle, "BUNDLE", tmp_path / "gpu-bundle")

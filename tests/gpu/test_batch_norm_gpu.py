@@ -17,6 +17,18 @@ LAYERS = [(320, 16, 32), (320, 32, 32), (320, 64, 16), (320, 128, 8)]  # of WRN-
 ODD = [(2, 1, 1), (1, 5, 3), (3, 7, 9), (17, 130, 7), (4, 640, 8), (64, 2048, 2)]
 
 
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    """Both designs; a test whose channels the second one does not take is skipped."""
+    return request.param
+
+
+def skip_if_not_served(backend, shape, dtype):
+    x = torch.empty(shape, device="cuda", dtype=dtype)
+    if reason := backends.BACKENDS["batch_norm_act"][backend].why_not(x):
+        pytest.skip(reason)
+
+
 def problem(images, channels, size, dtype, residual=True, mean=2.0, seed=0):
     g = torch.Generator("cuda").manual_seed(seed)
 
@@ -72,10 +84,11 @@ def truth(arguments):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("shape", LAYERS + ODD, ids=str)
-def test_equals_the_reference(shape, far, residual, dtype):
+def test_equals_the_reference(shape, far, residual, dtype, backend):
+    skip_if_not_served(backend, (*shape, 1), dtype)
     arguments = problem(*shape, dtype, residual, mean=1e3 if far else 2.0)
     expected = truth(arguments)
-    found, torchs = run(arguments), run(arguments, "reference")
+    found, torchs = run(arguments, backend), run(arguments, "reference")
     unit = 1e-11 if dtype == torch.float64 else 16 * torch.finfo(torch.float32).eps
     for name, value in expected.items():
         assert found[name].dtype == torchs[name].dtype and found[name].shape == value.shape
@@ -97,11 +110,12 @@ def test_other_memory_formats(layout):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_the_result_does_not_vary_over_100_runs():
+def test_the_result_does_not_vary_over_100_runs(backend):
     arguments = problem(320, 32, 32, torch.bfloat16)
-    first = run(arguments)
+    skip_if_not_served(backend, arguments["x"].shape, torch.bfloat16)
+    first = run(arguments, backend)
     for _ in range(100):
-        again = run(arguments)
+        again = run(arguments, backend)
         assert all(torch.equal(again[name], value) for name, value in first.items())
 
 
@@ -115,8 +129,22 @@ def poisoned_memory():
 
 
 @pytest.mark.parametrize("shape", LAYERS + ODD, ids=str)
-def test_nothing_is_left_uninitialized(poisoned_memory, shape):
-    assert all(value.isfinite().all() for value in run(problem(*shape, torch.float32)).values())
+def test_nothing_is_left_uninitialized(poisoned_memory, shape, backend):
+    skip_if_not_served(backend, (*shape, 1), torch.float32)
+    assert all(value.isfinite().all() for value in run(problem(*shape, torch.float32), backend).values())
+
+
+def test_the_cuda_backend_takes_memory_that_is_not_aligned():
+    arguments = problem(3, 16, 9, torch.bfloat16)
+    skip_if_not_served("cuda", arguments["x"].shape, torch.bfloat16)
+    expected = run(arguments, "cuda")
+    for name in ("x", "residual", "upstream"):
+        image = arguments[name]
+        shifted = image.new_empty(image.numel() + 1)[1:].as_strided(image.shape, image.stride()).copy_(image)
+        assert shifted.data_ptr() % 16
+        arguments[name] = shifted
+    found = run(arguments, "cuda")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_the_best_backend_is_triton_for_channels_last_and_it_never_waits():
@@ -135,11 +163,12 @@ def test_the_best_backend_is_triton_for_channels_last_and_it_never_waits():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("backend", [None, "triton"])
-def test_compiles_to_one_graph(backend):
+@pytest.mark.parametrize("name", [None, "triton", "cuda"])
+def test_compiles_to_one_graph(name):
     arguments = problem(8, 32, 16, torch.float32)
+    skip_if_not_served(name or "triton", arguments["x"].shape, torch.float32)
     expected = run(arguments)
-    found = run(arguments, backend, torch.compile(batch_norm_act, fullgraph=True))
+    found = run(arguments, name, torch.compile(batch_norm_act, fullgraph=True))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
 
@@ -153,11 +182,12 @@ def fused_network(backend):
     return network
 
 
-def test_a_network_equals_that_of_torchs_layers():
+def test_a_network_equals_that_of_torchs_layers(backend):
+    skip_if_not_served(backend, (1, 16, 1, 1), torch.float64)
     images = torch.randn(16, 3, 32, 32, device="cuda").to(memory_format=torch.channels_last)
     features, gradients = [], []
-    for backend in ("reference", "triton"):
-        network = fused_network(backend).double()
+    for name in ("reference", backend):
+        network = fused_network(name).double()
         out = network(images.double())
         (out * torch.linspace(-1, 1, out.numel(), device="cuda").view_as(out)).sum().backward()
         features.append(out.detach())
@@ -167,8 +197,9 @@ def test_a_network_equals_that_of_torchs_layers():
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_a_captured_network_gives_the_bits_of_the_eager_one(half):
+def test_a_captured_network_gives_the_bits_of_the_eager_one(half, backend):
     """Outputs, gradients and running statistics over several replays."""
+    skip_if_not_served(backend, (1, 16, 1, 1), torch.bfloat16)
     images = torch.randn(3, 32, 3, 32, 32, device="cuda")
 
     def step(network, batch):
@@ -180,7 +211,7 @@ def test_a_captured_network_gives_the_bits_of_the_eager_one(half):
 
     torch.backends.cudnn.deterministic = True
     try:
-        captured, eager = fused_network("triton"), fused_network("triton")
+        captured, eager = fused_network(backend), fused_network(backend)
         batch = images[0].to(memory_format=torch.channels_last)
         state = {k: v.clone() for k, v in captured.state_dict().items()}
         stream = torch.cuda.Stream()

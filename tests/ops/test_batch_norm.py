@@ -347,6 +347,17 @@ def test_which_backend_serves_by_default():
     torch.compiler.reset()
 
 
+def test_one_launch_is_for_those_who_name_it_and_takes_16_bytes_of_channels(monkeypatch):
+    """Until a GPU has measured it: everything else is preferred."""
+    assert list(backends.BACKENDS["batch_norm_act"]) == ["cpp", "triton", "reference", "cuda"]
+    monkeypatch.setattr("bacon_fast.ops.batch_norm.why_not_cuda", lambda tensor: None)
+    why_not = backends.BACKENDS["batch_norm_act"]["cuda"].why_not
+    for dtype, channels in ((torch.bfloat16, 8), (torch.float32, 4), (torch.float64, 2)):
+        assert why_not(torch.empty(2, 3 * channels, 1, 1, dtype=dtype)) is None
+        reason = why_not(torch.empty(2, 3 * channels + channels // 2, 1, 1, dtype=dtype))
+        assert f"do not divide {3 * channels + channels // 2} channels of {dtype}" in reason
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_under_autocast_half_precision_stays(backend):
     arguments = problem((3, 5, 4, 4), torch.bfloat16)
@@ -402,7 +413,8 @@ def test_a_network_of_fused_layers(backend):
         ({"eps": 0.0}, ValueError, "eps: expected a number > 0"),
         ({"negative_slope": -0.1}, ValueError, "negative_slope: expected a number >= 0"),
         ({"backend": "fused"}, ValueError, "backend: expected None or one of"),
-        ({"backend": "cuda"}, RuntimeError, "backend 'cuda' does not implement batch_norm_act"),
+        ({"backend": "chunks"}, RuntimeError, "backend 'chunks' does not implement batch_norm_act"),
+        ({"backend": "cuda"}, RuntimeError, "cannot run batch_norm_act here: it serves cuda tensors"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
