@@ -95,7 +95,7 @@ gate=$(tr '\n' ' ' <benchmarks/gpu_gate.txt)
 tests=(env OMP_NUM_THREADS=1 $python -m pytest -q -n "$((MAX_JOBS > 12 ? 10 : (MAX_JOBS + 1) / 2))" --dist worksteal -o addopts= tests/gpu)
 sanitize=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1)
 # No graphs: what is allocated inside a capture the sanitizer does not see.
-plain=($python -m pytest -q -x -o addopts= tests/gpu -k "$gate and not graph and not replay and not captured")
+plain=($python -m pytest -q -x -o addopts= tests/gpu -k "($gate) and not graph and not replay and not captured")
 loss=($python -m benchmarks.loss --device cuda --quick --out "$work/loss.csv" --times "$work/contrastive_times.csv")
 ladder=($python -m benchmarks.throughput --device cuda "${data[@]}" --out "$work/throughput.csv")
 for name in "${stages[@]}"; do

@@ -170,9 +170,12 @@ def collected(expression: str) -> set[str]:
     return {line for line in done.stdout.splitlines() if "::" in line}
 
 
+GATE = " ".join((ROOT / "benchmarks/gpu_gate.txt").read_text().split("\n"))
+
+
 def test_the_gate_is_what_a_device_has_time_for():
     """252 tests took 48 s on an H200: about as many, of every file that a single GPU runs."""
-    gate = collected(" ".join((ROOT / "benchmarks/gpu_gate.txt").read_text().split("\n")))
+    gate = collected(GATE)
     assert 200 <= len(gate) <= 320
     assert {re.sub(r"\[.*", "", test.split("::")[1]) for test in gate if "test_graph_gpu" in test} == {
         "test_200_graphed_steps_end_bit_for_bit_as_200_eager_ones",
@@ -182,3 +185,12 @@ def test_the_gate_is_what_a_device_has_time_for():
     }
     files = {path.name for path in (ROOT / "tests/gpu").glob("test_*.py")}
     assert {Path(test.split("::")[0]).name for test in gate} == files - {"test_distributed_gpu.py", "test_sscl_gpu.py"}
+
+
+def test_the_sanitizer_sees_every_kernel_and_no_graph():
+    """It does not follow what is allocated inside a capture."""
+    (expression,) = re.findall(r'^plain=.* -k "(.*)"\)$', SUITE.read_text(), re.MULTILINE)
+    tests = collected(expression.replace("$gate", GATE))
+    assert not [test for test in tests if re.search("graph|replay|captured", test)]
+    gate_files = {test.split("::")[0] for test in collected(GATE)}
+    assert {test.split("::")[0] for test in tests} == {file for file in gate_files if "graph" not in file}
