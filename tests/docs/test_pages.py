@@ -18,7 +18,7 @@ from bacon_fast.cli import parse_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = {"git", "pip", "cd", "tensorboard"}  # not ours
+PROGRAMS = {"git", "pip", "cd", "tensorboard", "npm"}  # not ours
 
 
 def blocks(markdown: str, language: str) -> list[str]:

@@ -259,11 +259,12 @@ def test_no_thread_reads_what_another_still_writes(tmp_path):
 
 KERNELS = """
 #include "batch_norm/kernels.cuh"
-using namespace bacon_fast::norm;
+namespace bacon_fast::norm {
 #define BOTH(S) \\
   template __global__ void forward_kernel<S>(const __grid_constant__ Plan, const __grid_constant__ Forward<S>, int); \\
   template __global__ void backward_kernel<S>(const __grid_constant__ Plan, const __grid_constant__ Backward<S>, int);
 BOTH(float) BOTH(double) BOTH(c10::Half) BOTH(c10::BFloat16)
+}
 """
 
 
