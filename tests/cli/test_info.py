@@ -26,7 +26,7 @@ def test_a_cuda_device_is_described(monkeypatch):
     begin = lines.index("backends on cuda, the preferred one first")
     usable = {line.split()[0]: line.split()[1:] for line in lines[begin + 1 :] if not line.startswith("    ")}
     assert usable["augment_views"] == usable["bank_write_"] == ["cuda,", "reference"]
-    assert usable["batch_norm_act"] == ["triton,", "reference"]
+    assert usable["batch_norm_act"] == ["triton,", "reference,", "cuda"]
     assert usable["bacon_loss"] == ["triton,", "chunks,", "reference"]
 
 
