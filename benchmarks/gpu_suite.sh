@@ -112,7 +112,7 @@ for name in "${stages[@]}"; do
     losses) stage losses 160 "${loss[@]}" ;;
     batchnorm) stage batchnorm 60 $python -m benchmarks.batchnorm --device cuda --quick --out "$work/batchnorm.csv" ;;
     augment) stage augment 25 $python -m benchmarks.augment --device cuda --out "$work/augment.csv" ;;
-    compiled) stage compiled 240 "${ladder[@]}" --arms E F --rounds 3 --slice 1.5 --no-memory ;;
+    compiled) stage compiled 240 "${ladder[@]}" --arms E F F-compile --rounds 3 --slice 1.5 --no-memory ;;
     several) stage several 60 "${ladder[@]}" --arms F F-tf32 --concurrent 3 --rounds 3 --slice 2 --no-memory ;;
     digits) stage digits 60 $python train.py digits --run-dir "$work/digits" ;;
     memcheck | racecheck) stage $name 200 "${sanitize[@]}" --tool $name "${plain[@]}" ;;

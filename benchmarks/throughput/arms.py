@@ -36,7 +36,7 @@ class Bench:
     def cuda(self) -> bool:
         return self.problem.device.type == "cuda"
 
-    def trainer(self, **changes: str | int) -> Trainer:
+    def trainer(self, **changes: str | int | bool) -> Trainer:
         """A trainer of the problem."""
         return make_trainer(self.problem.config, self.scratch, self.problem.dataset, **changes)
 
@@ -87,15 +87,16 @@ def _vectorized(bench: Bench, batches: Loaders | DeviceBatches, compiled: bool =
     return arm
 
 
-def _trainer(bench: Bench, precision: str) -> StepArm:
-    def arm(**changes: str) -> TrainerStep:
+def _trainer(bench: Bench, precision: str, compiled: bool = False) -> StepArm:
+    def arm(**changes: str | bool) -> TrainerStep:
         return TrainerStep(bench.trainer(**changes), bench.state)
 
-    ours = arm(precision=precision)
+    ours = arm(precision=precision, compile=compiled)
     if bench.truth is not None:
         for name in dict.fromkeys(("fp32", precision)):
             reference = arm(loss_backend="reference", precision="fp32", graph="off")
-            check_trainer(ours if name == precision else arm(precision=name), reference, bench.state, name)
+            checked = ours if name == precision else arm(precision=name, compile=compiled)
+            check_trainer(checked, reference, bench.state, name)
     return ours
 
 
@@ -149,12 +150,18 @@ ARMS: dict[str, Arm] = {
     ),
     "D": Arm("C + our augmentation, no loader", lambda bench: _vectorized(bench, DeviceBatches(bench.problem)), _same),
     "E": Arm(
-        "D + torch.compile (on a GPU max-autotune, CUDA graphs)",
+        "D + torch.compile (on a GPU reduce-overhead, CUDA graphs)",
         lambda bench: _vectorized(bench, DeviceBatches(bench.problem), compiled=True),
         _same,
         _why_not_compiled,
     ),
     OURS: Arm("bacon_fast", lambda bench: _trainer(bench, bench.precision), _same),
+    f"{OURS}-compile": Arm(
+        "bacon_fast under torch.compile, in its graph",
+        lambda bench: _trainer(bench, bench.precision, compiled=True),
+        _same,
+        _why_not_compiled,
+    ),
     f"{OURS}-tf32": Arm(
         "bacon_fast in TF32",
         lambda bench: _trainer(bench, "tf32"),

@@ -467,8 +467,20 @@ def test_flags_hold_inside_a_slice_only():
 
 
 def test_every_arm_says_what_it_is():
-    assert list(ARMS) == ["USB", "A", "B", "C", "D", "E", "F", "F-tf32"]
+    assert list(ARMS) == ["USB", "A", "B", "C", "D", "E", "F", "F-compile", "F-tf32"]
     assert "USB" not in ARMS["B"].name and "USB-style" in ARMS["A"].name
+
+
+def test_the_compiled_arms_compile_and_the_others_do_not(bench, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function=None, **options: function)  # which takes minutes
+    bench = dataclasses.replace(bench, truth=None)
+    assert {key: ARMS[key].build(bench).compiled for key in ("D", "E", "F", "F-compile")} == {
+        "D": False,
+        "E": True,
+        "F": False,
+        "F-compile": True,
+    }
+    assert vectorized.COMPILE_MODE["cuda"] == "reduce-overhead", "another one takes longer than the suite has"
 
 
 def test_several_runs_take_a_step_each(bench):
