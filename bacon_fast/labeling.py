@@ -113,7 +113,8 @@ def label_images(
     kept = [*labeled, *failed] if per_class is not None else found
     rows = [_row(answer, classifiers[0].class_names, os.path.abspath(out.parent)) for answer in kept]
     write_atomically(out, lambda path: _write(path, _columns(len(classifiers[0].class_names)), rows))
-    return Labeled(len(labeled), len(failed))
+    without = sum("error" in row for row in rows)
+    return Labeled(len(rows) - without, without)
 
 
 def _most_probable(labeled: Sequence[Answer], num_classes: int, most: int) -> list[Answer]:

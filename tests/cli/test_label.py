@@ -131,7 +131,7 @@ def test_more_files_than_a_chunk_keep_their_order(monkeypatch, tmp_path):
 
 def test_a_name_that_is_no_utf8_is_an_error_in_its_row(monkeypatch, tmp_path):
     gray(tmp_path / "in" / "a.png", 60).rename(tmp_path / "in" / os.fsdecode(b"\xff.png"))
-    made(monkeypatch).label(tmp_path / "in", tmp_path / "labels.csv")
+    assert made(monkeypatch).label(tmp_path / "in", tmp_path / "labels.csv") == (0, 1), "no label, and counted so"
     (row,) = table(tmp_path / "labels.csv")
     assert row["label"] == "" and "no UTF-8" in row["error"] and "udcff.png" in row["image_path"]
 
