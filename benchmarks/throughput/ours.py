@@ -20,6 +20,7 @@ class TrainerStep(StepArm):
 
     def __init__(self, trainer: Trainer, state: State) -> None:
         self.trainer, self.device, self.flags = trainer, trainer.device, Flags.present()
+        self.compiled = trainer.config.engine.compile
         state.load(trainer)
         self.stack = ExitStack()
 
