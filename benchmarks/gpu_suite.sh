@@ -14,7 +14,7 @@
 #
 # Environment: PYTHON; IMAGES, a folder with CIFAR-10 (without it, the built-in digits are the images); LINES, shown of a log.
 set -uo pipefail
-first=(info gate loss queue steps run arms)
+first=(info gate loss queue steps run norm arms)
 second=(rest ceilings losses batchnorm augment compiled several digits memcheck racecheck)
 
 cd "$(dirname "$0")/.."
@@ -106,6 +106,7 @@ for name in "${stages[@]}"; do
     queue) stage queue 55 "${loss[@]}" --only "B=4096" ;;
     steps) stage steps 120 "${ladder[@]}" --arms D F --rounds 5 --slice 2 --seconds 100 ;;
     run) stage run 60 $python -m benchmarks.throughput --device cuda "${data[@]}" --full-run 3000 --out "$work/run.csv" ;;
+    norm) stage norm 80 "${ladder[@]}" --arms F F-norm --rounds 3 --slice 1.5 --no-memory ;;
     arms) stage arms 300 "${ladder[@]}" --arms A B C F --rounds 3 --slice 1.5 --seconds 150 --no-memory ;;
     rest) stage rest 150 "${tests[@]}" -k "not ($gate)" ;;
     ceilings) stage ceilings 25 $python -m benchmarks.ceilings --device cuda --out "$work/ceilings.csv" ;;

@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), help="of C and on; default fp32, bf16")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
     parser.add_argument("--concurrent", type=int, default=0, metavar="N", help="also N runs of ours at once on a GPU")
-    parser.add_argument("--compile", action="store_true", help="arms E and F-compile on a CPU too")
+    parser.add_argument("--compile", action="store_true", help="compiled arms on a CPU too")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slice", type=float, default=4.0, help="seconds of an arm in a round")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no round after so many")

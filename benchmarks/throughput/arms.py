@@ -4,8 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from bacon_fast.engine.trainer import Trainer
 from bacon_fast.methods.outputs import Batch
+from bacon_fast.models.batchnorm import BatchNormAct2d
+from bacon_fast.ops.backends import BACKENDS
 
 from .gate import Truth, check_timed, check_trainer, check_usb_style, check_vectorized, split
 from .loaders import AS_SHIPPED, Loaders, ample_workers
@@ -18,6 +22,7 @@ from .usb import why_not as why_not_usb
 from .vectorized import NAMES, DeviceBatches, VectorizedStep
 
 OURS = "F"
+ONE_LAUNCH = "cuda"  # the backend of BatchNorm that a GPU has yet to choose or drop (docs/gpu_design.md)
 
 
 @dataclass
@@ -36,7 +41,7 @@ class Bench:
     def cuda(self) -> bool:
         return self.problem.device.type == "cuda"
 
-    def trainer(self, **changes: str | int | bool) -> Trainer:
+    def trainer(self, **changes: str | int) -> Trainer:
         """A trainer of the problem."""
         return make_trainer(self.problem.config, self.scratch, self.problem.dataset, **changes)
 
@@ -87,16 +92,25 @@ def _vectorized(bench: Bench, batches: Loaders | DeviceBatches, compiled: bool =
     return arm
 
 
-def _trainer(bench: Bench, precision: str, compiled: bool = False) -> StepArm:
+def _trainer(bench: Bench, precision: str, *, compiled: bool = False, norm: str | None = None) -> StepArm:
+    """Our trainer; ``norm``: the backend of its BatchNorm layers, None for the default one."""
+
     def arm(**changes: str | bool) -> TrainerStep:
         return TrainerStep(bench.trainer(**changes), bench.state)
 
-    ours = arm(precision=precision, compile=compiled)
+    def timed(precision: str) -> TrainerStep:
+        ours = arm(precision=precision, compile=compiled)
+        for layer in ours.trainer.method.network.modules():
+            if isinstance(layer, BatchNormAct2d):
+                layer.backend = norm
+        return ours
+
+    ours = timed(precision)
     if bench.truth is not None:
-        for name in dict.fromkeys(("fp32", precision)):
+        # To compile takes a minute a precision.
+        for name in dict.fromkeys((precision,) if compiled else ("fp32", precision)):
             reference = arm(loss_backend="reference", precision="fp32", graph="off")
-            checked = ours if name == precision else arm(precision=name, compile=compiled)
-            check_trainer(checked, reference, bench.state, name)
+            check_trainer(ours if name == precision else timed(name), reference, bench.state, name)
     return ours
 
 
@@ -113,6 +127,11 @@ def _why_not_ample(bench: Bench) -> str | None:
 
 def _why_not_compiled(bench: Bench) -> str | None:
     return None if bench.cuda or bench.compile else "takes a minute to compile; ask for it by --compile"
+
+
+def _why_not_one_launch(bench: Bench) -> str | None:
+    probe = torch.empty(0, 16, 1, 1, device=bench.problem.device)  # WRN's fewest channels
+    return BACKENDS["batch_norm_act"][ONE_LAUNCH].why_not(probe)
 
 
 def _plain(bench: Bench) -> str:
@@ -150,23 +169,29 @@ ARMS: dict[str, Arm] = {
     ),
     "D": Arm("C + our augmentation, no loader", lambda bench: _vectorized(bench, DeviceBatches(bench.problem)), _same),
     "E": Arm(
-        "D + torch.compile (on a GPU reduce-overhead, CUDA graphs)",
+        "D + torch.compile (on a GPU with CUDA graphs)",
         lambda bench: _vectorized(bench, DeviceBatches(bench.problem), compiled=True),
         _same,
         _why_not_compiled,
     ),
     OURS: Arm("bacon_fast", lambda bench: _trainer(bench, bench.precision), _same),
-    f"{OURS}-compile": Arm(
-        "bacon_fast under torch.compile, in its graph",
-        lambda bench: _trainer(bench, bench.precision, compiled=True),
-        _same,
-        _why_not_compiled,
-    ),
     f"{OURS}-tf32": Arm(
         "bacon_fast in TF32",
         lambda bench: _trainer(bench, "tf32"),
         lambda bench: "tf32",
         lambda bench: None if bench.cuda else "TF32 is a precision of GPUs",
+    ),
+    f"{OURS}-norm": Arm(
+        "bacon_fast, BatchNorm in one launch a direction",
+        lambda bench: _trainer(bench, bench.precision, norm=ONE_LAUNCH),
+        _same,
+        _why_not_one_launch,
+    ),
+    f"{OURS}-compile": Arm(
+        "bacon_fast with --compile",
+        lambda bench: _trainer(bench, bench.precision, compiled=True),
+        _same,
+        _why_not_compiled,
     ),
 }
 

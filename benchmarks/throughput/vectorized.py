@@ -1,8 +1,8 @@
 """Arms C, D and E: the same step as an expert in fast PyTorch writes it, without our kernels.
 
 No loop over classes, no read by the host, multi-tensor average and fused optimizer, mixed precision, channels_last;
-then the views from our device augmentation in place of loader workers; then torch.compile(mode="reduce-overhead"),
-whose CUDA graphs hold forward and backward. The masks are torch's own random numbers.
+then the views from our device augmentation in place of loader workers; then torch.compile, whose CUDA graphs hold
+forward and backward. The masks are torch's own random numbers.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,8 @@ from .problem import MIDDLE, Problem, State
 from .step import Flags, StepArm
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-COMPILE_MODE = {"cpu": "default", "cuda": "reduce-overhead"}  # max-autotune was not done after 185 s
+# max-autotune, which times candidates for every product, had not finished on an H200 after 185 s.
+COMPILE_MODE = {"cpu": "default", "cuda": "reduce-overhead"}
 NAMES = ("supervised", "unsupervised", "abc_labeled", "abc_unlabeled", "contrastive")
 
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = ROOT / "benchmarks" / "gpu_suite.sh"
-FIRST = ["info", "gate", "loss", "queue", "steps", "run", "arms"]
+FIRST = ["info", "gate", "loss", "queue", "steps", "run", "norm", "arms"]
 SECOND = [
     "rest",
     "ceilings",

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bacon_fast.models.batchnorm import BatchNormAct2d
 from bacon_fast.models.network import Network
 from benchmarks.throughput import __main__ as throughput
 from benchmarks.throughput import arms, gate, peers, vectorized
@@ -467,20 +468,40 @@ def test_flags_hold_inside_a_slice_only():
 
 
 def test_every_arm_says_what_it_is():
-    assert list(ARMS) == ["USB", "A", "B", "C", "D", "E", "F", "F-compile", "F-tf32"]
+    assert list(ARMS) == ["USB", "A", "B", "C", "D", "E", "F", "F-tf32", "F-norm", "F-compile"]
     assert "USB" not in ARMS["B"].name and "USB-style" in ARMS["A"].name
 
 
-def test_the_compiled_arms_compile_and_the_others_do_not(bench, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function=None, **options: function)  # which takes minutes
+def test_an_arm_names_the_backend_of_its_batchnorm(bench, monkeypatch):
+    assert ARMS["F-norm"].why_not(bench).startswith("it serves cuda tensors")
+    monkeypatch.setattr(arms, "ONE_LAUNCH", "cpp")  # what there is here
+    arm = ARMS["F-norm"].build(bench)
+    layers = [layer for layer in arm.trainer.method.network.modules() if isinstance(layer, BatchNormAct2d)]
+    assert layers and {layer.backend for layer in layers} == {"cpp"}
+
+
+def test_arm_e_is_compiled_in_the_time_that_its_stage_has(bench, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function=None, **options: function)
     bench = dataclasses.replace(bench, truth=None)
-    assert {key: ARMS[key].build(bench).compiled for key in ("D", "E", "F", "F-compile")} == {
-        "D": False,
-        "E": True,
-        "F": False,
-        "F-compile": True,
-    }
-    assert vectorized.COMPILE_MODE["cuda"] == "reduce-overhead", "another one takes longer than the suite has"
+    assert ARMS["E"].build(bench).compiled and not ARMS["D"].build(bench).compiled
+    assert vectorized.COMPILE_MODE["cuda"] == "reduce-overhead"  # max-autotune was not done after 185 s
+
+
+def test_our_compiled_arm_is_compiled_and_gated(bench, monkeypatch):
+    assert ARMS["F-compile"].why_not(bench).startswith("takes a minute to compile")
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module, **options: compiled.append(module) or module)
+    arm = ARMS["F-compile"].build(bench)
+    assert compiled == [arm.trainer.method] and arm.compiled and not ARMS["F"].build(bench).compiled
+    monkeypatch.setattr(torch, "compile", lambda module, **options: lambda *inputs: halved(module(*inputs)))
+    with pytest.raises(RedGateError, match="step 0, fp32"):
+        ARMS["F-compile"].build(bench)
+
+
+def halved(output):
+    """What a wrong compiler might make of a step."""
+    losses = {name: value / 2 for name, value in output.losses.items()}
+    return output._replace(losses=losses)
 
 
 def test_several_runs_take_a_step_each(bench):
