@@ -86,7 +86,8 @@ def tile_config(
         # Tensor cores work by groups of four warps, on 64 rows each, and want wide tiles: as wide as registers allow.
         block_resident, num_warps = (128, 8) if resident > 256 else (64, 4)
         if kernel == "mean":
-            block_streamed = block_resident
+            # sm_100 keeps more of a product in shared memory: float32's two parts of 128 vectors do not fit there.
+            block_streamed = min(block_resident, 64) if arch >= 100 and width > 128 else block_resident
         else:
             block_streamed = 32 if has_positives or (kernel == "gradient" and width > 128) else 64
     elif 90 <= arch < 120 and width <= (256 if dtype == torch.float32 and kernel == "gradient" else 512):
