@@ -347,7 +347,8 @@ class Split:
         if dataset.fingerprint != self.dataset_fingerprint:
             raise ValueError(
                 f"split: expected dataset {self.dataset_name!r} with fingerprint {self.dataset_fingerprint}, found "
-                f"{dataset.name!r} with fingerprint {dataset.fingerprint}"
+                f"{dataset.name!r} with fingerprint {dataset.fingerprint}; images count as others "
+                "where they are resized otherwise, as a timm backbone may ask for"
             )
         train_labels = dataset.train_labels.numpy()
         labeled = len(train_labels)

@@ -14,7 +14,7 @@ from bacon_fast.engine.logger import Progress
 from bacon_fast.engine.trainer import DivergedError, StoppedError, Trainer, refuse_used_run_dir
 
 _OF_IMAGES = ("dataset", "data_dir", "unlabeled", "test", "val", "image_size", "stored_size", "classes", "follow_links")
-_OF_IMAGES += ("other_labels", "unreadable")
+_OF_IMAGES += ("other_labels", "unreadable", "backbone")  # a timm backbone says how images are resized and normalized
 
 
 class Outcome(NamedTuple):
@@ -62,6 +62,10 @@ def fit_together(configs: Sequence[Config]) -> list[Outcome]:
         for config in configs:
             dataset = trainers[0].dataset if trainers else None
             trainers.append(Trainer(config, dataset=dataset, progress=progress, name=f"seed {config.seed}"))
+            if len(found := {trainer.interpolation for trainer in trainers}) > 1:  # a checkpoint of an older version
+                raise ValueError(
+                    f"resume: expected runs whose images are resized alike, found {' and '.join(sorted(found))}"
+                )
         errors = _take_turns(trainers)
         return [Outcome(t, None if t in errors else t.finish(), errors.get(t)) for t in trainers]
     finally:

@@ -141,11 +141,11 @@ class Trainer:
         torch.backends.cudnn.benchmark = self.device.type == "cuda"  # shapes never change: time each convolution once
 
         # A checkpoint that does not say it is of a version that knew one way only.
-        self._interpolation = build.interpolation(config)
+        self.interpolation = build.interpolation(config)
         if saved:
             with content_of(saved[0]):
-                self._interpolation = saved[1]["inference"].get("interpolation", "bilinear")
-        load_dataset = functools.partial(build.build_dataset, config, self.device, self._interpolation)
+                self.interpolation = saved[1]["inference"].get("interpolation", "bilinear")
+        load_dataset = functools.partial(build.build_dataset, config, self.device, self.interpolation)
         writes_files = config.data.download or (config.data.dataset == "folder" and config.data.images != "memory")
         if dataset is None:
             dataset = distributed.leader_first(load_dataset) if writes_files else load_dataset()
@@ -359,7 +359,7 @@ class Trainer:
             "class_names": list(self.dataset.class_names),
             "stored_size": list(augment.source_size),
             "image_size": [augment.height, augment.width],
-            "interpolation": self._interpolation,
+            "interpolation": self.interpolation,
             "selected_step": self.selected_step,
             "mean": list(self.dataset.mean),
             "std": list(self.dataset.std),

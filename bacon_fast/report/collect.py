@@ -89,8 +89,9 @@ def _mistakes(trainer: Trainer, part: Part, evaluation: Evaluation) -> list[Mist
     highest, predicted = probabilities.max(1)
     wrong = torch.nonzero(predicted != part.labels)[:, 0]
     wrong = wrong[highest[wrong].argsort(descending=True, stable=True)[:MAX_MISTAKES]].tolist()
-    # Of the dataset: a run on kept features has no images in its parts.
-    images = next(p.images for p in parts_of(trainer.dataset, trainer.split) if p.name == part.name)
+    images = part.images
+    if images.dim() == 2:  # kept features: the images are the dataset's
+        images = next(p.images for p in parts_of(trainer.dataset, trainer.split) if p.name == part.name)
     shown = trainer.batches.augment.center(images[wrong]).numpy() if wrong else ()
     return [Mistake(image, int(part.labels[i]), int(predicted[i]), float(highest[i])) for image, i in zip(shown, wrong)]
 

@@ -48,13 +48,10 @@ void launch(Kernel kernel, const Tensor& images, int tensors, const Arguments& a
                     kVectorBytes / sizeof(S), ", found ", channels);
   const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   const int limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const auto allow = [&](const Plan& plan) {  // shared memory beyond the 48 KB that every kernel may use without asking
-    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(plan.shared_bytes)));
-  };
+  // Every kernel may use 48 KB without asking. Always the same value: threads of the host may launch at once.
+  C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
   const auto is_resident = [&](const Plan& plan) {
     if (attribute(cudaDevAttrCooperativeLaunch) == 0) return false;
-    allow(plan);
     int per_multiprocessor = 0;
     C10_CUDA_CHECK(
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, plan.shared_bytes));
@@ -63,7 +60,6 @@ void launch(Kernel kernel, const Tensor& images, int tensors, const Arguments& a
   Plan plan = choose_plan(images.numel() / channels, channels, sizeof(S), sizeof(Acc), tensors,
                           {kThreads, multiprocessors, limit}, is_resident);
   TORCH_CHECK(!plan.is_empty(), "batch_norm_act: a block of this GPU has too little shared memory, ", limit, " bytes");
-  allow(plan);
 
   const Tensor partial = at::empty({plan.partial_size()}, images.options().dtype(c10::CppTypeToScalarType<Acc>::value));
   auto filled = arguments(partial.data_ptr<Acc>());

@@ -12,6 +12,7 @@ import torch
 from run_cases import assert_equal_states, final_state, tiny
 
 from bacon_fast.cli import format_seeds, parse, parse_runs, train
+from bacon_fast.engine import build
 from bacon_fast.engine.checkpoint import CheckpointError
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.logger import Progress
@@ -103,6 +104,15 @@ def test_no_directory_is_touched_when_one_holds_a_run(tmp_path):
     assert not first.run.run_dir.exists()
     with pytest.raises(ValueError, match=r"image_size: .*None.*8|image_size: .*8.*None"):
         fit_together([first, second.replace(image_size=8)])
+    with pytest.raises(ValueError, match="backbone: expected the same in all runs"):
+        fit_together([first, second.replace(backbone="wrn-10-2")])
+
+
+def test_runs_of_one_dataset_resize_alike(tmp_path, monkeypatch):
+    """As the checkpoint of an older version might have it otherwise."""
+    monkeypatch.setattr(build, "interpolation", lambda config: "bicubic" if config.seed else "bilinear")
+    with pytest.raises(ValueError, match="resume: expected runs whose images are resized alike"):
+        fit_together(seeds(tmp_path))
 
 
 def test_the_bar_counts_all_runs(monkeypatch):

@@ -14,7 +14,15 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 OPTIONS = {"momentum": 0.3, "eps": 1e-3, "negative_slope": 0.1}
 LEAVES = ("x", "residual", "weight", "bias")
 LAYERS = [(320, 16, 32), (320, 32, 32), (320, 64, 16), (320, 128, 8)]  # of WRN-28-2 at 64 + 128 + 128 images
-ODD = [(2, 1, 1), (1, 5, 3), (3, 7, 9), (17, 130, 7), (4, 640, 8), (64, 2048, 2)]
+ODD = [
+    (2, 1, 1),
+    (1, 5, 3),
+    (3, 7, 9),
+    (17, 130, 7),
+    (4, 640, 8),
+    (64, 2048, 2),
+    (3, 8192, 2),  # more blocks of channels than multiprocessors: two launches
+]
 
 
 @pytest.fixture(params=["triton", "cuda"])
