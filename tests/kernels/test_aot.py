@@ -18,7 +18,7 @@ def test_a_subset_compiles_and_fits(arch):
         "80": "ssc-1060x64-float16",
         "90": "infonce-4096x65536x128-bfloat16",
         "100": "infonce-4096x65536x128-float32",  # whose one pass needs the most shared memory
-        "120": "bacon-192x32-bfloat16",
+        "120": "ssc-1060x64-float32",  # which spilled with four warps
     }[arch]
     command = [sys.executable, "-m", "bacon_fast.kernels.aot", "--arch", arch, "--only", subject]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
