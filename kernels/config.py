@@ -98,7 +98,7 @@ def tile_config(
     elif padded <= 128:
         few = width > 128 or (kernel == "gradient" and has_positives)
         block_resident, block_streamed, num_warps = (32 if few else 64), 32, 4
-        if arch >= 120 and dtype == torch.float32 and kernel == "gradient":  # four warps spill a register there
+        if arch >= 120 and dtype != torch.bfloat16 and kernel == "gradient":  # four warps spill a register there
             num_warps = 8
     else:
         block_resident, block_streamed, block_slice = (16 if kernel == "gradient" and width > 512 else 32), 32, 64
