@@ -204,8 +204,7 @@ class History:
         """
         if not self.rows:
             raise ValueError("the history holds no evaluation")
-        last = self.rows[-1]
-        tail = [row for row in self.rows if row.get("generation", 0) == last.get("generation", 0)][-MEAN_WINDOW:]
+        last, tail = self.rows[-1], last_network(self.rows)
         best = {key: max(self.rows, key=lambda row, key=key: row[key]) for key in HEADLINE}
         groups = [key for key in (*GROUPS, "per_class") if all(key in row for row in self.rows)]
         return {
@@ -220,6 +219,12 @@ class History:
                 "steps": {key: best[key]["step"] for key in HEADLINE},
             },
         }
+
+
+def last_network(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The last MEAN_WINDOW evaluations, without those of an earlier ``generation``, which had another network."""
+    generation = rows[-1].get("generation", 0)
+    return [row for row in rows if row.get("generation", 0) == generation][-MEAN_WINDOW:]
 
 
 def _mean(values: Sequence[Any]) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bacon_fast.data.longtail import Split
 from bacon_fast.engine.config import Config
-from bacon_fast.engine.metrics import MEAN_WINDOW, class_groups
+from bacon_fast.engine.metrics import MEAN_WINDOW, class_groups, last_network
 from bacon_fast.reproduce.matrix import Cell, Run
 from bacon_fast.reproduce.published import Source, Value
 from bacon_fast.reproduce.runner import log_file
@@ -70,13 +70,13 @@ class Result:
         return spread([100 - 100 * f if metric == "error" else 100 * f for f in fractions])
 
     def pseudo_precision(self) -> Spread | None:
-        """Of the pseudo-labels of the rarest third of the classes in the last log window, over the seeds, in percent.
+        """Of the pseudo-labels of the rarest third of the classes, mean of the last 20 evaluations, in percent.
 
         A seed counts with the mean over those of the classes that got pseudo-labels; None where no seed has any.
         """
         means = []
         for run in self.finished:
-            classes = pseudo_precision(run)
+            classes = pseudo_precision(run)["mean_last_20"]
             counts = Split.load(run.folder / "split.json").labeled_counts
             groups = class_groups(len(counts), counts)
             if found := [p for p, group in zip(classes, groups) if group == "few" and p is not None]:
@@ -95,11 +95,20 @@ class Result:
         return source.values.get(self.cell.protocol, {}).get(self.cell.row.method)
 
 
-def pseudo_precision(run: Run) -> list[float | None]:
-    """Precision of each class's pseudo-labels at the last evaluation [K]; None without any, [] without the record."""
+def pseudo_precision(run: Run) -> dict[str, list[float | None]]:
+    """Precision of each class's pseudo-labels [K], by reading: "last", and "mean_last_20".
+
+    An evaluation has that of the training since the one before it. The mean is over the evaluations before which the
+    class got pseudo-labels. None for a class without any, [] for a run without the record.
+    """
     rows = (json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines())
-    found = [row.get("pseudo_precision", []) for row in rows if row["kind"] == "eval"]
-    return found[-1] if found else []
+    rows = [row for row in rows if row["kind"] == "eval"]
+    tail = [row["pseudo_precision"] for row in last_network(rows) if "pseudo_precision" in row]
+    classes = [[p for p in column if p is not None] for column in zip(*tail)]
+    return {
+        "last": rows[-1].get("pseudo_precision", []),
+        "mean_last_20": [statistics.fmean(column) if column else None for column in classes],
+    }
 
 
 def collect(cells: Sequence[Cell], failed: Collection[str]) -> list[Result]:

@@ -51,11 +51,10 @@ def write_run(run, rng, classes=CLASSES, **changes) -> dict:
     summary["mean_last_20"]["evaluations"] = 20
     summary = summary | {name: summary["last"][name] for name in ("top1", "bacc", "gm", "per_class")} | changes
     write_record(run.folder / "summary.json", summary)
-    precision = [None, *rng.uniform(size=len(classes) - 1).tolist()]
-    rows = [{"kind": "eval", "step": 1, "pseudo_precision": [0.0] * len(classes)}, {"kind": "train", "step": 2}]
-    rows += [
-        {"kind": "eval", "step": 2} | ({} if run.config.method == "supervised" else {"pseudo_precision": precision})
-    ]
+    rows = [{"kind": "eval", "step": 1}, {"kind": "train", "step": 2}, {"kind": "eval", "step": 2}]
+    if run.config.method != "supervised":  # class a never gets a pseudo-label, c only late
+        rows[0]["pseudo_precision"] = [None, rng.uniform(), None, *rng.uniform(size=len(classes) - 3).tolist()]
+        rows[2]["pseudo_precision"] = [None, *rng.uniform(size=len(classes) - 1).tolist()]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return read_record(run.folder / "summary.json")
 
@@ -75,6 +74,12 @@ def filled(tmp_path):
         for run in cell.runs[: done[cell.row.name]]:
             summaries.setdefault((cell.column.name, cell.row.name), []).append(write_run(run, rng))
     return table, options, cells, summaries
+
+
+def precisions(run) -> np.ndarray:
+    """Of the pseudo-labels at both evaluations [2, K]; NaN for a class without any."""
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    return np.array([row["pseudo_precision"] for row in rows if row["kind"] == "eval"], dtype=float)
 
 
 def sections(text: str, table: int = 0) -> dict[str, list[dict[str, str]]]:
@@ -136,15 +141,15 @@ def test_groups_of_classes_and_their_pseudo_labels_against_numpy(filled):
         for metric, title in titles.items():
             values = 100 * np.array([run["mean_last_20"][metric] for run in found])
             assert row[f"{title}, mean of last 20"] == f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
-        lines = [(run.folder / "metrics.jsonl").read_text().splitlines()[-1] for run in runs[column, method]]
-        precision = [json.loads(line)["pseudo_precision"] for line in lines]
         # Of the classes a, b, c, d with 0, 1, 2, 3 labeled images the rarest third is a, without pseudo-labels.
-        assert row["precision of pseudo-labels, rarest third, last"] == "–"
+        assert row["precision of pseudo-labels, rarest third, mean of last 20"] == "–"
+        precision = np.array([precisions(run) for run in runs[column, method]])  # [S, 2, K]
         seeds = [line for line in logged if (line["column"], line["method"]) == (column, method)]
-        cell = [line["pseudo_precision_of_each_class_last_percent"].split(" ") for line in seeds]
-        assert [words[0] for words in cell] == ["-"] * len(found)
-        expected = 100 * np.array([values[1:] for values in precision])
-        np.testing.assert_allclose(np.array([words[1:] for words in cell], dtype=float), expected, atol=0.006)
+        for reading, expected in (("last", precision[:, 1]), ("mean_last_20", np.nanmean(precision[:, :, 1:], axis=1))):
+            cell = [line[f"pseudo_precision_of_each_class_{reading}_percent"].split(" ") for line in seeds]
+            assert [words[0] for words in cell] == ["-"] * len(found)
+            logged_values = np.array([words[1:] for words in cell], dtype=float)
+            np.testing.assert_allclose(logged_values, 100 * expected[:, -3:], atol=0.006)
 
 
 def test_precision_of_the_rarest_classes_pseudo_labels(tmp_path):
@@ -155,8 +160,7 @@ def test_precision_of_the_rarest_classes_pseudo_labels(tmp_path):
             write_run(run, np.random.default_rng(run.config.seed), classes="abcdef")
     fixmatch, supervised = collect(cells, [])
     # Of six classes the rarest two are a, without pseudo-labels, and b.
-    lines = [(run.folder / "metrics.jsonl").read_text().splitlines()[-1] for run in fixmatch.finished]
-    values = [100 * json.loads(line)["pseudo_precision"][1] for line in lines]
+    values = [100 * precisions(run)[:, 1].mean() for run in fixmatch.finished]
     found = fixmatch.pseudo_precision()
     assert found.mean == pytest.approx(np.mean(values)) and found.deviation == pytest.approx(np.std(values, ddof=1))
     assert supervised.pseudo_precision() is None
