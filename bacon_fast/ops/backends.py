@@ -25,9 +25,14 @@ def load_native() -> None:
         native_error = f"the native extension bacon_fast._C is not usable: {(str(error).splitlines() or ['?'])[0]}"
         return
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("bacon_fast::")]
-    missing = [n for n in names if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(n, "CPU")]
+    missing = [name for name in names if not has_native_code(name, "cpu")]
     lacks = f"it was built before {', '.join(sorted(missing))}"
     native_error = f"the native extension bacon_fast._C is not usable: {lacks}" if missing else None
+
+
+def has_native_code(op: str, device: str) -> bool:
+    """Whether bacon_fast._C as it was built has code of the op "bacon_fast::NAME" for "cpu" or "cuda"."""
+    return torch._C._dispatch_has_computed_kernel_for_dispatch_key(op, device.upper())
 
 
 class Backend(NamedTuple):

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.values import accumulator_dtype
-from .backends import BACKENDS, Backend, always, choose_backend, why_not_cpp, why_not_cuda, why_not_triton
+from .backends import (
+    BACKENDS,
+    Backend,
+    always,
+    choose_backend,
+    has_native_code,
+    why_not_cpp,
+    why_not_cuda,
+    why_not_triton,
+)
 from .checks import check_devices, check_kind, check_number, check_shape
 
 
@@ -251,8 +260,12 @@ def _run(
 
 def _why_not_one_launch(x: Tensor) -> str | None:
     """Why the CUDA code cannot serve x: it reads 16 bytes at a time, of one pixel."""
+    if (reason := why_not_cuda(x)) is not None:
+        return reason
+    if not has_native_code("bacon_fast::batch_norm_act_cpp", "cuda"):  # the CPU code is older
+        return "the native extension bacon_fast._C was built before it had this code"
     size = x.shape[1] * x.element_size()
-    return why_not_cuda(x) or (f"16 bytes do not divide {x.shape[1]} channels of {x.dtype}" if size % 16 else None)
+    return f"16 bytes do not divide {x.shape[1]} channels of {x.dtype}" if size % 16 else None
 
 
 # "cuda" comes last, which leaves it to those who name it (docs/gpu_design.md).

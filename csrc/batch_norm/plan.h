@@ -33,15 +33,16 @@ struct Machine {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Shared memory beside the kept rows: a block's partial sums twice, those of its lanes, and the vectors by channel.
-inline int64_t scratch_bytes(const Plan& plan, int threads, int64_t accumulator_bytes) {
-  const int64_t parts = std::max(plan.groups, plan.splits);
-  return (2 * parts * plan.block_channels + threads + kChannelVectors * plan.block_channels) * accumulator_bytes;
+// Numbers in shared memory beside the kept rows: partial sums of `parts` groups or splits twice, those of the lanes, and
+// the vectors by channel.
+inline int64_t scratch_size(const Plan& plan, int threads, int64_t parts) {
+  return 2 * parts * plan.block_channels + threads + kChannelVectors * plan.block_channels;
 }
 
 // Blocks for every multiprocessor, as far as there are rows. `tensors`: 1 (forward) or 2 (backward) whose vectors are
-// kept as far as they fit, the others being read again by the second pass; 0: none. Empty: more blocks of channels than
-// multiprocessors, which matters where blocks wait for each other, or too little memory for the partial sums.
+// kept as far as they fit, the others being read again by the second pass; 0: none. A block reads the partial sums of all
+// splits into its memory, which may leave room for fewer of them. Empty: more blocks of channels than multiprocessors,
+// which matters where blocks wait for each other, or too little memory for a block's own partial sums.
 inline Plan make_plan(int64_t rows, int64_t channels, int64_t scalar_bytes, int64_t accumulator_bytes, int tensors,
                       const Machine& machine) {
   Plan plan{};
@@ -52,14 +53,16 @@ inline Plan make_plan(int64_t rows, int64_t channels, int64_t scalar_bytes, int6
   while (plan.block_channels < std::min<int64_t>(channels, kMostChannels)) plan.block_channels *= 2;
   plan.groups = machine.threads / (plan.block_channels / vector);
   plan.channel_blocks = static_cast<int>(divide_up(channels, plan.block_channels));
-  const int64_t most = machine.multiprocessors / plan.channel_blocks;
-  if (most == 0 && tensors > 0) return Plan{};
+  const int64_t numbers = machine.shared_limit / accumulator_bytes - scratch_size(plan, machine.threads, 0);
+  const int64_t parts = numbers / (2 * plan.block_channels);
+  const int64_t most = std::min<int64_t>(machine.multiprocessors / plan.channel_blocks, parts);
+  if (parts < plan.groups || (most == 0 && tensors > 0)) return Plan{};
   const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(most, divide_up(rows, plan.groups)));
   plan.rows_per_split = divide_up(rows, wanted);
   plan.splits = static_cast<int>(divide_up(rows, plan.rows_per_split));
 
-  const int64_t scratch = scratch_bytes(plan, machine.threads, accumulator_bytes);
-  if (scratch > machine.shared_limit) return Plan{};
+  const int64_t own_parts = std::max(plan.groups, plan.splits);
+  const int64_t scratch = scratch_size(plan, machine.threads, own_parts) * accumulator_bytes;
   const int64_t bytes = int64_t{machine.threads} * kVectorBytes, own = divide_up(plan.rows_per_split, plan.groups);
   int64_t fit = (machine.shared_limit - scratch) / bytes;
   for (int tensor = 0; tensor < tensors; ++tensor) {

@@ -18,6 +18,7 @@ def test_a_cuda_device_is_described(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(_C, "built_with_cuda", True)
+    monkeypatch.setattr("bacon_fast.ops.batch_norm.has_native_code", lambda op, device: True)
     # Tensors on a device that is not there, which it does not look for.
     monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
     with fake_tensor.FakeTensorMode():

@@ -352,6 +352,9 @@ def test_one_launch_is_for_those_who_name_it_and_takes_16_bytes_of_channels(monk
     assert list(backends.BACKENDS["batch_norm_act"]) == ["cpp", "triton", "reference", "cuda"]
     monkeypatch.setattr("bacon_fast.ops.batch_norm.why_not_cuda", lambda tensor: None)
     why_not = backends.BACKENDS["batch_norm_act"]["cuda"].why_not
+    monkeypatch.setattr("bacon_fast.ops.batch_norm.has_native_code", lambda op, device: False)
+    assert "built before it had this code" in why_not(torch.empty(2, 8, 1, 1))
+    monkeypatch.setattr("bacon_fast.ops.batch_norm.has_native_code", lambda op, device: True)
     for dtype, channels in ((torch.bfloat16, 8), (torch.float32, 4), (torch.float64, 2)):
         assert why_not(torch.empty(2, 3 * channels, 1, 1, dtype=dtype)) is None
         reason = why_not(torch.empty(2, 3 * channels + channels // 2, 1, 1, dtype=dtype))

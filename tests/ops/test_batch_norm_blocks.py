@@ -186,6 +186,18 @@ def test_more_blocks_of_channels_than_multiprocessors_are_two_launches(library):
     assert_close(found, expected_of(given), torch.float32)
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_little_shared_memory_means_fewer_splits(library, at_once):
+    """In float64 the partial sums of 40 splits are 20,480 bytes."""
+    given = problem(2000, 48, torch.float64)
+    many = {"multiprocessors": 80, "resident_blocks": 80 if at_once else 0}
+    for limit, splits in ((60_000, 40), (20_000, 35), (12_000, 19)):
+        found, plans = found_of(library, given, many | {"shared_limit": limit})
+        assert_close(found, expected_of(given), torch.float64)
+        for plan in plans:
+            assert plan.is_one_launch == at_once and plan.splits == splits and plan.shared_bytes <= limit
+
+
 def test_far_from_zero_with_an_outlier_in_row_0(library):
     """Deviations from that one value alone would lose the variance of the others to rounding."""
     given = problem(400, 8, torch.float32, residual=False, mean=1e3)
