@@ -17,6 +17,7 @@ from bacon_fast.engine.summary import read_summary
 from bacon_fast.methods import METHODS, PARTS, parts_of
 from bacon_fast.parser import override, words_of
 from bacon_fast.reproduce.tables import Column, Row, Table
+from bacon_fast.run import open_run
 
 # A shortened run is still evaluated this often, so that the mean of the last 20 covers its second half (or, for methods
 # that start again like CReST, the part of its last network).
@@ -185,11 +186,22 @@ def check_images(runs: Sequence[Run]) -> None:
         recorded = Config.read(run.folder / "config.json").data.data_dir
         if recorded == data.data_dir:
             continue
-        size = config.views.stored_size, data.image_size, interpolation(config)
-        source = data.dataset, data.data_dir, size, data.classes, data.images, data.follow_links
+        # A run from before other ways were known resized bilinearly, and so does its data set here.
+        resized = interpolation(config)
+        resized = resized if resized == "bilinear" else open_run(run.folder, "cpu").interpolation
+        source = (
+            data.dataset,
+            data.data_dir,
+            config.views.stored_size,
+            data.image_size,
+            resized,
+            data.classes,
+            data.images,
+            data.follow_links,
+        )
         source += data.unlabeled, data.test, data.val, data.other_labels, data.unreadable
         if source not in datasets:
-            datasets[source] = build_dataset(config)
+            datasets[source] = build_dataset(config, resized=resized)
         try:
             Split.load(run.folder / "split.json").verify(datasets[source])
         except ValueError as error:

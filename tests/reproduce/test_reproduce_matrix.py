@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from run_cases import tiny
 
 from bacon_fast.cli import parse
@@ -442,3 +444,21 @@ def test_gpu_slots(monkeypatch):
     assert [s.environment for s in make_slots("cuda:1", 2, runs=9)] == [{}, {}], "the device that was named"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert len(make_slots("cuda", None, runs=9)) == 1 and not make_slots("cuda", None, runs=9)[0].cores
+
+
+def test_a_run_that_resized_bilinearly_is_compared_as_it_was(tmp_path, monkeypatch):
+    """Networks of timm did once, and resize as their weights want it since."""
+    numbers = np.random.default_rng(0)
+    for part, count in (("train", 110), ("test", 2)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "a" / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(numbers.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    shutil.copytree(tmp_path / "a", tmp_path / "moved")
+    changes = {"dataset": "folder", "method": "supervised", "steps": 1, "log_every": 1, "image_size": 8}
+    config = tiny(tmp_path / "run", **changes, data_dir=tmp_path / "a")
+    Trainer(config).fit()
+    for module in ("engine.build", "reproduce.matrix"):
+        monkeypatch.setattr(f"bacon_fast.{module}.interpolation", lambda config: "bicubic")
+    check_images([Run(config.replace(data_dir=tmp_path / "moved"))])
