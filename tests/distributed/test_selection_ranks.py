@@ -9,7 +9,7 @@ import torch
 from bacon_fast.engine import distributed, selection
 from bacon_fast.engine.trainer import Trainer
 
-CHANGES = {"validation": 0.3, "eval_every": 1, "ema": 0.0, "lr": 0.1, "bn_momentum": 0.5, "log_every": 100}
+CHANGES = {"validation": None, "eval_every": 1, "ema": 0.0, "lr": 0.1, "bn_momentum": 0.5, "log_every": 100}
 CHANGES |= {"method": "fixmatch+abc", "select": "validation", "patience": 2}
 
 
@@ -23,6 +23,7 @@ def test_ranks_keep_the_same_weights_and_end_together(tmp_path):
             process.kill()
     one, two = (torch.load(tmp_path / f"rank{r}.pt") for r in range(rank_cases.RANKS))
     assert one["step"] == two["step"] < 12 and one["selected"] == two["selected"] == one["step"] - 2
+    assert one["validation"] == two["validation"] == 0.2  # of None, as there are enough labels
     assert one["losses"] == two["losses"] and one["choice"] == two["choice"]
     assert one["tensors"].keys() == two["tensors"].keys() and one["tensors"]
     assert all(torch.equal(tensor, two["tensors"][name]) for name, tensor in one["tensors"].items())
@@ -35,6 +36,7 @@ def main(folder: Path) -> None:
         trainer = Trainer(rank_cases.tiny(folder / "run", **CHANGES, sync_batchnorm=False))
         summary = trainer.fit()
         found = {"step": trainer.step, "selected": trainer.selected_step, "choice": summary["choice"]}
+        found["validation"] = trainer.config.data.validation
         found |= {"losses": [row[selection.LOSS] for row in trainer.history.rows], "tensors": trainer.kept.tensors}
         torch.save(found, folder / f"rank{distributed.rank()}.pt")
 

@@ -65,15 +65,18 @@ def test_images_or_a_split_that_are_given_decide(tmp_path):
     assert again.split.hash == split.hash and again.config.data.validation == 0.0
 
 
+@pytest.mark.parametrize("has_checkpoint", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.3, None])
-def test_a_resumed_run_stays_as_it_was(tmp_path, capsys, share):
+def test_a_resumed_run_stays_as_it_was(tmp_path, capsys, share, has_checkpoint):
     first = Trainer(config(tmp_path, validation=share))
     first.train_step()
-    first.save()
+    if has_checkpoint:
+        first.save()
     first.logger.close()
     capsys.readouterr()
     second = opened(config(tmp_path, resume=True))
-    assert second.step == 1 and second.split.hash == first.split.hash and "held out" not in capsys.readouterr().err
+    assert second.step == has_checkpoint and second.split.hash == first.split.hash
+    assert "of the labels of each class are held out" not in capsys.readouterr().err
     expected = 0.2 if share is None else share
     assert second.config.data.validation == Config.read(tmp_path / "config.json").data.validation == expected
     with pytest.raises(CheckpointError, match=rf"validation: checkpoint {expected}, now 0.5"):
