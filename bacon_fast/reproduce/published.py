@@ -10,15 +10,23 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Value:
-    """A published mean and, where there is one, the number after ±."""
+    """A published mean and, where there is one, the number after ±; the same of the geometric mean beside a bACC."""
 
     mean: float
     deviation: float | None = None
+    gm: float | None = None
+    gm_deviation: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f}" if self.deviation is None else f"{self.mean:.2f} ± {self.deviation:.2f}"
+        text = _plus_minus(self.mean, self.deviation)
+        return text if self.gm is None else f"{text} (GM {_plus_minus(self.gm, self.gm_deviation)})"
 
 
+def _plus_minus(mean: float, deviation: float | None) -> str:
+    return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
+
+
+_NOT_STATED = "length not stated"
 _BASES = ("fixmatch", "remixmatch", "uda", "mixmatch")
 
 
@@ -60,7 +68,7 @@ class Source:
 
 
 def _columns(protocols: tuple[str, ...], rows: Mapping[str, tuple]) -> dict[str, dict[str, Value]]:
-    """Protocol by protocol from rows as papers print them; an entry is mean, (mean, deviation) or None."""
+    """Protocol by protocol from rows as papers print them; an entry is a mean, the fields of a Value, or None."""
     table: dict[str, dict[str, Value]] = {protocol: {} for protocol in protocols}
     for method, entries in rows.items():
         for protocol, entry in zip(protocols, entries, strict=True):
@@ -161,7 +169,7 @@ SSCL = Source(
     title="SsCL (arXiv 2105.07387)",
     metric="error",
     steps="200 epochs",
-    steps_by_method=dict.fromkeys(_BASES, "length not stated"),
+    steps_by_method=dict.fromkeys(_BASES, _NOT_STATED),
     schedule="cosine rate",
     base_schedule="rate not stated",
     selection="selection not stated",
@@ -181,16 +189,19 @@ SSCL = Source(
 
 _SIMPRO_ORDERS = ("", "-uniform", "-reversed", "-middle", "-head-tail")
 SIMPRO = Source(
-    title="SimPro (ICML 2024), README of its code",
+    title="SimPro (ICML 2024), README of its code; FixMatch on CIFAR-100 and STL-10 through a secondary registry",
     metric="top1",
     steps="43,000 steps",
+    steps_by_method={"fixmatch": _NOT_STATED},
     schedule="cosine rate",
+    base_schedule="rate not stated",
     selection="best or mean of the last 20, not stated which",
     seeds=None,
     deviation=None,
     note=(
         "SimPro's numbers are of its authors' strong augmentation, which is not that of our runs (engine/presets.py "
-        "says what else is missing), and it is not known how they were chosen."
+        "says what else is missing), and it is not known how they were chosen. FixMatch's on the consistent sets are "
+        "those of ACR's paper (CVPR 2023)."
     ),
     values=_columns(
         tuple(f"simpro-cifar10-{gamma}{order}" for gamma in (150, 100) for order in _SIMPRO_ORDERS)
@@ -200,7 +211,8 @@ SIMPRO = Source(
             "fixmatch": (
                 *((62.9, 0.36), (67.6, 2.56), (59.9, 0.82), (64.3, 0.63), (58.3, 1.46)),
                 *((67.8, 1.13), (73.0, 3.81), (62.5, 0.94), (71.7, 0.46), (66.6, 0.87)),
-                *[None] * 7,
+                *((40.0, 0.96), (39.6, 1.16), (36.2, 0.63), (39.7, 0.61), (38.2, 0.82)),
+                *((72.4, 0.71), (64.0, 2.27)),
             ),
             "fixmatch+simpro": (
                 *((74.2, 0.90), (93.6, 0.08), (83.5, 0.95), (82.6, 0.38), (81.0, 0.27)),
@@ -219,36 +231,73 @@ _CDMAD_NOTE = (
 _CDMAD_RECIPE = {
     "metric": "bacc",
     "schedule": "constant rate",
+    "base_schedule": "rate not stated",
     "selection": "selection not stated",
-    "seeds": 3,
-    "deviation": "standard error",
 }
+_OF_THREE = {"seeds": 3, "deviation": "standard error"}
 CDMAD = Source(
-    title="CDMAD (CVPR 2024), through a secondary registry; the reversed set through DyTrim's paper",
+    title="CDMAD (CVPR 2024), through a secondary registry",
     **_CDMAD_RECIPE,
+    **_OF_THREE,
     steps="250,000 steps",
+    steps_by_method=dict.fromkeys(("fixmatch", "fixmatch+darp", "fixmatch+abc", "fixmatch+cossl"), _NOT_STATED),
     note=_CDMAD_NOTE,
     values=_columns(
         (
             *(f"cossl-cifar10-{gamma}" for gamma in (50, 100, 150)),
-            *(f"cdmad-cifar10-100-{word}" for word in ("uniform", "50", "150", "reversed")),
+            *(f"cdmad-cifar10-100-{word}" for word in ("uniform", "50", "150")),
             *(f"cossl-cifar100-{gamma}" for gamma in (20, 50, 100)),
             *(f"cdmad-stl10-{gamma}" for gamma in (10, 20)),
         ),
         {
+            "fixmatch": (
+                *((79.2, 0.3, 77.8, 0.4), (71.5, 0.7, 66.8, 1.5), (68.4, 0.2, 59.9, 0.4)),
+                *((68.9, 2.0, 42.8, 8.1), (73.9, 0.3, 70.5, 0.5), (69.6, 0.6, 62.6, 1.1)),
+                *((49.6, 0.78), (42.1, 0.33), (37.6, 0.48)),
+                *((72.9, 0.1, 69.6, 0.0), (63.4, 0.2, 52.6, 0.1)),
+            ),
+            "fixmatch+darp": (
+                *(None, None, None),
+                *((85.4, 0.6, 85.0, 0.7), (77.3, 0.2, 75.5, 0.2), (72.9, 0.2, 69.5, 0.2)),
+                *((50.8, 0.77), (43.1, 0.54), (38.3, 0.47)),
+                *((77.8, 0.3, 76.5, 0.4), (69.9, 1.8, 65.4, 3.1)),
+            ),
+            "fixmatch+abc": (
+                *((85.6, 0.3, 85.2, 0.3), (81.1, 1.1, 80.3, 1.3), (77.3, 1.3, 75.6, 1.7)),
+                *((82.7, 0.5, 81.9, 0.7), (82.7, 0.6, 82.0, 0.8), (78.4, 0.9, 77.2, 1.1)),
+                *((53.3, 0.79), (46.7, 0.26), (41.2, 0.06)),
+                *((79.1, 0.5, 78.1, 0.6), (73.8, 0.2, 72.1, 0.2)),
+            ),
+            "fixmatch+cossl": (
+                *((86.8, 0.3, 86.6, 0.3), (83.2, 0.5, 82.7, 0.6), (80.3, 0.6, 79.6, 0.6)),
+                *(None, None, None),
+                *((53.9, 0.78), (47.6, 0.57), (43.0, 0.61)),
+                *(None, None),
+            ),
             "fixmatch+cdmad": (
-                *((87.3, 0.1), (83.6, 0.5), (80.8, 0.9)),
-                *((87.5, 0.5), (85.7, 0.4), (82.3, 0.2), 77.1),
-                *((54.3, 0.4), (48.8, 0.8), (44.1, 0.3)),
-                *((79.9, 0.2), (75.2, 0.4)),
-            )
+                *((87.3, 0.1, 87.0, 0.2), (83.6, 0.5, 83.1, 0.6), (80.8, 0.9, 79.9, 1.1)),
+                *((87.5, 0.5, 87.1, 0.5), (85.7, 0.4, 85.3, 0.4), (82.3, 0.2, 81.8, 0.3)),
+                *((54.3, 0.44), (48.8, 0.75), (44.1, 0.29)),
+                *((79.9, 0.2, 78.9, 0.4), (75.2, 0.4, 73.5, 0.3)),
+            ),
         },
     ),
+)
+CDMAD_BY_DYTRIM = Source(
+    title="CDMAD in DyTrim's paper (ICLR 2026)",
+    **_CDMAD_RECIPE,
+    seeds=None,
+    deviation=None,
+    steps="250,000 steps",
+    note=_CDMAD_NOTE,
+    values={"cdmad-cifar10-100-reversed": {"fixmatch+cdmad": Value(77.1, gm=75.4)}},
 )
 CDMAD_REMIXMATCH = Source(
     title="CDMAD on ReMixMatch (CVPR 2024), through a secondary registry",
     **_CDMAD_RECIPE,
+    **_OF_THREE,
     steps="150,000 steps",
+    steps_by_method=dict.fromkeys(("remixmatch", "remixmatch+abc"), _NOT_STATED),
     note=_CDMAD_NOTE,
     values=_columns(
         (
@@ -256,55 +305,49 @@ CDMAD_REMIXMATCH = Source(
             *(f"cdmad-disjoint-cifar100-{gamma}" for gamma in (20, 50, 100)),
         ),
         {
+            "remixmatch": (
+                *((81.5, 0.3, 80.2, 0.3), (73.8, 0.4, 69.5, 0.8), (69.9, 0.5, 62.5, 0.4)),
+                *((51.6, 0.43), (44.2, 0.59), (39.3, 0.43)),
+            ),
+            "remixmatch+abc": (
+                *((87.9, 0.5, 87.6, 0.5), (84.5, 0.3, 84.1, 0.4), (80.5, 1.2, 79.5, 1.4)),
+                *((55.6, 0.35), (47.9, 0.10), (42.2, 0.12)),
+            ),
             "remixmatch+cdmad": (
-                *((88.3, 0.1), (85.5, 0.5), (82.5, 0.2)),
-                *((57.0, 0.3), (51.1, 0.5), (44.9, 0.4)),
-            )
+                *((88.3, 0.4, 88.1, 0.4), (85.5, 0.5, 85.3, 0.4), (82.5, 0.2, 82.0, 0.3)),
+                *((57.0, 0.32), (51.1, 0.46), (44.9, 0.42)),
+            ),
         },
     ),
 )
 
-SOURCES = (BACON_TABLE_1, BACON_TABLE_2, USB, SSCL, SIMPRO, CDMAD, CDMAD_REMIXMATCH)
+SOURCES = (BACON_TABLE_1, BACON_TABLE_2, USB, SSCL, SIMPRO, CDMAD, CDMAD_BY_DYTRIM, CDMAD_REMIXMATCH)
 
 
 @dataclass(frozen=True)
 class Context:
-    """Numbers that look alike and are not comparable: same images and counts, another protocol."""
+    """Numbers beside those of the sources: of the same protocol by another method or another code, or of a protocol
+    that only looks alike, with the same images and counts.
+    """
 
     title: str
     values: Mapping[str, str]
 
 
-_USB_BALANCED = "USB, results/classic_cv.csv, error after 2^20 steps with networks of other widths"
+def _dytrim(value: str) -> tuple[Context]:
+    return (Context("DyTrim on CDMAD (ICLR 2026), bACC / GM", {"DyTrim": value}),)
 
 
-def _dytrim(value: str) -> Context:
-    return Context("DyTrim on CDMAD (ICLR 2026), bACC / GM", {"DyTrim": value})
-
-
-def _cpg(cpg: str, simpro: str) -> Context:
+def _cpg(cpg: str, simpro: str, *others: Context) -> tuple[Context, ...]:
     """Its SimPro weighs by M/N, moves the priors every step, and has one strong view (newer_methods.md K)."""
-    return Context("a note on CPG (NeurIPS 2025), best", {"CPG": cpg, "CPG's own SimPro": simpro})
+    return (Context("a note on CPG (NeurIPS 2025), best", {"CPG": cpg, "CPG's own SimPro": simpro}), *others)
 
 
-# Our protocol -> other published numbers for such counts.
-OTHER_PROTOCOLS: dict[str, tuple[Context, ...]] = {
-    "usb-cifar10-1500-100": (
-        Context(
-            "CDMAD (2024), bACC / GM, ± standard error of 3 runs, through a secondary registry",
-            {
-                "FixMatch": "71.5 ± 0.7 / 66.8 ± 1.5",
-                "ABC": "81.1 ± 1.1 / 80.3 ± 1.3",
-                "CoSSL": "83.2 ± 0.5 / 82.7 ± 0.6",
-                "SAW+LA": "80.7 ± 0.2 / 77.5 ± 0.2",
-            },
-        ),
-        Context("SC-SSL, its run of CDMAD in USB", {"CDMAD": "83.33 ± 0.52"}),
-    ),
-    "usb-cifar10-1500-100-inverse": (Context("SC-SSL, its run of CDMAD in USB", {"CDMAD": "77.76 ± 0.56"}),),
-    "cossl-cifar10-50": (_dytrim("88.0 / 87.8"),),
-    "cossl-cifar10-100": (_dytrim("84.8 / 84.4"),),
-    "cossl-cifar10-150": (_dytrim("82.0 / 81.3"),),
+# Our protocol -> numbers of it by methods that are not here, or by another code of ours.
+SAME_PROTOCOL: dict[str, tuple[Context, ...]] = {
+    "cossl-cifar10-50": _dytrim("88.0 / 87.8"),
+    "cossl-cifar10-100": _dytrim("84.8 / 84.4"),
+    "cossl-cifar10-150": _dytrim("82.0 / 81.3"),
     "cdmad-cifar10-100-uniform": (
         Context(
             "CDMAD changed (FARAD), bACC / GM or bACC",
@@ -316,12 +359,34 @@ OTHER_PROTOCOLS: dict[str, tuple[Context, ...]] = {
             },
         ),
     ),
-    "cpg-cifar10-100": (_cpg("76.93", "64.13"),),
-    "cpg-cifar10-100-inverse": (_cpg("82.37", "63.70"),),
-    "cpg-cifar10-100-random": (_cpg("82.10", "65.81"),),
+    "cpg-cifar10-100": _cpg("76.93", "64.13"),
+    "cpg-cifar10-100-inverse": _cpg("82.37", "63.70"),
+    "cpg-cifar10-100-random": _cpg(
+        "82.10", "65.81", Context("CPG's log of seed 1", {"CPG, best": "82.33", "CPG, last": "81.61"})
+    ),
+}
+
+_USB_BALANCED = "USB, results/classic_cv.csv, error after 2^20 steps with networks of other widths"
+# Our protocol -> numbers of another one with such counts.
+OTHER_PROTOCOLS: dict[str, tuple[Context, ...]] = {
+    "usb-cifar10-1500-100": (
+        Context(
+            "CDMAD (2024) with the labeled images among the unlabeled ones, bACC / GM, ± standard error of 3 runs, "
+            "through a secondary registry",
+            {
+                "FixMatch": "71.5 ± 0.7 / 66.8 ± 1.5",
+                "ABC": "81.1 ± 1.1 / 80.3 ± 1.3",
+                "CoSSL": "83.2 ± 0.5 / 82.7 ± 0.6",
+                "SAW+LA": "80.7 ± 0.2 / 77.5 ± 0.2",
+            },
+        ),
+        Context("SC-SSL, its run of CDMAD in USB", {"CDMAD": "83.33 ± 0.52"}),
+    ),
+    "usb-cifar10-1500-100-inverse": (Context("SC-SSL, its run of CDMAD in USB", {"CDMAD": "77.76 ± 0.56"}),),
     "usb-cifar10-1500-150": (
         Context(
-            "CDMAD (2024), bACC / GM of 3 runs, through a secondary registry",
+            "CDMAD (2024) with the labeled images among the unlabeled ones, bACC / GM of 3 runs, through a secondary "
+            "registry",
             {"FixMatch": "68.4 / 59.9", "ABC": "77.3 / 75.6", "CoSSL": "80.3 / 79.6", "SAW+LA": "73.7 / 71.2"},
         ),
     ),

@@ -9,7 +9,7 @@ from bacon_fast.engine.metrics import MEAN_WINDOW, READINGS
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.methods import METHODS
 from bacon_fast.reproduce.matrix import Options
-from bacon_fast.reproduce.published import OTHER_PROTOCOLS, SOURCES, Source, Value
+from bacon_fast.reproduce.published import OTHER_PROTOCOLS, SAME_PROTOCOL, SOURCES, Source, Value
 from bacon_fast.reproduce.results import Result, pseudo_precision
 from bacon_fast.reproduce.tables import Column, Table
 
@@ -121,15 +121,17 @@ def _published_only(table: Table, protocol: str | None, width: int) -> list[list
 
 def _also_published(table: Table, protocol: str | None) -> list[str]:
     """Other published numbers: of the same protocol, and of protocols that only look alike."""
+    kinds = (("The same protocol", SAME_PROTOCOL), ("Another protocol, not comparable", OTHER_PROTOCOLS))
     lines = []
     for source in SOURCES:
         if source is not table.source and (values := source.values.get(protocol)):
             listed = ", ".join(f"{method} {value}" for method, value in values.items())
             how = f"{METRICS[source.metric]}; {source.steps}; {describe_source(source)}"
             lines.append(f"- The same protocol, {source.title} ({how}): {listed}.")
-    for context in OTHER_PROTOCOLS.get(protocol, ()):
-        listed = ", ".join(f"{method} {value}" for method, value in context.values.items())
-        lines.append(f"- Another protocol, not comparable, {context.title}: {listed}.")
+    for kind, contexts in kinds:
+        for context in contexts.get(protocol, ()):
+            listed = ", ".join(f"{method} {value}" for method, value in context.values.items())
+            lines.append(f"- {kind}, {context.title}: {listed}.")
     return lines
 
 
@@ -215,6 +217,8 @@ def table_csv(name: str, table: Table, results: Sequence[Result], options: Optio
             row |= {
                 "published_percent": value.mean,
                 "published_deviation_percent": value.deviation,
+                "published_gm_percent": value.gm,
+                "published_gm_deviation_percent": value.gm_deviation,
                 "published_metric": source.metric,
                 "published_source": source.title,
                 "published_steps": source.steps_of(result.cell.row.method),
