@@ -32,8 +32,10 @@ def tiny(
         "precision": "fp32",  # whatever the machine
     }
     config = PRESETS["digits"].config(method).replace(**(values | changes))
-    # Ten classes: reliable rows, and so a contrastive loss, from the first steps.
-    return with_parts(config, {"bacon.contrast_start": 0.4, "bacon.reliable_threshold": 0.15} | dict(parts or {}))
+    # Ten classes: reliable rows, and so a contrastive loss, from the first steps. Estimates with steps between them.
+    own = {"bacon.contrast_start": 0.4, "bacon.reliable_threshold": 0.15}
+    own |= {"simpro.threshold": 0.15, "simpro.estimates": 4}
+    return with_parts(config, own | dict(parts or {}))
 
 
 def final_state(run_dir: Path) -> dict:

@@ -127,6 +127,11 @@ class Protocol:
                 f"protocol {self.name!r}: labeled_head=None leaves no image over, so it needs unlabeled_all"
             )
 
+    @property
+    def has_same_imbalance(self) -> bool:
+        """Whether the unlabeled set is known to have the imbalance of the labeled one, class by class."""
+        return self.gamma_u == self.gamma_l and self.unlabeled_order == "sorted"
+
 
 def _protocols() -> dict[str, Protocol]:
     # Name, dataset, N_1, M_1, gamma_l, gamma_u, source.
@@ -252,7 +257,8 @@ def _cpg_protocols() -> list[Protocol]:
 
 
 PROTOCOLS: dict[str, Protocol] = _protocols()
-"""Named protocols: every row of methods.md A.1, the peers' variants of them, and those of newer_methods.md N."""
+"""Named protocols: every row of methods.md A.1, the peers' variants of them, and those of newer_methods.md N, but for
+Meta-Expert's other imbalances and Food-101."""
 
 _LATER = {"labeled_fraction": None, "unlabeled_order": "sorted", "unlabeled_own": False}
 """Fields that older splits do not have, and the values with which they change nothing."""

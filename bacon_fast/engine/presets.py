@@ -233,17 +233,17 @@ def _simpro(dataset: str, protocol: str, text: str, tau: float = 2.0, threshold:
     weight decay 5e-4, EMA 0.999, USB's WRN-28-2.
 
     Not there: the authors' strong view, of which each of 2 operations acts with probability 1/2 at one of 9 strengths,
-    and Cutout of 16 pixels (ours are 2 operations of methods.md 0.3); a stem without bias; images in the dataset's
-    order. The other unlabeled sets: --protocol simpro-cifar10-100-middle, and so on.
+    and Cutout of 16 pixels (ours are 2 operations of methods.md 0.3); CIFAR's own mean and deviation; a stem without
+    bias; images in the dataset's order. The other unlabeled sets: --protocol simpro-cifar10-100-middle, and so on.
     """
     overrides = {
         **_data(dataset, protocol),
         "views": {"unlabeled_ratio": mu, "randaugment_ops": 2},
         "model": {"backbone": "wrn-28-2-usb"},
         "optimizer": {"lr": 0.17, "lr_schedule": "cosine"},
-        "shared": {"epochs": 86, "threshold": threshold},
+        "shared": {"epochs": 86},
         "log": {"eval_every": 500, "checkpoint_every": 500},
-        "simpro": {"tau": tau},
+        "simpro": {"tau": tau, "threshold": threshold},
     }
     return Preset(f"simpro-{dataset}", text, "fixmatch+simpro", 86 * 500, overrides)
 
@@ -254,7 +254,9 @@ def _cdmad(name: str, dataset: str, protocol: str, text: str, weight_decay: floa
 
     BatchNorm: their four passes of a step move the statistics by 0.1 each, our one by as much as all four. Not there:
     their RandAugment of 3 among 16 operations before the crop (ours are 3 of methods.md 0.3, behind it), their Cutout
-    of 16x16 zeros, decay of the statistics, the shortcuts of their WRN, images in the dataset's order.
+    of 16x16 zeros, zeros around the image at the crop (ours are its reflection), CIFAR's own mean and deviation (so
+    that their image of ones has another color), a decay that takes in the statistics and comes behind the EMA, the
+    shortcuts of their WRN, images in the dataset's order.
     """
     overrides = {
         **_data(dataset, protocol),
@@ -271,8 +273,7 @@ def _cdmad_remixmatch(name: str, dataset: str, protocol: str, text: str, weight_
     """[CD] with ReMixMatch, newer_methods.md L: B=64, 300 x 500 steps, Adam 0.002; the rest as in `_cdmad`.
 
     Not there, beside what is missing in that: mu=2, strong labeled views in MixUp, a loss of the weak labeled rows as
-    they are, an alignment by the last 128 batches that starts again each epoch. Its weight decay is taken to be that of
-    FixMatch, which newer_methods.md does not settle.
+    they are, an alignment by the last 128 batches that starts again each epoch.
     """
     base = _cdmad(name, dataset, protocol, text, weight_decay)
     overrides = {
@@ -282,7 +283,6 @@ def _cdmad_remixmatch(name: str, dataset: str, protocol: str, text: str, weight_
         "optimizer": {**base.overrides["optimizer"], "lr": 0.002},
         "shared": {"epochs": 300, "distribution_momentum": 0.99},
         "remixmatch": {"lambda_u": 2.0, "lambda_kl": 0.5, "lambda_rot": 1.0},
-        "cdmad": {"align": True},
     }
     return Preset(name, text, "remixmatch+cdmad", 300 * 500, overrides)
 

@@ -260,7 +260,8 @@ class Trainer:
         build.seed_everything(config.seed)
         counts = torch.as_tensor(split.labeled_counts)
         sizes, data = (len(split.labeled), len(split.unlabeled)), self.dataset
-        self._info = DataInfo(data.num_classes, counts, *sizes, data.mean, data.std)
+        same_imbalance = split.protocol.has_same_imbalance
+        self._info = DataInfo(data.num_classes, counts, *sizes, data.mean, data.std, same_imbalance)
         method = self._fresh_method(load_weights=saved is None)
         memory_format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
         self.method = method.to(self.device, memory_format=memory_format)
@@ -284,6 +285,8 @@ class Trainer:
         self.diagnostics = Diagnostics(self.dataset.num_classes, bank).to(self.device)
         self.meter = Meter(self.device)
         self._start()
+        if not config.views.cached_views:
+            method.check_images(self.batches.augment.height, self.batches.augment.width)
 
     def _fresh_method(self, *, load_weights: bool) -> Method:
         """The method at its start. `load_weights`: with the backbone's weights, which a checkpoint has too."""

@@ -44,6 +44,10 @@ class ExtendedMethod(Method):
         if self.balancer is not None:
             self.balancer.bind(self.network, averaged)
 
+    def check_images(self, height: int, width: int) -> None:
+        if self.balancer is not None:
+            self.balancer.check_images(height, width)
+
     def phase(self, step: int) -> Phase:
         contrast = self.regularizer is not None and self.regularizer.active(step)
         return Phase(contrast, None if self.balancer is None else self.balancer.phase(step))

@@ -96,6 +96,9 @@ class Method(nn.Module):
         """Gives the method the run's averaged network, which does not become part of the method's state."""
         self._averaged = (averaged,)  # in a tuple, so that it is not registered as a submodule
 
+    def check_images(self, height: int, width: int) -> None:
+        """Raises ValueError, before the first step, if the method cannot train the network on images of this size."""
+
     @property
     def averaged(self) -> nn.Module:
         """The averaged network (EMA) of the run. A step only reads it."""

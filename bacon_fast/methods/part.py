@@ -53,6 +53,7 @@ class DataInfo:
         labeled_counts: N_c, int64 [K].
         num_labeled, num_unlabeled: sizes of the two sets (0: none).
         mean, std: per channel, for the normalization of images.
+        same_imbalance: the unlabeled set is known to be drawn with the imbalance of the labeled one.
     """
 
     num_classes: int
@@ -61,6 +62,7 @@ class DataInfo:
     num_unlabeled: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    same_imbalance: bool
 
 
 @dataclass(frozen=True)

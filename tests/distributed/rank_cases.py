@@ -57,6 +57,8 @@ def tiny(run_dir: Path, *, method: str = "fixmatch+abc+bacon", **changes) -> Con
         # The first steps are without, the next with what begins later.
         **dict.fromkeys(("bacon.contrast_start", "daso.start", "darp.start", "cossl.start", "cdmad.start"), 0.1),
         "crest.generations": 6,
+        "simpro.threshold": 0.15,
+        "simpro.estimates": 6,
         "bacon.reliable_threshold": 0.15,  # ten classes: reliable rows, and so a contrastive loss, from the first steps
     }
     config = PRESETS["digits"].config(method).replace(**(values | changes))

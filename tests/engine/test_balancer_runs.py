@@ -58,7 +58,7 @@ def test_a_run_stopped_right_before_a_refresh_ends_as_an_uninterrupted_one(tmp_p
 
 # Where each acts in ReMixMatch, by its authors' code: (on the aligned and sharpened targets, as the alignment).
 PLACES = {"daso": (True, False), "darp": (True, False), "crest": (False, False), "crest+pda": (False, True)}
-PLACES |= {"cossl": (False, False), "cdmad": (False, True)}
+PLACES |= {"cossl": (False, False), "cdmad": (False, False)}  # of both sets of the digits the imbalance is one
 
 
 @pytest.mark.parametrize("name", BALANCERS)
@@ -67,6 +67,53 @@ def test_each_has_its_place_in_remixmatch(tmp_path, name):
     trainer.logger.close()
     balancer = trainer.method.balancer
     assert (balancer.on_targets, balancer.aligns) == PLACES[name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "align", "aligns"),
+    [
+        ({}, "auto", False),
+        ({}, "off", True),
+        ({"gamma_u": 5.0}, "auto", True),
+        ({"gamma_u": -10.0}, "auto", True),
+        ({"gamma_u": -10.0}, "on", False),
+    ],
+)
+def test_cdmad_takes_the_place_of_the_alignment_unless_the_imbalances_are_one(tmp_path, changes, align, aligns):
+    changes = changes and {"unlabeled_head": 50, **changes}
+    trainer = Trainer(tiny(tmp_path, method="remixmatch+cdmad", parts={"cdmad.align": align}, **changes))
+    trainer.logger.close()
+    assert trainer.method.balancer.aligns == aligns
+
+
+@pytest.mark.parametrize(
+    ("method", "parts", "changes", "message"),
+    [
+        ("fixmatch", {"cdmad.align": "on"}, {}, "cdmad.align: expected auto with fixmatch, .* found on"),
+        ("remixmatch", {"cdmad.threshold": 0.5}, {}, "cdmad.threshold: expected 0 with remixmatch, .* found 0.5"),
+        (
+            "fixmatch",
+            {},
+            {"backbone": "resnet18"},
+            r"image_size: expected images of which .* more than one pixel, .* found 16x16",
+        ),
+        (
+            "remixmatch",
+            {},
+            {"backbone": "resnet18"},
+            r"image_size: expected images of which .* more than one pixel, .* found 16x16",
+        ),
+        (
+            "fixmatch",
+            {"cdmad.authors_statistics": True},
+            {"backbone": "timm/test_vit", "bn_momentum": None, "image_size": 160},
+            "cdmad.authors_statistics: expected False for a network without BatchNorm",
+        ),
+    ],
+)
+def test_what_cdmad_cannot_do_is_refused_before_the_first_step(tmp_path, method, parts, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(tiny(tmp_path / "run", method=f"{method}+cdmad", parts=parts, **changes))
 
 
 def test_evaluations_of_a_new_generation_are_told_apart(tmp_path):
@@ -180,8 +227,8 @@ def test_the_authors_slip_moves_running_statistics_and_no_loss_of_the_step(tmp_p
     assert not any(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
 
 
-def test_simpro_counts_labels_and_estimates_priors_at_the_ends_of_epochs(tmp_path):
-    trainer = Trainer(tiny(tmp_path, method="fixmatch+simpro", steps=12, epochs=4))
+def test_simpro_counts_labels_and_estimates_priors_as_often_as_told(tmp_path):
+    trainer = Trainer(tiny(tmp_path, method="fixmatch+simpro", steps=12, parts={"simpro.estimates": 4}))
     balancer, start = trainer.method.balancer, trainer.method.balancer.prior.clone()
     sums, moved = [], []
     for _ in range(6):

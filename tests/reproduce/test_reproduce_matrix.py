@@ -142,8 +142,10 @@ def test_recipes_of_the_newer_tables():
         assert config.views.unlabeled_ratio == (16 if "stl10" in cell.protocol else 8)
         assert (optimizer.lr, optimizer.lr_schedule, optimizer.weight_decay) == (0.17, "cosine", 5e-4)
         hundred = "cifar100-" in cell.protocol
-        assert config.shared.threshold == (0.2 if hundred else 0.95)
-        assert flat.get("simpro.tau", 1.0 if hundred else 2.0) == (1.0 if hundred else 2.0)
+        assert config.shared.threshold == 0.95
+        if "simpro" in cell.row.name:
+            assert (flat["simpro.tau"], flat["simpro.threshold"]) == ((1.0, 0.2) if hundred else (2.0, 0.95))
+            assert flat["simpro.estimates"] == 86
     decays = {"cifar10": 0.04, "cifar100": 0.08, "stl10": 0.01}
     for cell in cells_of("cdmad"):
         config, optimizer = cell.runs[0].config, cell.runs[0].config.optimizer
@@ -153,13 +155,16 @@ def test_recipes_of_the_newer_tables():
         found = optimizer.optimizer, optimizer.lr, optimizer.weight_decay, optimizer.ema_buffers
         assert found == ("adam", 0.0015, decay, "average")
         assert config.flat().get("cdmad.start", 0.202) * 250_000 == pytest.approx(50_500)
+        if "simpro" in cell.row.name:
+            expected = (1.0, 0.2, 86) if config.data.dataset == "cifar100" else (2.0, 0.95, 86)
+            assert tuple(config.flat()[f"simpro.{name}"] for name in ("tau", "threshold", "estimates")) == expected
     for cell in cells_of("cdmad-remixmatch"):
         config, flat = cell.runs[0].config, cell.runs[0].config.flat()
         assert (config.steps, config.views.batch_size, config.optimizer.lr) == (150_000, 64, 0.002)
         assert (flat["remixmatch.lambda_u"], flat["remixmatch.lambda_rot"]) == (2.0, 1.0)
         if "cdmad" in cell.row.name:
             assert (flat["remixmatch.sharpening"], flat["remixmatch.rampup"]) == (1.0, 1.0)
-            assert flat["cdmad.align"] and flat["cdmad.start"] * 150_000 == pytest.approx(50_500)
+            assert flat["cdmad.align"] == "auto" and flat["cdmad.start"] * 150_000 == pytest.approx(50_500)
 
 
 def test_sscl_alone_is_without_cutout():

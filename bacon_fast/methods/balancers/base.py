@@ -89,6 +89,9 @@ class Balancer(nn.Module):
         """Gives the balancer the online and the averaged network. Neither becomes part of its state."""
         self._networks = (network, averaged)
 
+    def check_images(self, height: int, width: int) -> None:
+        """Raises ValueError, before the first step, if the balancer cannot work on images of this size."""
+
     @property
     def network(self) -> nn.Module:
         """The online network of the run."""

@@ -29,8 +29,8 @@ class CDMADOptions(PartOptions):
     """Confidence from which a pseudo-label counts in FixMatch, in the place of --threshold; 0: all."""
     image: Literal["ones", "white", "black", "zeros"] = "ones"
     """The empty image: all ones (authors) or zeros after normalization, or white or black before."""
-    align: bool = False
-    """Keep ReMixMatch's alignment: where both sets are known to be imbalanced alike (authors)."""
+    align: Literal["auto", "on", "off"] = "auto"
+    """Keep ReMixMatch's alignment; auto: where both sets are drawn with one imbalance (authors)."""
     authors_statistics: bool = False
     """Let the empty image move BatchNorm's running statistics, as it does in the authors' code."""
 
@@ -78,6 +78,22 @@ class CDMAD(Balancer):
         self.color, self.start, self.threshold = color, start, threshold
         self.aligns, self.authors_passes = not align, authors_passes
 
+    @torch.no_grad()
+    def check_images(self, height: int, width: int) -> None:
+        """In training mode BatchNorm needs more than one value a channel, and I passes alone."""
+        network = self.network
+        if self.authors_passes is not None and not batchnorms(network):
+            raise ValueError("cdmad.authors_statistics: expected False for a network without BatchNorm, found True")
+        images = network.empty_image.new_empty(1, 3, height, width)
+        try:
+            with frozen_statistics(network):
+                network(network.empty(images))
+        except ValueError as error:
+            raise ValueError(
+                "image_size: expected images of which the network leaves more than one pixel, as cdmad passes one "
+                f"image alone; found {height}x{width} ({error})"
+            ) from error
+
     def bind(self, network: nn.Module, averaged: nn.Module) -> None:
         """Also tells both networks the color of the empty image, which is then in the checkpoint."""
         super().bind(network, averaged)
@@ -109,17 +125,21 @@ class CDMAD(Balancer):
 
 
 def build(options: CDMADOptions, setup: Setup) -> CDMAD:
+    (base,) = set(setup.parts) & set(AUTHORS_PASSES)
+    if base == "fixmatch" and options.align != "auto":
+        raise ValueError(f"cdmad.align: expected auto with fixmatch, which aligns nothing, found {options.align}")
+    if base == "remixmatch" and options.threshold != 0:
+        raise ValueError(f"cdmad.threshold: expected 0 with remixmatch, which has none, found {options.threshold}")
     of_pixel = {"white": 1.0, "black": 0.0}
     if options.image in of_pixel:
         pixel = of_pixel[options.image]
         color = tuple((pixel - mean) / std for mean, std in zip(setup.data.mean, setup.data.std))
     else:
         color = (1.0 if options.image == "ones" else 0.0,) * 3
-    (base,) = set(setup.parts) & set(AUTHORS_PASSES)
     return CDMAD(
         color,
         start=round(options.start * setup.steps),
         threshold=options.threshold,
-        align=options.align,
+        align=setup.data.same_imbalance if options.align == "auto" else options.align == "on",
         authors_passes=AUTHORS_PASSES[base] if options.authors_statistics else None,
     )

@@ -16,9 +16,14 @@ _SMALLEST = 1e-12  # the authors', so that a class whose prior is 0 has a finite
 
 @dataclass(frozen=True)
 class SimProOptions(PartOptions):
-    """SimPro (newer_methods.md K); --threshold is its t, and --epochs sets how often the priors are estimated."""
+    """SimPro (newer_methods.md K)."""
 
     part: ClassVar[str] = "simpro"
+
+    threshold: float = 0.95
+    """Confidence from which a pseudo-label counts, in the place of --threshold: 0.95, 0.2 on CIFAR-100 (authors)."""
+    estimates: int = 86
+    """Estimates of the priors in a run, evenly spread: 86, one each 500 steps (authors)."""
 
     tau: float = 2.0
     """Exponent of the priors: 2 on CIFAR-10 and STL-10, 1 on CIFAR-100 (authors)."""
@@ -31,7 +36,8 @@ class SimProOptions(PartOptions):
 
     def check(self) -> None:
         self.require_weights("tau")
-        self.require_fractions("momentum")
+        self.require_fractions("momentum", "threshold")
+        self.require_integers(1, "estimates")
         self.require(self.strong_views in (1, 2), "strong_views", "1 or 2")
 
 
@@ -43,7 +49,7 @@ class SimPro(Balancer):
         L_u = mean over strong views of m CE(a(h^s) + log pi^tau, q)
 
     pi_u is the prior of the unlabeled images, 1/K at first, and pi that of all images, first that of the labeled ones.
-    n_u sums m q over the steps and n_l the labels. At the end of each epoch, behind the losses of its last step,
+    n_u sums m q over the steps and n_l the labels. E times in a run, each T/E steps and behind the losses of a step,
 
         pi_u <- 0.9 pi_u + 0.1 n_u / (sum n_u + 1);   pi <- 0.9 pi + 0.1 (n_l + n_u) / sum(n_l + n_u);   n_l, n_u <- 0
 
@@ -54,7 +60,7 @@ class SimPro(Balancer):
         tau: exponent of both priors within the logarithm.
         momentum: 0.9 above.
         labeled_weight: 1/s.
-        steps, epochs: T and E; an epoch is T/E steps, 500 in the authors' runs.
+        steps, estimates: T and E, 43,000 and 86 in the authors' runs.
         threshold: confidence from which a pseudo-label counts.
         strong_views: of an unlabeled image.
         labeled_strong: whether labeled images have a strong view too.
@@ -71,13 +77,13 @@ class SimPro(Balancer):
         momentum: float,
         labeled_weight: float,
         steps: int,
-        epochs: int,
+        estimates: int,
         threshold: float,
         strong_views: int = 2,
         labeled_strong: bool = True,
     ) -> None:
         super().__init__()
-        self.tau, self.momentum, self.steps, self.epochs = tau, momentum, steps, epochs
+        self.tau, self.momentum, self.steps, self.estimates = tau, momentum, steps, estimates
         self.threshold, self.strong_views, self.labeled_strong_view = threshold, strong_views, labeled_strong
         classes = len(labeled_counts)
         self.register_buffer("labeled_weights", torch.full((classes,), labeled_weight), persistent=False)
@@ -107,11 +113,11 @@ class SimPro(Balancer):
         return (snapshot(prior) ** self.tau + _SMALLEST).log()  # the step overwrites the prior before its backward
 
     def _estimate(self, step: Tensor) -> None:
-        """New priors and no sums, if the step that follows `step` completed ones is the last of an epoch."""
-        epoch, next_epoch = (
-            torch.div(done * self.epochs, self.steps, rounding_mode="floor") for done in (step, step + 1)
+        """New priors and no sums, if an estimate is due behind the step that follows `step` completed ones."""
+        before, after = (
+            torch.div(done * self.estimates, self.steps, rounding_mode="floor") for done in (step, step + 1)
         )
-        due, total = next_epoch > epoch, self.unlabeled_sums + self.labeled_sums
+        due, total = after > before, self.unlabeled_sums + self.labeled_sums
         unlabeled = self.unlabeled_sums / (self.unlabeled_sums.sum() + 1)
         for prior, estimate in ((self.unlabeled_prior, unlabeled), (self.prior, total / total.sum())):
             prior.copy_(torch.where(due, self.momentum * prior + (1 - self.momentum) * estimate, prior))
@@ -138,8 +144,8 @@ def build(options: SimProOptions, setup: Setup) -> SimPro:
         momentum=options.momentum,
         labeled_weight=labeled_weight(data.num_labeled, data.num_unlabeled, setup.labeled_rows, setup.unlabeled_rows),
         steps=setup.steps,
-        epochs=setup.shared.epochs,
-        threshold=setup.shared.threshold,
+        estimates=options.estimates,
+        threshold=options.threshold,
         strong_views=options.strong_views,
         labeled_strong=options.labeled_strong,
     )

@@ -23,7 +23,7 @@ NEVER = 10**6  # steps of an epoch that does not end here
 
 
 def simpro(counts=COUNTS, **changes) -> SimPro:
-    options = {"tau": 2.0, "momentum": 0.9, "labeled_weight": 1 / 1.5, "steps": NEVER, "epochs": 1, "threshold": 0.6}
+    options = {"tau": 2.0, "momentum": 0.9, "labeled_weight": 1 / 1.5, "steps": NEVER, "estimates": 1, "threshold": 0.6}
     return SimPro(counts, **options | changes).double()
 
 
@@ -110,7 +110,7 @@ def test_the_documented_em_finds_the_prior():
     """x is a or b, p(a | y) = .8, .3; 60 % of the unlabeled images are a. Nearly without a moving average: a batch of
     10^6 images hides the +1 of the sums."""
     likelihood = tensor([[0.8, 0.3], [0.2, 0.7]])
-    balancer = simpro(torch.tensor([1, 1]), tau=1.0, momentum=0.0, steps=10**4, epochs=10**4, threshold=0.0)
+    balancer = simpro(torch.tensor([1, 1]), tau=1.0, momentum=0.0, steps=10**4, estimates=10**4, threshold=0.0)
     weak = likelihood.log()[[0] * 6 + [1] * 4].tolist()
     found = []
     for t in range(400):
@@ -143,10 +143,10 @@ def test_the_documented_weight(sizes, s):
 # --- a loop, and autograd --------------------------------------------------------------------------------------------
 
 
-def test_state_over_steps_and_epochs_against_a_loop():
-    """Ten steps in four epochs, of 2 or 3 steps: they end where (t + 1) E // T grows."""
-    steps, epochs, k = 10, 4, 3
-    balancer = simpro(steps=steps, epochs=epochs, tau=1.5)
+def test_state_over_steps_and_estimates_against_a_loop():
+    """Four estimates in ten steps, 2 or 3 steps apart: one is due where (t + 1) E // T grows."""
+    steps, estimates, k = 10, 4, 3
+    balancer = simpro(steps=steps, estimates=estimates, tau=1.5)
     prior_u, prior = [1 / k] * k, [0.6, 0.3, 0.1]
     sums_u, sums_l = [0.0] * k, [0.0] * k
     generator = torch.Generator().manual_seed(4)
@@ -162,7 +162,7 @@ def test_state_over_steps_and_epochs_against_a_loop():
                 sums_u = [n + p for n, p in zip(sums_u, expected)]
         assert targets.strong_bias.tolist() == pytest.approx([math.log(p**1.5 + 1e-12) for p in prior], rel=1e-6)
         sums_l = [n + (labels == c).sum().item() for c, n in enumerate(sums_l)]
-        if (t + 1) * epochs // steps > t * epochs // steps:
+        if (t + 1) * estimates // steps > t * estimates // steps:
             ends.append(t + 1)
             prior_u = [0.9 * p + 0.1 * n / (sum(sums_u) + 1) for p, n in zip(prior_u, sums_u)]
             total = [a + b for a, b in zip(sums_u, sums_l)]
@@ -198,7 +198,7 @@ def test_gradients_against_autograd_of_the_formulas(threshold):
 
 
 def test_without_a_confident_row_the_unlabeled_loss_is_0_and_its_prior_only_shrinks():
-    balancer = documented(threshold=0.99, steps=5, epochs=5)
+    balancer = documented(threshold=0.99, steps=5, estimates=5)
     before = balancer(rows(), torch.tensor(0), None).probabilities
     found, _ = losses(balancer, outputs(), t=1)
     assert found["unsupervised"].item() == 0
@@ -210,7 +210,7 @@ def test_without_a_confident_row_the_unlabeled_loss_is_0_and_its_prior_only_shri
 def test_a_class_that_is_never_confident_keeps_a_finite_bias():
     """In float32, as in a run: 86 estimates, and then many more."""
     k = 10
-    balancer = simpro(torch.ones(k), steps=10**4, epochs=10**4).float()
+    balancer = simpro(torch.ones(k), steps=10**4, estimates=10**4).float()
     certain = rows([[50.0] + [0.0] * (k - 1)] * 4)
     certain = replace(certain, weak_logits=certain.weak_logits.float())
     for t in range(86):
