@@ -9,7 +9,7 @@ import bacon_fast
 # Word -> the module and the function that takes the words after it, imported when they are asked for; and its help.
 COMMANDS = {
     "train": ("bacon_fast.cli", "train", "Train a classifier: a preset, then options."),
-    "evaluate": ("bacon_fast.evaluate", "main", "Metrics of a run on the test part of its images, as JSON."),
+    "evaluate": ("bacon_fast.evaluate", "main", "Metrics of a run on its test or validation images, as JSON."),
     "predict": ("bacon_fast.predict", "main", "Class and probability of image files, as JSON lines."),
     "label": ("bacon_fast.label", "main", "Labels of many images, as a CSV file to review and to train on."),
     "export": ("bacon_fast.export", "main", "The network as safetensors or ONNX, with a description."),

@@ -1,4 +1,4 @@
-"""`bacon-fast evaluate RUN`: the averaged network of a run on the test part of its data, or else on validation."""
+"""`bacon-fast evaluate RUN`: the averaged network of a run on its test images, or else on its validation images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from bacon_fast.run import Run
 
 @dataclass(frozen=True)
 class Arguments:
-    """Evaluate a run's newest checkpoint on the full test part and print its metrics as one JSON object."""
+    """Evaluate a run on its test images, or without them on its validation images, with the weights that the run
+    reports; print the metrics as one JSON object."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory."""

@@ -18,7 +18,7 @@ from bacon_fast.report.page import write_report
 
 @dataclass(frozen=True)
 class Arguments:
-    """Write report.html and its pictures again, from a run's newest checkpoint, on the device of the run."""
+    """Write report.html and its figures again, from a run's newest checkpoint, on the device of the run."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory."""

@@ -76,7 +76,7 @@ class Run:
         return open_run(directory, device)
 
     def evaluate(self, data_dir: Path | str | None = None) -> dict:
-        """Metrics on the test part of the run's data, or else on its validation images.
+        """Metrics on the run's test images, or else on its validation images.
 
         A warning says so when the images are not those of the run's split.
 
@@ -172,8 +172,8 @@ class Run:
 
         model.safetensors holds the averaged weights (LoRA's are merged), for `build_network`. model.onnx, if asked for,
         takes uint8 images [N,H,W,3] of the stored size to probabilities [N,K]. model.json describes them: architecture,
-        classes, sizes, mean and deviation, temperature, the counts and the hash of the split, the metrics with what
-        they were chosen and measured on, pretrained weights with their licence, SHA-256 of the files.
+        classes, sizes, mean and standard deviation, temperature, the counts and the hash of the split, the metrics with
+        what they were chosen and measured on, pretrained weights with their license, SHA-256 of the files.
 
         Raises:
             ValueError: `out` holds a model, or the extra `export` is missing.

@@ -1,12 +1,12 @@
-"""Training steps a second of heads on kept features, beside steps that run the backbone. One CSV row an arm.
+"""Training steps a second of heads on cached features, beside steps that run the backbone. One CSV row an arm.
 
     python -m benchmarks.cached_features
 
 Arms: the preset photos-cached, whose steps draw from features in a file; the same frozen backbone on fresh views
 (--cached-views 0); and all of the backbone trained (--train all). A ViT-Ti/16 with random weights, generated images of
 224 pixels, FixMatch with ABC, one thread; rounds are interleaved, and a ratio is the median of the rounds' ratios.
-Making the file costs a forward pass a view once, which is not in the rows. Before anything is timed, the kept features
-of the center windows must be those that the backbone gives, within float16's last places.
+Making the file costs a forward pass a view once, which is not in the rows. Before anything is timed, the cached
+features of the center crops must be those that the backbone gives, within float16's last places.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def build(run_dir: Path, images: Path, weights: Path, batch_size: int, changes: 
 
 
 def check(cached: Trainer, fresh: Trainer) -> None:
-    """Compares kept features with a forward pass of the frozen backbone."""
+    """Compares cached features with a forward pass of the frozen backbone."""
     images, augment = fresh.batches.pool[:4], fresh.batches.augment
     with torch.inference_mode():
         expected = fresh.method.network.backbone(augment.normalize(augment.center(images)))

@@ -172,10 +172,10 @@ def load_dataset(
       that a CSV file lists (`image_csv.read_csv`), where those without a label are unlabeled; or an .npz file, as
       arrays. Warnings name what is not read. Images are read as a viewer shows them (`images.read_files`). The class
       order is `classes`, else the lines of classes.txt, else the alphabet. Normalized with ImageNet's mean and
-      deviation.
+      standard deviation.
     - arrays: an .npz file with train_images (uint8 [N, H, W, 3], [N, H, W, 1] or [N, H, W]), train_labels (integers
       [N]), and optionally test_images and test_labels, val_images and val_labels, unlabeled_images, and class_names
-      (strings). Normalized, like digits, with mean and deviation of the train images.
+      (strings). Normalized, like digits, with mean and standard deviation of the train images.
 
     Args:
         data_dir: folder of the torchvision files, the image folder or CSV file, or the .npz file; digits needs none.

@@ -43,7 +43,7 @@ class Stream(IntEnum):
     COSSL_WARMUP = 19
     LABELED_STRONG_VIEW = 20  # of the batch's own labeled images; LABELED_STRONG is of those drawn class by class
     VALIDATION = 21
-    CACHED_WEAK = 22  # the kept views of frozen features (engine/features.py); their step is the view's number
+    CACHED_WEAK = 22  # the views of cached features (engine/features.py); their step is the view's number
     CACHED_STRONG = 23
 
 

@@ -82,7 +82,8 @@ def torchvision_dataset(
         except RuntimeError as error:  # torchvision's answer to missing and to corrupted files
             raise FileNotFoundError(
                 f"data_dir: expected the files of {name} under {root.resolve()}, found them missing or damaged "
-                f"({error}); pass --download to fetch them"
+                f"({error}); `bacon-fast train` fetches them with --download, Python with "
+                "load_dataset(..., download=True)"
             ) from error
 
     unlabeled = None
@@ -183,7 +184,7 @@ def _require_memory(count: int, size: int | None) -> None:
 
 
 def arrays(path: Path, image_size: int | None, interpolation: Interpolation) -> dict:
-    """An .npz file of arrays, normalized with mean and deviation of its train images.
+    """An .npz file of arrays, normalized with mean and standard deviation of its train images.
 
     Raises:
         FileNotFoundError: no such file.
@@ -246,7 +247,7 @@ def _channels_last(images: np.ndarray) -> np.ndarray:
 
 
 def _statistics(images: Tensor) -> dict[str, tuple[float, ...]]:
-    """Mean and deviation per channel in 0..1; the deviation is at least one gray level, so it can divide."""
+    """Mean and standard deviation per channel in 0..1; the latter is at least one gray level, so it can divide."""
     counts = [torch.bincount(images[..., c].flatten(), minlength=256).double() for c in range(3)]
     levels = torch.arange(256, dtype=torch.float64) / 255
     mean = [float((h * levels).sum() / h.sum().clamp(min=1)) for h in counts]

@@ -160,7 +160,7 @@ def interpolation(config: Config) -> Interpolation:
 
 
 def normalized_for(config: Config, dataset: ImageDataset) -> ImageDataset:
-    """The dataset with the mean and the deviation of a timm backbone's training; others take its own."""
+    """The dataset with the mean and the standard deviation of a timm backbone's training; others take its own."""
     if not config.model.backbone.startswith(PREFIX):
         return dataset
     known = pretrained_input(config.model.backbone)
@@ -281,11 +281,11 @@ def _refuse_batchnorm_options(config: Config, network: nn.Module) -> None:
 
 
 def weights_line(weights: dict, method: Method) -> str:
-    """What a run says of its backbone's weights: file, licence, and how much is trained."""
+    """What a run says of its backbone's weights: file, license, and how much is trained."""
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    licence = f", licence {weights['licence']}" if weights["licence"] else ""
+    license = f", license {weights['licence']}" if weights["licence"] else ""
     own = sum(p.numel() for p in method.parameters())
-    source = f"{weights['source']} (SHA-256 {weights['sha256'][:12]}{licence})"
+    source = f"{weights['source']} (SHA-256 {weights['sha256'][:12]}{license})"
     return f"weights {source}; trained {trained:,} of {own:,} parameters"
 
 

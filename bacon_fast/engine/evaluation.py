@@ -23,7 +23,7 @@ SUM_ROWS = 8192  # rows a product: its one-hot matrix has as many
 class Part(NamedTuple):
     """Images to measure on, of which nothing is trained on: name, test or validation; uint8 [N,H,W,3]; int64 [N].
 
-    In a run on kept features, `images` are features [N,F].
+    In a run on cached features, `images` are features [N,F].
     """
 
     name: str

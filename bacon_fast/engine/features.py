@@ -33,7 +33,7 @@ FORMAT = 1
 CHUNK = 32
 """Images of one pass through the backbone."""
 SEED = 0
-"""Of the kept views: runs of several seeds share one file."""
+"""Of the cached views: runs of several seeds share one file."""
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -62,7 +62,7 @@ class Features:
 
 
 class FeatureBatches(Batches):
-    """`Batches` of kept features: each row of a batch is one of the V weak or strong views of its image.
+    """`Batches` of cached features: each row of a batch is one of the V weak or strong views of its image.
 
     Which one is drawn by Philox from the run's seed, step, stream and slot. `pool` holds the features of the center
     windows, float16 [M, F], and `Batch.images` are features [n, F], which a frozen `Backbone` passes on.

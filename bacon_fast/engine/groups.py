@@ -27,7 +27,7 @@ class RunOptions(Options):
     """Where a run happens. `run_dir` must not hold another run, unless `resume` continues it."""
 
     run_dir: Annotated[Path | None, _PATH] = None
-    """Default: runs/PRESET-METHOD-seedSEED-TIME. All machines share it."""
+    """Default: runs/PRESET-METHOD-seedSEED-TIME. Under torchrun on several machines all must see it."""
     resume: bool = False
     """Continue the run in --run-dir; its preset need not be named."""
     device: str = "auto"
@@ -59,9 +59,9 @@ class DataOptions(Options):
     download: bool = False
     """Let torchvision download the dataset into --data-dir."""
     image_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Side in pixels to resize to; default: the dataset's own."""
+    """Side in pixels to resize to; None: the dataset's, or timm/NAME's."""
     classes: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME...")] = None
-    """Classes of a folder, head first; default: classes.txt, or sorted."""
+    """Classes, the most frequent first; default: classes.txt, or sorted."""
     other_labels: Annotated[OtherLabels, _WORD] = "error"
     """Images of other classes than --classes: error, drop or unlabeled."""
     unreadable: Annotated[Literal["skip", "error"], _WORD] = "skip"
@@ -112,7 +112,7 @@ class ViewOptions(Options):
 
     strong_crop: "window" is the crop of weak views, which moves only. "resized" is torchvision's RandomResizedCrop: a
     random part of 8 to 100 % of the image's area, resized. cached_views: the frozen backbone sees every image once, in
-    fixed augmentations, not fresh ones. Its features are kept in a file in .bacon_fast beside the images.
+    fixed augmentations, not fresh ones. Its features are cached in a file in .bacon_fast beside the images.
     """
 
     batch_size: int = 64
@@ -120,8 +120,8 @@ class ViewOptions(Options):
     unlabeled_ratio: int = 2
     """mu: unlabeled images a step are mu*B."""
     stored_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Side in pixels that images are kept at; views are windows of --image-size (USB's photos: 256 and 224).
-    None: --image-size, and the windows reach into a reflected border."""
+    """Side in pixels of stored images; views are crops of --image-size (USB: 256, 224).
+    None: --image-size, and the crops reach into a reflected border."""
     strong_crop: Literal["window", "resized"] = "window"
     """Crop of strong views: a window, or a random part, resized."""
     hflip: bool = True
@@ -131,7 +131,7 @@ class ViewOptions(Options):
     cutout: bool = True
     """One Cutout per strong view."""
     cached_views: int = 0
-    """With --train head: weak, and as many strong, views of each image whose features are kept; 0: fresh views."""
+    """With --train head: weak, and as many strong, views of each image whose features are cached; 0: fresh views."""
 
     def check(self) -> None:
         self.require_integers(1, "batch_size", "unlabeled_ratio")

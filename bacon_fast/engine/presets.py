@@ -164,7 +164,7 @@ def _photos_cached() -> Preset:
         "model": model,
         "optimizer": {**photos["optimizer"], "lr": 1e-3},
     }
-    text = "your own photos (--data-dir): heads on kept features of a frozen DINOv2; needs the extra timm"
+    text = "your own photos (--data-dir): heads on cached features of a frozen DINOv2; needs the extra timm"
     return Preset("photos-cached", text, "fixmatch+abc", 3420, overrides)
 
 

@@ -90,7 +90,7 @@ def _mistakes(trainer: Trainer, part: Part, evaluation: Evaluation) -> list[Mist
     wrong = torch.nonzero(predicted != part.labels)[:, 0]
     wrong = wrong[highest[wrong].argsort(descending=True, stable=True)[:MAX_MISTAKES]].tolist()
     images = part.images
-    if images.dim() == 2:  # kept features: the images are the dataset's
+    if images.dim() == 2:  # cached features: the images are the dataset's
         images = next(p.images for p in parts_of(trainer.dataset, trainer.split) if p.name == part.name)
     shown = trainer.batches.augment.center(images[wrong]).numpy() if wrong else ()
     return [Mistake(image, int(part.labels[i]), int(predicted[i]), float(highest[i])) for image, i in zip(shown, wrong)]
@@ -107,7 +107,7 @@ def _sample_views(trainer: Trainer) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     """Some unlabeled images (labeled ones for a supervised run), and views as the training step drew them."""
     indices = trainer.batches.unlabeled if trainer.method.uses_unlabeled else trainer.batches.labeled
     chosen = indices[:: max(1, len(indices) // MAX_VIEWS)][:MAX_VIEWS]
-    # Of the dataset: a run on kept features has no images in its batches, and its views are others of the same kind.
+    # Of the dataset: a run on cached features has no images in its batches, and its views are others of the same kind.
     images = trainer.dataset.pool()[chosen.cpu()].to(trainer.device)
     seed, augment = trainer.config.seed, trainer.batches.augment
     weak = augment.weak(images, seed, 0, Stream.UNLABELED_WEAK)

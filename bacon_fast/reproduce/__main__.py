@@ -23,12 +23,12 @@ from bacon_fast.reproduce.speed import calibrate, estimate, load
 from bacon_fast.reproduce.table import markdown, runs_csv, table_csv
 from bacon_fast.reproduce.tables import TABLES, Column, Table
 
-NAMES = "\n".join(f"  {name:<16}{table.title}" for name, table in TABLES.items())
+NAMES = "\n".join(f"  {name:<18}{table.title}" for name, table in TABLES.items())
 DESCRIPTION = f"""Run a matrix of methods, protocols and seeds; write it as a table beside the published numbers.
 
 Finished runs are not repeated and stopped ones continue, so a call that was interrupted is simply given again. Files:
-table.md, table.csv, runs.csv and pictures in --out (with classes-COLUMN.txt where pictures cut or number the names of
-classes); the runs, each as train.py makes it, in --out/runs.
+table.md, table.csv, runs.csv and figures in --out (with classes-COLUMN.txt where figures cut or number the names of
+classes); the runs, each as `bacon-fast train` makes it, in --out/runs.
 
 Tables:
 {NAMES}
@@ -48,7 +48,7 @@ class Arguments:
     methods: str | None = None
     """Rows to run, such as fixmatch,fixmatch+abc; default: all."""
     columns: str | None = None
-    """Columns to run; also any preset of train.py by name. Default: all of the table."""
+    """Columns to run; also any preset of `bacon-fast train` by name. Default: all of the table."""
     data_dir: Path | None = None
     """Where the dataset lies; with several, a folder that holds them all."""
     dataset: Literal["folder"] | None = None
@@ -56,8 +56,8 @@ class Arguments:
     device: str = "auto"
     """auto (cuda when there is one), cpu, cuda or cuda:N."""
     set: str | None = None
-    """Options of train.py for every run, such as precision=bf16,eval_every=5000; those of a part, such as
-    bacon.top_k=5, for the rows that have it. The table says so."""
+    """Options of `bacon-fast train` for every run, such as precision=bf16,eval_every=5000;
+    those of a part, such as bacon.top_k=5, for the rows that have it. The table says so."""
     jobs: int | None = None
     """Runs at once; default: one a GPU, else one a CPU core (up to 8, which then share the cores)."""
     out: Path | None = None

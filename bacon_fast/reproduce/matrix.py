@@ -172,7 +172,7 @@ def check_settings(table: Table, settings: Mapping[str, str]) -> None:
             )
         fields = (f.name for f in dataclasses.fields(PARTS[part].options)) if part in PARTS else ()
         if name not in ("steps", *GROUP_OF) and field not in fields:
-            raise ValueError(f"set: expected an option of train.py (see its --help-all), found {name!r}")
+            raise ValueError(f"set: expected an option of bacon-fast train (see its --help-all), found {name!r}")
         methods = [row.method for row in table.rows if row.method in METHODS]
         if part and not any(part in parts_of(method) for method in methods):
             raise ValueError(f"set: no row of the table has the part of {name!r}, its methods are {', '.join(methods)}")

@@ -1,4 +1,4 @@
-"""The benchmark of kept features: its gate lets the right features pass, and no others."""
+"""The benchmark of cached features: its gate lets the right features pass, and no others."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and docs/ are true: Python blocks run, command lines parse, files and rooms exist."""
+"""README, CONTRIBUTING and docs/ are true: Python blocks run, command lines parse, files and folders exist."""
 
 import contextlib
 import importlib
@@ -12,6 +12,7 @@ import pytest
 import tyro
 from test_architecture import ARROWS
 
+import bacon_fast
 from bacon_fast import methods
 from bacon_fast.__main__ import COMMANDS
 from bacon_fast.cli import parse_runs
@@ -27,9 +28,9 @@ def blocks(markdown: str, language: str) -> list[str]:
 
 
 def commands(markdown: str) -> list[str]:
-    """Command lines of the sh blocks, without comments; also `python ...` and `make ...` in inline code."""
+    """Command lines of the sh blocks, without comments; also those of ours in inline code."""
     text = "\n".join(blocks(markdown, "sh")).replace("\\\n", " ")
-    inline = re.findall(r"`((?:\.venv/bin/python|\.venv/bin/bacon-fast|make|torchrun) [^`\n]+)`", markdown)
+    inline = re.findall(r"`((?:\.venv/bin/python|\.venv/bin/bacon-fast|\.venv/bin/torchrun|make) [^`\n]+)`", markdown)
     lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in [*text.splitlines(), *inline]]
     return [line for line in lines if line]
 
@@ -40,14 +41,16 @@ def check(command: str) -> None:
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         words.pop(0)
     program, *words = words
-    if program == "torchrun":
+    if program.endswith("torchrun"):
         check_train(words[words.index("train.py") + 1 :])
     elif program == "make":
         check_make(words[0])
     elif program.endswith("bacon-fast"):
         check_command(*words)
     elif program.endswith(("python", "python3")):
-        if words[0] == "train.py":
+        if words[0] == "-c":
+            check_code(words[1])
+        elif words[0] == "train.py":
             check_train(words[1:])
         elif words[0] == "-m":
             check_module(words[1], words[2:])
@@ -74,6 +77,12 @@ def check_train(words: list[str]) -> None:
     """Through train.py's own parser."""
     with finishes():
         parse_runs([word for word in words if word != "--download"])
+
+
+def check_code(code: str) -> None:
+    """Compiles, and what it takes from bacon_fast exists."""
+    compile(code, "python -c", "exec")
+    assert all(hasattr(bacon_fast, name) for name in re.findall(r"\bbacon_fast\.(\w+)", code)), code
 
 
 def check_module(name: str, words: list[str]) -> None:
@@ -139,7 +148,7 @@ def test_commands_parse(page, capsys):
             pytest.fail(f"{page.name}: {command}\n{error}\n{capsys.readouterr().err}")
 
 
-def test_contributing_has_the_arrows_between_the_rooms():
+def test_contributing_has_the_arrows_between_the_folders():
     rows = re.findall(r"^\| (.+?) \|.*\| (?:`(.+?)`|nothing) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     arrows = {name.removesuffix(".py"): to for rooms, to in rows for name in re.findall(r"`(\w+)(?:/|\.py)`", rooms)}
     assert len(arrows) > 10 and arrows.pop("csrc") == "reference"
@@ -176,6 +185,8 @@ def test_there_is_something_to_check():
         "bacon-fast reproduce no-such-table",
         "bacon-fast predict RUN --no-such-option",
         "bacon-fast no-such-word",
+        "python -c 'import bacon_fast; bacon_fast.no_such_name()'",
+        ".venv/bin/torchrun --nproc-per-node 2 train.py no-such-preset",
         "python -m bacon_fast.no_such_module",
         "python -m benchmarks.loss --no-such-option",
         "python -m benchmarks.no_such_file",

@@ -1,4 +1,4 @@
-"""Runs on kept features: what the file holds, which views a step sees, resume, damage, and evaluation on pixels."""
+"""Runs on cached features: what the file holds, which views a step sees, resume, damage, and evaluation on pixels."""
 
 import warnings
 
