@@ -53,6 +53,12 @@ def test_bank_counts_and_centers_are_filled_by_the_rows_of_all_ranks(ranks):
     assert state["regularizer.bank.has_center"].sum() > 1
 
 
+def test_the_sums_of_simpro_are_of_the_rows_of_all_ranks(ranks):
+    state = ranks[1]["methods"]["fixmatch+simpro"]["state"]
+    assert state["balancer.labeled_sums"].sum() == 8, "of the global batch of the step behind the last estimate"
+    assert state["balancer.unlabeled_sums"].any()
+
+
 def test_the_projection_has_no_gradient_before_its_phase_and_is_not_decayed(ranks):
     before, *_, last = ranks[0]["methods"]["fixmatch+abc+bacon"]["without_gradient"]
     assert before == ["regularizer.projection.bias", "regularizer.projection.weight"] and last == []

@@ -27,6 +27,9 @@ def test_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(tmp_path, 
     first.logger.close()
     second = Trainer(config.replace(run_dir=tmp_path / "parts", resume=True))
     assert second.step == 5
+    if method == "fixmatch+simpro":
+        balancer = second.method.balancer
+        assert balancer.unlabeled_sums.any() and balancer.labeled_sums.any(), "it was saved between two estimates"
     addresses = {key: value.data_ptr() for key, value in second.method.named_buffers()}
     second.fit()
     one, two = final_state(tmp_path / "whole"), final_state(tmp_path / "parts")

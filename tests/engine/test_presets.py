@@ -7,10 +7,12 @@ import torch
 
 from bacon_fast.cli import parse
 from bacon_fast.data.datasets import ImageDataset
-from bacon_fast.engine.build import build_split
-from bacon_fast.engine.config import GROUPS
+from bacon_fast.engine.build import build_method, build_split
+from bacon_fast.engine.config import GROUPS, Config
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.methods import METHODS, PARTS
+from bacon_fast.methods.method import Method
+from bacon_fast.methods.part import DataInfo
 
 # Images per class of the train parts; SVHN: train, then extra.
 SVHN_TRAIN = (4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659)
@@ -125,6 +127,88 @@ def test_sscl_s_presets(preset, lambdas, queue, threshold, gamma, recipe):
     assert (*found, config.views.batch_size) == recipe
     assert (config.method, config.views.unlabeled_ratio, sscl.margin, sscl.form) == ("sscl", 4, -0.25, "prod")
     assert (config.shared.epochs, sscl.refresh_epochs, optimizer.optimizer) == (200, 5, "sgd")
+
+
+def refreshes(config: Config) -> int:
+    """How often SimPro estimates its priors in a run."""
+    return config.shared.epochs
+
+
+def recipe(config: Config) -> tuple:
+    optimizer = config.optimizer
+    update = optimizer.optimizer, optimizer.lr, optimizer.weight_decay, optimizer.lr_schedule
+    return *update, optimizer.ema, optimizer.ema_buffers
+
+
+def built(config: Config, num_labeled: int = 1000, num_unlabeled: int = 10_000) -> Method:
+    classes = 100 if config.data.dataset == "cifar100" else 10
+    return build_method(config, DataInfo(classes, torch.ones(classes), num_labeled, num_unlabeled, (0,) * 3, (1,) * 3))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "protocol", "mu", "tau", "threshold", "sizes", "s"),
+    [
+        ("cifar10", "simpro-cifar10-100", 8, 2, 0.95, (1236, 9922), 1),
+        ("cifar100", "simpro-cifar100-20", 8, 1, 0.2, (1545, 12_719), 1),
+        ("stl10", "simpro-stl10-10", 16, 2, 0.95, (1835, 100_000), 97 / 28),
+    ],
+)
+def test_simpros_presets(dataset, protocol, mu, tau, threshold, sizes, s):
+    """newer_methods.md K and N.1, with the weight that follows."""
+    config = PRESETS[f"simpro-{dataset}"].config()
+    views, simpro = config.views, config.parts["simpro"]
+    assert (config.method, config.data.dataset, config.data.protocol) == ("fixmatch+simpro", dataset, protocol)
+    assert (config.steps, refreshes(config), config.log.eval_every) == (43_000, 86, 500)
+    assert (views.batch_size, views.unlabeled_ratio, views.randaugment_ops) == (64, mu, 2)
+    assert recipe(config) == ("sgd", 0.17, 5e-4, "cosine", 0.999, "copy")
+    assert (config.model.backbone, config.model.bn_momentum) == ("wrn-28-2-usb", None)
+    assert (config.shared.threshold, config.parts["fixmatch"].lambda_u) == (threshold, 1)
+    assert (simpro.tau, simpro.momentum, simpro.strong_views, simpro.labeled_strong) == (tau, 0.9, 2, True)
+    weights = built(config, *sizes).balancer.labeled_weights.tolist()
+    assert weights == pytest.approx([1 / s] * len(weights), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("preset", "protocol", "weight_decay"),
+    [
+        ("cdmad-cifar10", "cossl-cifar10-100", 0.04),
+        ("cdmad-cifar100", "cossl-cifar100-20", 0.08),
+        ("cdmad-stl10", "cdmad-stl10-10", 0.01),
+        ("cdmad-remixmatch-cifar10", "usb-cifar10-1500-100", 0.04),
+        ("cdmad-remixmatch-cifar100", "cdmad-disjoint-cifar100-20", 0.08),
+    ],
+)
+def test_cdmads_presets(preset, protocol, weight_decay):
+    """newer_methods.md L and N.2; BatchNorm's momentum is that of the authors' passes in a step together."""
+    config = PRESETS[preset].config()
+    base = "remixmatch" if "remixmatch" in preset else "fixmatch"
+    epochs, batch_size, mu, lr, passes = (300, 64, 1, 0.002, 11) if base == "remixmatch" else (500, 32, 2, 0.0015, 4)
+    assert (config.method, config.data.dataset) == (f"{base}+cdmad", preset.split("-")[-1])
+    assert config.data.protocol == protocol
+    assert (config.steps, config.shared.epochs, config.log.eval_every) == (epochs * 500, epochs, 500)
+    assert (config.views.batch_size, config.views.unlabeled_ratio, config.views.randaugment_ops) == (batch_size, mu, 3)
+    assert recipe(config) == ("adam", lr, weight_decay, "constant", 0.999, "average")
+    assert (config.model.backbone, config.model.bn_momentum) == ("wrn-28-2", 1 - 0.9**passes)
+    cdmad, part = config.parts["cdmad"], config.parts[base]
+    assert (cdmad.threshold, cdmad.image, cdmad.authors_statistics) == (0, "ones", False)
+    if base == "remixmatch":
+        assert (part.lambda_u, part.lambda_kl, part.lambda_rot, part.rampup, part.sharpening) == (2, 0.5, 1, 1, 1)
+    method = built(config)
+    assert [method.phase(t).balancer for t in (50_499, 50_500)] == [False, True]
+
+
+def test_cpgs_preset():
+    """newer_methods.md N.3, with the unlabeled list of seed 0."""
+    config = PRESETS["cpg-cifar10"].config()
+    assert (config.method, config.steps, refreshes(config)) == ("fixmatch+simpro", 262_144, 256)
+    assert (config.log.eval_every, config.log.checkpoint_every) == (1024, 1024)
+    assert (config.data.dataset, config.data.protocol) == ("cifar10", "cpg-cifar10-100-random")
+    assert (config.views.batch_size, config.views.unlabeled_ratio) == (64, 7)
+    assert recipe(config) == ("sgd", 0.03, 5e-4, "cosine", 0.999, "copy")
+    assert (config.model.backbone, config.shared.threshold) == ("wrn-28-2", 0.95)
+    split = build_split(config, fake("cifar10"), None)
+    assert split.labeled_counts == (400, 239, 143, 86, 51, 30, 18, 11, 6, 4)
+    assert split.unlabeled_counts == (127, 76, 2757, 356, 991, 594, 1653, 4600, 46, 213)
 
 
 @pytest.mark.parametrize("preset", [*TABLE, "bacon-cifar100"])

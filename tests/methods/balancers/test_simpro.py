@@ -73,6 +73,9 @@ def test_the_documented_step():
     shifted = [(tensor(row) + bias).tolist() for row in LABELED_WEAK + LABELED_STRONG]
     found = [cross_entropy(row, y) for row, y in zip(shifted, [0, 2, 0, 2])]
     assert found == pytest.approx([0.09729796, 2.86531459, 0.53494143, 1.95869772], abs=1e-6)
+    shifted = tensor(STRONG) + targets.strong_bias
+    terms = torch.nn.functional.cross_entropy(shifted, targets.probabilities.repeat(2, 1), reduction="none")
+    assert terms.tolist() == pytest.approx([0.44585123, 1.03200523, 0.51452515, 0.94147769], abs=1e-7)
 
     found, pseudo_labels = losses(documented(), out)
     assert found["supervised"].item() == pytest.approx(0.90937528, abs=1e-7)
@@ -126,6 +129,8 @@ def test_the_documented_em_finds_the_prior():
     ("sizes", "s"),  # newer_methods.md N.1: N, M, B, mu
     [
         ((1236, 9922, 64, 8), 1),
+        ((1162, 9329, 64, 8), 1),
+        ((1545, 12_719, 64, 8), 1),
         ((1236, 40_000, 64, 8), 78 / 19),
         ((1162, 40_000, 64, 8), 13 / 3),
         ((1545, 40_000, 64, 8), 3.25),
