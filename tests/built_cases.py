@@ -55,7 +55,7 @@ def build(
     network.head = head or nn.Linear(network.backbone.num_features, K)
     if head is None:
         nn.init.normal_(network.head.weight, std=3)
-    data = DataInfo(K, COUNTS, int(COUNTS.sum()), N_ULB, MEAN, STD)
+    data = DataInfo(K, COUNTS, int(COUNTS.sum()), N_ULB, MEAN, STD, same_imbalance=False)
     setup = Setup(
         data,
         network.backbone.num_features,

@@ -9,9 +9,6 @@ from bacon_fast.engine.checkpoint import list_checkpoints
 from bacon_fast.engine.config import Config
 from bacon_fast.engine.presets import PRESETS
 
-FEW_REFRESHES = {"epochs": 2}
-"""Of SimPro: the sums since the last one are then in most checkpoints."""
-
 
 def with_parts(config: Config, values: Mapping[str, object]) -> Config:
     """The configuration with these values, such as {"bacon.top_k": 2}, as far as the method has the part."""
@@ -34,12 +31,10 @@ def tiny(
         "threads": 1,
         "precision": "fp32",  # whatever the machine
     }
-    if method.endswith("+simpro"):
-        values |= FEW_REFRESHES
     config = PRESETS["digits"].config(method).replace(**(values | changes))
-    # Ten classes: reliable rows, and so a contrastive loss, from the first steps. Estimates with steps between them.
+    # Ten classes: reliable rows, and so a contrastive loss, from the first steps.
     own = {"bacon.contrast_start": 0.4, "bacon.reliable_threshold": 0.15}
-    own |= {"simpro.threshold": 0.15, "simpro.estimates": 4}
+    own |= {"simpro.threshold": 0.15, "simpro.estimates": 2}  # most checkpoints hold sums since the last estimate
     return with_parts(config, own | dict(parts or {}))
 
 

@@ -33,8 +33,6 @@ PREDICTED = (1, 5, 8)
 """Numbers of images that are predicted together: fewer than ranks, not a multiple, a multiple."""
 LAYOUTS = ((2, 3, 2), (2, 0, 0), (0, 3, 1), (1, 2, 3))
 """Labeled rows and unlabeled rows of a rank, and views."""
-FEW_REFRESHES = {"epochs": 6}
-"""Of SimPro: one after every second step, so that the last of `STEPS` leaves its sums in the state."""
 
 
 def tiny(run_dir: Path, *, method: str = "fixmatch+abc+bacon", **changes) -> Config:
@@ -55,14 +53,12 @@ def tiny(run_dir: Path, *, method: str = "fixmatch+abc+bacon", **changes) -> Con
         "sync_batchnorm": True,
         "rank_timeout": 60.0,
     }
-    if method.endswith("+simpro"):
-        values |= FEW_REFRESHES
     parts = {
         # The first steps are without, the next with what begins later.
         **dict.fromkeys(("bacon.contrast_start", "daso.start", "darp.start", "cossl.start", "cdmad.start"), 0.1),
         "crest.generations": 6,
         "simpro.threshold": 0.15,
-        "simpro.estimates": 6,
+        "simpro.estimates": 6,  # after every second step, so that the last of `STEPS` leaves sums in the state
         "bacon.reliable_threshold": 0.15,  # ten classes: reliable rows, and so a contrastive loss, from the first steps
     }
     config = PRESETS["digits"].config(method).replace(**(values | changes))

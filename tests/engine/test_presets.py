@@ -129,11 +129,6 @@ def test_sscl_s_presets(preset, lambdas, queue, threshold, gamma, recipe):
     assert (config.shared.epochs, sscl.refresh_epochs, optimizer.optimizer) == (200, 5, "sgd")
 
 
-def refreshes(config: Config) -> int:
-    """How often SimPro estimates its priors in a run."""
-    return config.shared.epochs
-
-
 def recipe(config: Config) -> tuple:
     optimizer = config.optimizer
     update = optimizer.optimizer, optimizer.lr, optimizer.weight_decay, optimizer.lr_schedule
@@ -142,7 +137,8 @@ def recipe(config: Config) -> tuple:
 
 def built(config: Config, num_labeled: int = 1000, num_unlabeled: int = 10_000) -> Method:
     classes = 100 if config.data.dataset == "cifar100" else 10
-    return build_method(config, DataInfo(classes, torch.ones(classes), num_labeled, num_unlabeled, (0,) * 3, (1,) * 3))
+    sizes = num_labeled, num_unlabeled
+    return build_method(config, DataInfo(classes, torch.ones(classes), *sizes, (0,) * 3, (1,) * 3, same_imbalance=True))
 
 
 @pytest.mark.parametrize(
@@ -158,11 +154,11 @@ def test_simpros_presets(dataset, protocol, mu, tau, threshold, sizes, s):
     config = PRESETS[f"simpro-{dataset}"].config()
     views, simpro = config.views, config.parts["simpro"]
     assert (config.method, config.data.dataset, config.data.protocol) == ("fixmatch+simpro", dataset, protocol)
-    assert (config.steps, refreshes(config), config.log.eval_every) == (43_000, 86, 500)
+    assert (config.steps, simpro.estimates, config.log.eval_every) == (43_000, 86, 500)
     assert (views.batch_size, views.unlabeled_ratio, views.randaugment_ops) == (64, mu, 2)
     assert recipe(config) == ("sgd", 0.17, 5e-4, "cosine", 0.999, "copy")
     assert (config.model.backbone, config.model.bn_momentum) == ("wrn-28-2-usb", None)
-    assert (config.shared.threshold, config.parts["fixmatch"].lambda_u) == (threshold, 1)
+    assert (simpro.threshold, config.parts["fixmatch"].lambda_u) == (threshold, 1)
     assert (simpro.tau, simpro.momentum, simpro.strong_views, simpro.labeled_strong) == (tau, 0.9, 2, True)
     weights = built(config, *sizes).balancer.labeled_weights.tolist()
     assert weights == pytest.approx([1 / s] * len(weights), rel=1e-6)
@@ -194,18 +190,19 @@ def test_cdmads_presets(preset, protocol, weight_decay):
     if base == "remixmatch":
         assert (part.lambda_u, part.lambda_kl, part.lambda_rot, part.rampup, part.sharpening) == (2, 0.5, 1, 1, 1)
     method = built(config)
+    assert not method.balancer.aligns
     assert [method.phase(t).balancer for t in (50_499, 50_500)] == [False, True]
 
 
 def test_cpgs_preset():
     """newer_methods.md N.3, with the unlabeled list of seed 0."""
     config = PRESETS["cpg-cifar10"].config()
-    assert (config.method, config.steps, refreshes(config)) == ("fixmatch+simpro", 262_144, 256)
+    assert (config.method, config.steps, config.parts["simpro"].estimates) == ("fixmatch+simpro", 262_144, 86)
     assert (config.log.eval_every, config.log.checkpoint_every) == (1024, 1024)
     assert (config.data.dataset, config.data.protocol) == ("cifar10", "cpg-cifar10-100-random")
     assert (config.views.batch_size, config.views.unlabeled_ratio) == (64, 7)
     assert recipe(config) == ("sgd", 0.03, 5e-4, "cosine", 0.999, "copy")
-    assert (config.model.backbone, config.shared.threshold) == ("wrn-28-2", 0.95)
+    assert (config.model.backbone, config.parts["simpro"].threshold) == ("wrn-28-2", 0.95)
     split = build_split(config, fake("cifar10"), None)
     assert split.labeled_counts == (400, 239, 143, 86, 51, 30, 18, 11, 6, 4)
     assert split.unlabeled_counts == (127, 76, 2757, 356, 991, 594, 1653, 4600, 46, 213)

@@ -40,7 +40,7 @@ def assert_losses(method, batch, t: int, expected: dict[str, torch.Tensor]) -> N
 @pytest.mark.parametrize("threshold", [0.0, 0.54])
 def test_fixmatch_around_the_start(image, threshold):
     b, u = rows = 3, 6
-    own = {"start": START / STEPS, "image": image, "threshold": threshold, "align": False}
+    own = {"start": START / STEPS, "image": image, "threshold": threshold}
     method = build("fixmatch+cdmad", rows, shared=SHARED, fixmatch={"lambda_u": 0.5}, cdmad=own)
     masks = []
     for t in (START - 1, START):
@@ -62,7 +62,7 @@ def test_fixmatch_around_the_start(image, threshold):
 def test_remixmatch_around_the_start(align):
     b, _ = rows = 5, 5
     weights = {"lambda_u": 2.0, "lambda_kl": 0.5, "lambda_rot": 1.0}
-    own = {"start": START / STEPS, "image": "white", "align": align}
+    own = {"start": START / STEPS, "image": "white", "align": "on" if align else "off"}
     method, average = build("remixmatch+cdmad", rows, shared=SHARED, remixmatch=weights, cdmad=own), None
     frequency = COUNTS.double() / COUNTS.sum()
     for t in (START - 1, START):
@@ -99,7 +99,7 @@ def test_the_authors_slip_lets_the_image_move_the_running_statistics_as_one_of_t
     """Theirs move them by 0.1 each, that of the image first; ours once, by 1 - 0.9^passes."""
     found = []
     for slip in (False, True):
-        own = {"authors_statistics": slip, "image": "black", "align": False}
+        own = {"authors_statistics": slip, "image": "black"}
         method = build(f"{base}+cdmad", rows, shared=SHARED, momentum=1 - 0.9**passes, cdmad=own)
         bn = method.network.backbone.bn
         before = torch.stack([bn.running_mean, bn.running_var])
@@ -139,7 +139,7 @@ def of_logits(method, logits: torch.Tensor):
 )
 def test_remixmatch_trains_towards_the_documented_targets(align, t, targets):
     """CE(e_c, q) is log(e + 2) - q_c, and log 3 where all logits are 0: the loss of the first strong view says q."""
-    own = {"start": START / STEPS, "image": "zeros", "align": align}
+    own = {"start": START / STEPS, "image": "zeros", "align": "on" if align else "off"}
     for row, column in ((j, c) for j in range(2) for c in range(3)):
         head = nn.Linear(3, 3)
         head.weight.data, head.bias.data = torch.eye(3), BETA.float()

@@ -8,13 +8,14 @@ B, U = ROWS = 3, 6
 TAU, MOMENTUM, THRESHOLD, LAMBDA_U = 1.5, 0.7, 0.6, 0.5
 S = (50 // U) / (10 // B)
 EVERY = 2
-SHARED = {"threshold": THRESHOLD, "epochs": 4}  # 8 steps: the priors are estimated after every second one
+ESTIMATES = 4  # in 8 steps
 
 
 @pytest.mark.parametrize(("views", "labeled_strong"), [(2, True), (1, False)])
 def test_the_options_are_those_of_the_formulas(views, labeled_strong):
-    own = {"tau": TAU, "momentum": MOMENTUM, "strong_views": views, "labeled_strong": labeled_strong}
-    method = build("fixmatch+simpro", ROWS, shared=SHARED, fixmatch={"lambda_u": LAMBDA_U}, simpro=own)
+    own = {"tau": TAU, "momentum": MOMENTUM, "threshold": THRESHOLD, "estimates": ESTIMATES}
+    own |= {"strong_views": views, "labeled_strong": labeled_strong}
+    method = build("fixmatch+simpro", ROWS, shared={}, fixmatch={"lambda_u": LAMBDA_U}, simpro=own)
     assert method.unlabeled_views == ("weak", *["strong"] * views) and method.labeled_strong_view == labeled_strong
     unlabeled_prior, prior = torch.full((K,), 1 / K).double(), COUNTS.double() / COUNTS.sum()
     unlabeled_sums, labeled_sums = torch.zeros(2, K).double()
