@@ -40,7 +40,7 @@ class Run:
 
     step: after which the network had these weights.
     saved: the run's configuration in the checkpoint, as `Config.to_dict` gives it. checkpoint: the file. Images are
-    read at `stored_size`, resized by `interpolation`, and the network sees their center windows of `image_size`, which
+    read at `stored_size`, resized by `interpolation`, and the network sees their center crops of `image_size`, which
     `normalize` makes.
     temperature: by which logits are divided before they become probabilities; None: uncalibrated, as the run had no
     validation images, or its newest checkpoint is from between two evaluations. info: the checkpoint's inference block.

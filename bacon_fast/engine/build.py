@@ -283,9 +283,9 @@ def _refuse_batchnorm_options(config: Config, network: nn.Module) -> None:
 def weights_line(weights: dict, method: Method) -> str:
     """What a run says of its backbone's weights: file, license, and how much is trained."""
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    license = f", license {weights['licence']}" if weights["licence"] else ""
+    note = f", license {weights['licence']}" if weights["licence"] else ""
     own = sum(p.numel() for p in method.parameters())
-    source = f"{weights['source']} (SHA-256 {weights['sha256'][:12]}{license})"
+    source = f"{weights['source']} (SHA-256 {weights['sha256'][:12]}{note})"
     return f"weights {source}; trained {trained:,} of {own:,} parameters"
 
 

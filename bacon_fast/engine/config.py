@@ -97,6 +97,8 @@ class Config(Options):
             kind = methods.PARTS[name].options
             if type(options) is not kind:
                 raise ValueError(f"parts: expected {kind.__name__} for {name}, found {options!r}")
+        for options in self.parts.values():
+            options.check_beside(self.parts)
         self._check_what_is_trained()
         mu = self.parts[words[0]].unlabeled_ratio
         if mu not in (None, self.views.unlabeled_ratio):
@@ -222,7 +224,7 @@ class Config(Options):
         try:
             return cls.from_dict(values)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {error} (another version of bacon_fast may have written it)") from error
 
     def write(self, path: Path) -> None:
         """Writes a file config.json, atomically, with a digest of its content."""

@@ -69,7 +69,7 @@ class Evaluation:
 @torch.inference_mode()
 def predict(network: nn.Module, normalize: Augment, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Features float32 [N,F] and logits float32 [N,K] of uint8 images [N,H,W,3] as they are stored, in batches, in
-    evaluation mode: of their center windows; or of features [N,F] that a frozen backbone gave for these. A batch has at
+    evaluation mode: of their center crops; or of features [N,F] that a frozen backbone gave for these. A batch has at
     most EVALUATION_BATCH images, and at most EVALUATION_PIXELS pixels if that is one image or more.
 
     `network` has a method `predict(images) -> (features, logits)`. Its mode, training or evaluation, is left as it was.

@@ -1,6 +1,6 @@
 """Features of a frozen backbone, computed once and kept in a file: the steps of a run then train its heads alone.
 
-Of every image of the pool they are those of its center window, of V weak and of V strong views: V+V fixed
+Of every image of the pool they are those of its center crop, of V weak and of V strong views: V+V fixed
 augmentations, not fresh ones, but of the image itself and not noise on its features.
 """
 
@@ -42,8 +42,8 @@ class Features:
     """What a frozen backbone gives for the images of a run.
 
     Attributes:
-        pool: float16 [M, 1 + 2V, F]: of each image of the pool its center window, V weak views, V strong views.
-        test, val: float16 [N, F], center windows of the dataset's test and validation images, or None.
+        pool: float16 [M, 1 + 2V, F]: of each image of the pool its center crop, V weak views, V strong views.
+        test, val: float16 [N, F], center crops of the dataset's test and validation images, or None.
         file: where they are kept.
     """
 

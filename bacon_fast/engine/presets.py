@@ -265,6 +265,7 @@ def _cdmad(name: str, dataset: str, protocol: str, text: str, weight_decay: floa
         "optimizer": {"optimizer": "adam", "lr": 0.0015, "weight_decay": weight_decay, "ema_buffers": "average"},
         "shared": {"epochs": 500},
         "log": {"eval_every": 500, "checkpoint_every": 500},
+        "simpro": {"tau": 1.0, "threshold": 0.2} if dataset == "cifar100" else {},  # [SP]'s
     }
     return Preset(name, text, "fixmatch+cdmad", 500 * 500, overrides)
 

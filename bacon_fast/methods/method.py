@@ -24,7 +24,7 @@ class RefreshContext:
             pool is a mapped file: take `CHUNK` rows at once (`predict_rows` does).
         labeled, unlabeled: int64 [n_lb] and [n_ulb], rows of `pool`; position = slot.
         labels: int64 [n_lb], the labels trained on.
-        normalize: uint8 [n, H, W, 3] -> float32 [n, 3, h, w], the center windows, without augmentation.
+        normalize: uint8 [n, H, W, 3] -> float32 [n, 3, h, w], the center crops, without augmentation.
         predict: (network, uint8 images) -> features float32 [n, F] and logits float32 [n, K], batched, in evaluation
             mode, under the run's precision.
     """

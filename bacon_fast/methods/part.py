@@ -31,6 +31,9 @@ class PartOptions(Options):
     changes: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     variants: ClassVar[Mapping[str, Mapping[str, object]]] = {}
 
+    def check_beside(self, parts: Mapping[str, "PartOptions"]) -> None:
+        """Raises ValueError for a value that has no effect beside the other parts of the method."""
+
     def network(self) -> dict[str, object]:
         """What the part needs of the network: fields of `models.spec.NetworkSpec`."""
         return {}

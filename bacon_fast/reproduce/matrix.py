@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Literal
 
 from bacon_fast.data.datasets import ImageDataset
+from bacon_fast.data.images import Interpolation
 from bacon_fast.data.longtail import Split
 from bacon_fast.engine.build import build_dataset, interpolation, split_overrides
-from bacon_fast.engine.checkpoint import saved_step
+from bacon_fast.engine.checkpoint import CheckpointError, saved_step
 from bacon_fast.engine.config import GROUP_OF, Config
-from bacon_fast.engine.directory import logged_step
+from bacon_fast.engine.directory import logged_step, newest_state
 from bacon_fast.engine.presets import PRESETS
 from bacon_fast.engine.summary import read_summary
 from bacon_fast.methods import METHODS, PARTS, parts_of
 from bacon_fast.parser import override, words_of
 from bacon_fast.reproduce.tables import Column, Row, Table
-from bacon_fast.run import open_run
 
 # A shortened run is still evaluated this often, so that the mean of the last 20 covers its second half (or, for methods
 # that start again like CReST, the part of its last network).
@@ -35,8 +35,8 @@ class Options:
     Attributes:
         budget: in (0, 1], factor of the steps.
         dataset: "folder" to read the same images from an image folder, else None.
-        settings: options of train.py as text, name -> value; those of a part, such as bacon.top_k, act where a row's
-            method has it.
+        settings: options of `bacon-fast train` as text, name -> value; those of a part, such as bacon.top_k, act where
+            a row's method has it.
     """
 
     budget: float = 1.0
@@ -110,8 +110,8 @@ def expand(table: Table, seeds: Sequence[int], options: Options, out: Path) -> l
     """All cells of the table, column by column.
 
     Raises:
-        ValueError: an option does not fit, a setting is no option of train.py or of no method here, or a directory in
-            `out` holds another run.
+        ValueError: an option does not fit, a setting is no option of `bacon-fast train` or of no method here, or a
+            directory in `out` holds another run.
     """
     if not 0 < options.budget <= 1:
         raise ValueError(f"budget: expected a number above 0 and up to 1, found {options.budget:g}")
@@ -163,7 +163,7 @@ def _part(name: str) -> str:
 
 
 def check_settings(table: Table, settings: Mapping[str, str]) -> None:
-    """Raises ValueError for a setting that the table fixes, that is no option of train.py, or that no row has."""
+    """Raises ValueError for a setting that the table fixes, that `bacon-fast train` lacks, or that no row has."""
     for name in settings:
         part, _, field = name.rpartition(".")
         if name in GIVEN:
@@ -186,9 +186,7 @@ def check_images(runs: Sequence[Run]) -> None:
         recorded = Config.read(run.folder / "config.json").data.data_dir
         if recorded == data.data_dir:
             continue
-        # A run from before other ways were known resized bilinearly, and so does its data set here.
-        resized = interpolation(config)
-        resized = resized if resized == "bilinear" else open_run(run.folder, "cpu").interpolation
+        resized = _interpolation_of(run)
         source = (
             data.dataset,
             data.data_dir,
@@ -208,6 +206,15 @@ def check_images(runs: Sequence[Run]) -> None:
             raise ValueError(
                 f"out: {run.folder} holds a run on other images, from {recorded}; name another --out. {error}"
             ) from error
+
+
+def _interpolation_of(run: Run) -> Interpolation:
+    """How a finished run's images were resized, as far as it has kept a checkpoint: once all were bilinearly."""
+    try:
+        _, state = newest_state(run.folder)
+    except CheckpointError:
+        return interpolation(run.config)
+    return state["inference"].get("interpolation", "bilinear")
 
 
 def setting_words(name: str, value: str) -> list[str]:
@@ -234,7 +241,7 @@ def shorten(config: Config, budget: float) -> Config:
 
 
 def command_words(config: Config) -> list[str]:
-    """The words after `train.py` that give this configuration: its preset, then the differences."""
+    """The words after `bacon-fast train` that give this configuration: its preset, then the differences."""
     preset, words = PRESETS[config.preset], [config.preset]
     if config.method != preset.method:
         words += ["--method", config.method]

@@ -38,7 +38,8 @@ class Source:
         title: its name.
         metric: "bacc" (balanced accuracy), "top1", or "error" (100 - top-1).
         steps, steps_by_method: length of its runs, and of the methods with another length.
-        schedule, base_schedule: learning rates of its runs, and of base learners alone where they differ.
+        schedule, base_schedule, schedule_by_method: learning rates of its runs, and of base learners alone or of other
+            methods where they differ.
         selection: which evaluation was reported.
         seeds: runs per number; None: not stated.
         deviation: the meaning of its ±; None: not stated.
@@ -57,6 +58,7 @@ class Source:
     base_schedule: str | None = None
     note: str | None = None
     steps_by_method: Mapping[str, str] = field(default_factory=dict)
+    schedule_by_method: Mapping[str, str] = field(default_factory=dict)
 
     def steps_of(self, method: str) -> str:
         """Length of the runs of a method."""
@@ -64,7 +66,8 @@ class Source:
 
     def schedule_of(self, method: str) -> str:
         """Learning rates of the runs of a method."""
-        return self.base_schedule if method in _BASES and self.base_schedule is not None else self.schedule
+        schedule = self.base_schedule if method in _BASES and self.base_schedule is not None else self.schedule
+        return self.schedule_by_method.get(method, schedule)
 
 
 def _columns(protocols: tuple[str, ...], rows: Mapping[str, tuple]) -> dict[str, dict[str, Value]]:
@@ -231,8 +234,12 @@ _CDMAD_NOTE = (
 _CDMAD_RECIPE = {
     "metric": "bacc",
     "schedule": "constant rate",
-    "base_schedule": "rate not stated",
     "selection": "selection not stated",
+}
+_CDMAD_BASELINES = ("fixmatch", "fixmatch+darp", "fixmatch+abc", "fixmatch+cossl", "remixmatch", "remixmatch+abc")
+_BASELINES_RECIPE = {
+    "steps_by_method": dict.fromkeys(_CDMAD_BASELINES, _NOT_STATED),
+    "schedule_by_method": dict.fromkeys(_CDMAD_BASELINES, "rate not stated"),
 }
 _OF_THREE = {"seeds": 3, "deviation": "standard error"}
 CDMAD = Source(
@@ -240,7 +247,7 @@ CDMAD = Source(
     **_CDMAD_RECIPE,
     **_OF_THREE,
     steps="250,000 steps",
-    steps_by_method=dict.fromkeys(("fixmatch", "fixmatch+darp", "fixmatch+abc", "fixmatch+cossl"), _NOT_STATED),
+    **_BASELINES_RECIPE,
     note=_CDMAD_NOTE,
     values=_columns(
         (
@@ -297,7 +304,7 @@ CDMAD_REMIXMATCH = Source(
     **_CDMAD_RECIPE,
     **_OF_THREE,
     steps="150,000 steps",
-    steps_by_method=dict.fromkeys(("remixmatch", "remixmatch+abc"), _NOT_STATED),
+    **_BASELINES_RECIPE,
     note=_CDMAD_NOTE,
     values=_columns(
         (
@@ -343,7 +350,7 @@ def _cpg(cpg: str, simpro: str, *others: Context) -> tuple[Context, ...]:
     return (Context("a note on CPG (NeurIPS 2025), best", {"CPG": cpg, "CPG's own SimPro": simpro}), *others)
 
 
-# Our protocol -> numbers of it by methods that are not here, or by another code of ours.
+# Our protocol -> numbers of it by methods that are not here, or by other code for one that is.
 SAME_PROTOCOL: dict[str, tuple[Context, ...]] = {
     "cossl-cifar10-50": _dytrim("88.0 / 87.8"),
     "cossl-cifar10-100": _dytrim("84.8 / 84.4"),

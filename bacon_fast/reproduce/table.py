@@ -125,7 +125,8 @@ def _also_published(table: Table, protocol: str | None) -> list[str]:
     lines = []
     for source in SOURCES:
         if source is not table.source and (values := source.values.get(protocol)):
-            listed = ", ".join(f"{method} {value}" for method, value in values.items())
+            lengths = {m: "" if source.steps_of(m) == source.steps else f" ({source.steps_of(m)})" for m in values}
+            listed = ", ".join(f"{method} {value}{lengths[method]}" for method, value in values.items())
             how = f"{METRICS[source.metric]}; {source.steps}; {describe_source(source)}"
             lines.append(f"- The same protocol, {source.title} ({how}): {listed}.")
     for kind, contexts in kinds:

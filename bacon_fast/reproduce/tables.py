@@ -162,7 +162,6 @@ def _protocols(preset: str, *protocols: str, **overrides) -> tuple[Column, ...]:
 
 # The methods that came after BaCon, beside it, with the recipe of one of them.
 _NEWER = _methods("fixmatch", "fixmatch+abc+bacon", "fixmatch+simpro", "fixmatch+cdmad")
-_SIMPRO_CIFAR100 = {"simpro.tau": 1.0, "simpro.threshold": 0.2}  # as in the preset simpro-cifar100
 _ORDERS = ("", "-uniform", "-reversed", "-middle", "-head-tail")
 
 
@@ -222,15 +221,7 @@ TABLES: dict[str, Table] = {
     ),
     "cdmad": Table(
         "CDMAD's protocols with FixMatch",
-        (
-            *_methods("fixmatch", "fixmatch+abc+bacon"),
-            Row(
-                "fixmatch+simpro",
-                "fixmatch+simpro",
-                per_column={f"cossl-cifar100-{gamma}": _SIMPRO_CIFAR100 for gamma in (20, 50, 100)},
-            ),
-            *_methods("fixmatch+cdmad"),
-        ),
+        _NEWER,
         _protocols("cdmad-cifar10", "cossl-cifar10-50", "cossl-cifar10-100", "cossl-cifar10-150")
         # The authors' decay where there are 30,000 images or more.
         + _protocols("cdmad-cifar10", "cdmad-cifar10-100-uniform", weight_decay=0.01)

@@ -1,4 +1,4 @@
-"""One run of a table: train.py's command line in a process that stops, and saves, when its parent dies."""
+"""One run of a table: `bacon-fast train` in a process that stops, and saves, when its parent dies."""
 
 import ctypes
 import os

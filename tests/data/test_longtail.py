@@ -356,6 +356,22 @@ def test_hash_covers_every_field():
 
 # ---- newer_methods.md N ----
 
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [
+        ("usb-cifar10-1500-100", True),
+        ("cossl-cifar100-20", True),
+        ("bacon-cifar10-100-inverse", False),
+        ("cdmad-cifar10-100-50", False),
+        ("simpro-cifar10-100-middle", False),
+        ("cdmad-stl10-10", False),
+    ],
+)
+def test_where_both_sets_have_one_imbalance(name, same):
+    assert PROTOCOLS[name].has_same_imbalance == same
+
+
 SIMPRO_100 = [4000, 2397, 1437, 861, 516, 309, 185, 111, 66, 40]
 SIMPRO_150 = [4000, 2292, 1313, 752, 431, 247, 141, 81, 46, 26]
 SIMPRO = {

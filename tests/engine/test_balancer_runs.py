@@ -6,6 +6,7 @@ from run_cases import assert_equal_states, final_state, tiny
 
 from bacon_fast.engine import build
 from bacon_fast.engine.trainer import Trainer
+from bacon_fast.models.batchnorm import synchronize
 from bacon_fast.models.network import DebiasedNetwork
 from bacon_fast.run import open_run
 
@@ -98,25 +99,35 @@ def test_cdmad_takes_the_place_of_the_alignment_unless_the_imbalances_are_one(tm
             "fixmatch",
             {},
             {"backbone": "resnet18"},
-            r"image_size: expected images of which .* more than one pixel, .* found 16x16",
+            r"image_size: expected images so large that .* more than one pixel, .* found 16x16",
         ),
         (
             "remixmatch",
             {},
             {"backbone": "resnet18"},
-            r"image_size: expected images of which .* more than one pixel, .* found 16x16",
-        ),
-        (
-            "fixmatch",
-            {"cdmad.authors_statistics": True},
-            {"backbone": "timm/test_vit", "bn_momentum": None, "image_size": 160},
-            "cdmad.authors_statistics: expected False for a network without BatchNorm",
+            r"image_size: expected images so large that .* more than one pixel, .* found 16x16",
         ),
     ],
 )
 def test_what_cdmad_cannot_do_is_refused_before_the_first_step(tmp_path, method, parts, changes, message):
     with pytest.raises(ValueError, match=message):
         Trainer(tiny(tmp_path / "run", method=f"{method}+cdmad", parts=parts, **changes))
+
+
+def test_cdmad_s_slip_needs_statistics_that_change(tmp_path):
+    pytest.importorskip("timm", reason="needs timm")
+    changes = {"backbone": "timm/test_vit", "bn_momentum": None, "image_size": 32}
+    with pytest.raises(ValueError, match=r"cdmad.authors_statistics: expected False where no statistics of BatchNorm"):
+        Trainer(tiny(tmp_path, method="fixmatch+cdmad", parts={"cdmad.authors_statistics": True}, **changes))
+
+
+def test_synchronized_statistics_do_not_hide_an_image_too_small(tmp_path):
+    trainer = Trainer(tiny(tmp_path, method="fixmatch+cdmad"))
+    trainer.logger.close()
+    synchronize(trainer.method)
+    trainer.method.check_images(8, 8)
+    with pytest.raises(ValueError, match=r"image_size: expected images so large .* found 4x4"):
+        trainer.method.check_images(4, 4)
 
 
 def test_evaluations_of_a_new_generation_are_told_apart(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from run_cases import tiny
 
+from bacon_fast.engine.config import Config
 from bacon_fast.engine.trainer import Trainer
 from bacon_fast.methods import METHODS, PARTS, parts_of
 
@@ -54,13 +55,17 @@ CASES |= {"threshold": [0.1, 0.3], "epochs": [3, 6], "distribution_momentum": [0
 METHOD_OF |= {"threshold": "fixmatch", "epochs": "fixmatch+abc", "distribution_momentum": "remixmatch"}
 
 
+def config_of(run_dir, method: str, options: tuple) -> Config:
+    shared = {name: value for name, value in options if "." not in name}
+    parts = {name: value for name, value in options if "." in name and name.split(".")[0] in parts_of(method)}
+    return tiny(run_dir, method=method, steps=STEPS, device="cpu", parts=parts, **shared)
+
+
 @functools.cache
 def computed(folder, method: str, options: tuple) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """Losses of each step, and the last state of the method and its averaged network."""
     run_dir = folder / str(len(list(folder.iterdir())))
-    shared = {name: value for name, value in options if "." not in name}
-    parts = {name: value for name, value in options if "." in name and name.split(".")[0] in parts_of(method)}
-    trainer = Trainer(tiny(run_dir, method=method, steps=STEPS, parts=parts, **shared))
+    trainer = Trainer(config_of(run_dir, method, options))
     losses = []
     for _ in range(STEPS):
         step_losses, _ = trainer.train_step()
@@ -86,7 +91,9 @@ def test_each_value_of_an_option_is_another_run(folder, option):
     part = option.split(".")[0]
     method = METHOD_OF.get(option) or OF_PART.get(part) or next(m for m in METHODS if part in parts_of(m))
     base = ACTIVE | BESIDE.get(option, {})
-    runs = [computed(folder, method, tuple(sorted((base | {option: value}).items()))) for value in CASES[option]]
+    default = config_of(folder, method, tuple(base.items())).flat()[option]
+    changes = [{} if value == default else {option: value} for value in CASES[option]]  # one run for all defaults
+    runs = [computed(folder, method, tuple(sorted((base | change).items()))) for change in changes]
     if option == "cdmad.align":
         assert same(runs[0], runs[1]), "auto is on where both sets have one imbalance"
         runs = runs[1:]

@@ -1,4 +1,4 @@
-"""Images that are stored larger than their views: evaluation and prediction see the same center windows."""
+"""Images that are stored larger than their views: evaluation and prediction see the same center crops."""
 
 import csv
 

@@ -461,8 +461,14 @@ def test_gpu_slots(monkeypatch):
     assert len(make_slots("cuda", None, runs=9)) == 1 and not make_slots("cuda", None, runs=9)[0].cores
 
 
-def test_a_run_that_resized_bilinearly_is_compared_as_it_was(tmp_path, monkeypatch):
-    """Networks of timm did once, and resize as their weights want it since."""
+@pytest.mark.parametrize(("own", "today"), [("bilinear", "bicubic"), ("bicubic", "bilinear")])
+def test_images_of_a_moved_run_are_compared_as_it_resized_them(tmp_path, monkeypatch, own, today):
+    """Networks of timm resized bilinearly once, and resize as their weights want it since."""
+
+    def resize(interpolation):
+        for module in ("engine.build", "reproduce.matrix"):
+            monkeypatch.setattr(f"bacon_fast.{module}.interpolation", lambda config: interpolation)
+
     numbers = np.random.default_rng(0)
     for part, count in (("train", 110), ("test", 2)):
         for name in ("cat", "dog"):
@@ -473,7 +479,11 @@ def test_a_run_that_resized_bilinearly_is_compared_as_it_was(tmp_path, monkeypat
     shutil.copytree(tmp_path / "a", tmp_path / "moved")
     changes = {"dataset": "folder", "method": "supervised", "steps": 1, "log_every": 1, "image_size": 8}
     config = tiny(tmp_path / "run", **changes, data_dir=tmp_path / "a")
+    resize(own)
     Trainer(config).fit()
-    for module in ("engine.build", "reproduce.matrix"):
-        monkeypatch.setattr(f"bacon_fast.{module}.interpolation", lambda config: "bicubic")
-    check_images([Run(config.replace(data_dir=tmp_path / "moved"))])
+    moved = Run(config.replace(data_dir=tmp_path / "moved"))
+    resize(today)
+    check_images([moved])
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # which alone say how it was
+    resize(own)
+    check_images([moved])

@@ -235,6 +235,15 @@ def test_other_protocols_are_kept_apart(tmp_path):
     assert {row["published top-1"] for row in rows} >= {"76.69 ± 0.78", "83.88 ± 0.27"}
 
 
+def test_other_papers_numbers_say_how_long_their_runs_were(tmp_path):
+    """CDMAD's paper has baselines of a length that it does not state, on a protocol of USB's table."""
+    table = TABLES["usb"]
+    text = markdown(table, collect(expand(table, [0], Options(data_dir=Path("/data")), tmp_path), []), Options(), "c")
+    (line,) = [line for line in text.splitlines() if "CDMAD on ReMixMatch" in line and "85.50" in line]
+    assert "150,000 steps" in line and "remixmatch 73.80 ± 0.40 (GM 69.50 ± 0.80) (length not stated)" in line
+    assert "remixmatch+cdmad 85.50 ± 0.50 (GM 85.30 ± 0.40)." in line
+
+
 def test_a_changed_protocol_has_no_published_number(tmp_path):
     options = Options(data_dir=Path("/data"), settings={"gamma_u": "-50"})
     table = dataclasses.replace(TABLES["bacon-table2"], columns=TABLES["bacon-table2"].columns[:1])

@@ -1,5 +1,6 @@
 """CDMAD: what the classifier answers to an empty image is its bias (newer_methods.md L; Lee, Kim, CVPR 2024)."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from bacon_fast.methods.balancers.base import Balancer, Rows, Targets
 from bacon_fast.methods.outputs import Batch, wide
 from bacon_fast.methods.part import PartOptions, Setup
-from bacon_fast.models.batchnorm import batchnorms, frozen_statistics, statistics_momentum
+from bacon_fast.models.batchnorm import BatchNorm2d, batchnorms, frozen_statistics, statistics_momentum
 
 AUTHORS_PASSES = {"fixmatch": 4, "remixmatch": 11}
 """Passes of a step of the authors' code that move the running statistics, beside that of the empty image."""
@@ -37,6 +38,12 @@ class CDMADOptions(PartOptions):
     def check(self) -> None:
         self.require_starts("start")
         self.require_fractions("threshold")
+
+    def check_beside(self, parts: Mapping[str, PartOptions]) -> None:
+        if "fixmatch" in parts and self.align != "auto":
+            raise ValueError(f"cdmad.align: expected auto with fixmatch, which aligns nothing, found {self.align}")
+        if "remixmatch" in parts and self.threshold != 0:
+            raise ValueError(f"cdmad.threshold: expected 0 with remixmatch, which has none, found {self.threshold}")
 
     def network(self) -> dict[str, object]:
         return {"heads": "debiased"}
@@ -81,17 +88,20 @@ class CDMAD(Balancer):
     @torch.no_grad()
     def check_images(self, height: int, width: int) -> None:
         """In training mode BatchNorm needs more than one value a channel, and I passes alone."""
-        network = self.network
-        if self.authors_passes is not None and not batchnorms(network):
-            raise ValueError("cdmad.authors_statistics: expected False for a network without BatchNorm, found True")
-        images = network.empty_image.new_empty(1, 3, height, width)
+        if self.authors_passes is not None and not any(layer.training for layer in batchnorms(self.network)):
+            raise ValueError(
+                "cdmad.authors_statistics: expected False where no statistics of BatchNorm change, found True"
+            )
+        network = copy.deepcopy(self.network)
+        for layer in network.modules():
+            if isinstance(layer, BatchNorm2d):
+                layer.sync_group = None  # the same pixel on all ranks is still one
         try:
-            with frozen_statistics(network):
-                network(network.empty(images))
+            network(network.empty(network.empty_image.new_empty(1, 3, height, width)))
         except ValueError as error:
             raise ValueError(
-                "image_size: expected images of which the network leaves more than one pixel, as cdmad passes one "
-                f"image alone; found {height}x{width} ({error})"
+                "image_size: expected images so large that the last feature map has more than one pixel, as cdmad "
+                f"passes one image alone in training mode; found {height}x{width} ({error})"
             ) from error
 
     def bind(self, network: nn.Module, averaged: nn.Module) -> None:
@@ -125,17 +135,13 @@ class CDMAD(Balancer):
 
 
 def build(options: CDMADOptions, setup: Setup) -> CDMAD:
-    (base,) = set(setup.parts) & set(AUTHORS_PASSES)
-    if base == "fixmatch" and options.align != "auto":
-        raise ValueError(f"cdmad.align: expected auto with fixmatch, which aligns nothing, found {options.align}")
-    if base == "remixmatch" and options.threshold != 0:
-        raise ValueError(f"cdmad.threshold: expected 0 with remixmatch, which has none, found {options.threshold}")
     of_pixel = {"white": 1.0, "black": 0.0}
     if options.image in of_pixel:
         pixel = of_pixel[options.image]
         color = tuple((pixel - mean) / std for mean, std in zip(setup.data.mean, setup.data.std))
     else:
         color = (1.0 if options.image == "ones" else 0.0,) * 3
+    (base,) = set(setup.parts) & set(AUTHORS_PASSES)
     return CDMAD(
         color,
         start=round(options.start * setup.steps),

@@ -23,8 +23,7 @@ class SimProOptions(PartOptions):
     threshold: float = 0.95
     """Confidence from which a pseudo-label counts, in the place of --threshold: 0.95, 0.2 on CIFAR-100 (authors)."""
     estimates: int = 86
-    """Estimates of the priors in a run, evenly spread: 86, one each 500 steps (authors)."""
-
+    """Estimates of the priors in a run, evenly spread, at most one a step: 86, one every 500 steps (authors)."""
     tau: float = 2.0
     """Exponent of the priors: 2 on CIFAR-10 and STL-10, 1 on CIFAR-100 (authors)."""
     momentum: float = 0.9
@@ -49,7 +48,7 @@ class SimPro(Balancer):
         L_u = mean over strong views of m CE(a(h^s) + log pi^tau, q)
 
     pi_u is the prior of the unlabeled images, 1/K at first, and pi that of all images, first that of the labeled ones.
-    n_u sums m q over the steps and n_l the labels. E times in a run, each T/E steps and behind the losses of a step,
+    n_u sums m q over the steps and n_l the labels. Every T/E steps, or each where E > T, behind the losses,
 
         pi_u <- 0.9 pi_u + 0.1 n_u / (sum n_u + 1);   pi <- 0.9 pi + 0.1 (n_l + n_u) / sum(n_l + n_u);   n_l, n_u <- 0
 

@@ -19,7 +19,7 @@ STRONG = [[1, 0, 0], [0, 1, 0], [0.5, 0.5, 0], [0, 0, 1]]  # view by view
 LABELED_WEAK, LABELED_STRONG = [[1, 0, 0], [0, 0, 1]], [[0, 1, 0], [0, 0, 2]]
 LABELS = torch.tensor([0, 2])
 Q = [[0.90286817, 0.04398837, 0.05314346], [0.6186081, 0.27200507, 0.10938683]]
-NEVER = 10**6  # steps of an epoch that does not end here
+NEVER = 10**6  # steps of a run in which no estimate is due
 
 
 def simpro(counts=COUNTS, **changes) -> SimPro:
