@@ -142,10 +142,12 @@ def describe(results: Sequence[Result]) -> str:
     steps, full = ({f"{n:,}" for n in numbers} for numbers in ([c.steps for c in configs], _full(configs)))
     share = sorted({f"{100 * c.steps / n:.3g} %" for c, n in zip(configs, _full(configs))})
     length = f"{' or '.join(sorted(steps))} steps"
-    length += ", full length" if share == ["100 %"] else f": {' or '.join(share)} of {' or '.join(sorted(full))}"
+    length += "" if share == ["100 %"] else f": {' or '.join(share)} of {' or '.join(sorted(full))}"
     seeds = sorted({len(result.seeds) for result in results})
     count = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    return f"{results[0].cell.column.name}, {length}, {count} seed{'' if seeds == [1] else 's'}"
+    column = results[0].cell.column
+    name = column.name if column.name == column.preset else f"{column.name} by preset {column.preset}"
+    return f"{name}, {length}, {count} seed{'' if seeds == [1] else 's'}"
 
 
 def _full(configs: Sequence[Config]) -> list[int]:

@@ -380,7 +380,7 @@ def test_recall_picture_averages_over_seeds(filled):
 def test_pictures_say_their_length_and_seeds(filled, tmp_path):
     table, _, cells, _ = filled
     inside = [result for result in collect(cells, []) if result.cell.column == table.columns[0]]
-    line = "bacon-cifar10, 300,000 steps, full length, 2 to 3 seeds"
+    line = "bacon-cifar10, 300,000 steps, 2 to 3 seeds"
     assert figures.accuracies(table, inside, LIGHT).get_suptitle() == line == figures.describe(inside)
     assert figures.recalls(inside, LIGHT).get_suptitle() == line
     short = expand(table, [0], Options(budget=0.1, data_dir=Path("/data")), tmp_path / "short")
