@@ -79,7 +79,7 @@ class SharedOptions(Options):
     """
 
     threshold: float = 0.95
-    """Least confidence of a pseudo-label, and of a row that BaCon counts; SimPro and CDMAD have their own."""
+    """Least confidence of a pseudo-label, and of a row that BaCon counts."""
     epochs: int = 1000
     """E: ABC anneals, SAW counts and SsCL refreshes by epochs."""
     distribution_momentum: float = 0.999
