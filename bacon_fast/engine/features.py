@@ -65,7 +65,7 @@ class FeatureBatches(Batches):
     """`Batches` of cached features: each row of a batch is one of the V weak or strong views of its image.
 
     Which one is drawn by Philox from the run's seed, step, stream and slot. `pool` holds the features of the center
-    windows, float16 [M, F], and `Batch.images` are features [n, F], which a frozen `Backbone` passes on.
+    crops, float16 [M, F], and `Batch.images` are features [n, F], which a frozen `Backbone` passes on.
 
     Args:
         features: of the dataset's images.

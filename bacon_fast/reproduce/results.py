@@ -103,6 +103,8 @@ def pseudo_precision(run: Run) -> dict[str, list[float | None]]:
     """
     rows = (json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines())
     rows = [row for row in rows if row["kind"] == "eval"]
+    if not rows:  # the file lost them; the summary stands
+        return {"last": [], "mean_last_20": []}
     tail = [row["pseudo_precision"] for row in last_network(rows) if "pseudo_precision" in row]
     classes = [[p for p in column if p is not None] for column in zip(*tail)]
     return {

@@ -164,6 +164,8 @@ def test_precision_of_the_rarest_classes_pseudo_labels(tmp_path):
     found = fixmatch.pseudo_precision()
     assert found.mean == pytest.approx(np.mean(values)) and found.deviation == pytest.approx(np.std(values, ddof=1))
     assert supervised.pseudo_precision() is None
+    (fixmatch.finished[0].folder / "metrics.jsonl").write_text("")
+    assert fixmatch.pseudo_precision().count == 1 and len(runs_csv([fixmatch]).splitlines()) == 3
 
 
 def test_a_mean_of_fewer_evaluations_says_so(filled):
